@@ -1,0 +1,62 @@
+"""What training does to a batch: which images are drawn, and how they are turned, flipped and mixed.
+
+Everything here works on whole batches on the device.
+"""
+
+import torch
+from torch import Generator, Tensor
+from torch.nn.functional import affine_grid, grid_sample, one_hot
+
+from pipeline.config import TrainParams
+
+
+def epoch_order(labels: Tensor, params: TrainParams, generator: Generator) -> Tensor:
+    """Draw the order of one epoch as positions (N,) in `labels`.
+
+    `shuffle` takes every image once. `weighted` draws N with replacement, a positive `positive_weight` times as
+    likely as a negative.
+    """
+    if params.sampling == "shuffle":
+        return torch.randperm(len(labels), generator=generator)
+    weights = torch.where(labels == 1, params.positive_weight, 1.0)
+    return torch.multinomial(weights, len(labels), replacement=True, generator=generator)
+
+
+def augment(images: Tensor, params: TrainParams, generator: Generator) -> Tensor:
+    """Rotate and flip each of the images (B, C, S, S) by itself."""
+    if params.rotation:
+        angles = (2 * torch.rand(len(images), generator=generator) - 1) * params.rotation
+        images = _rotate(images, torch.deg2rad(angles).to(images))
+    if params.flip:
+        flipped = torch.rand(len(images), generator=generator) < params.flip
+        images = torch.where(flipped.to(images.device).view(-1, 1, 1, 1), images.flip(-1), images)
+    return images
+
+
+def _rotate(images: Tensor, angles: Tensor) -> Tensor:
+    cos, sin, zero = angles.cos(), angles.sin(), torch.zeros_like(angles)
+    turn = torch.stack([cos, -sin, zero, sin, cos, zero], dim=1).view(-1, 2, 3)
+    grid = affine_grid(turn, list(images.shape), align_corners=False)
+    return grid_sample(images, grid, align_corners=False, padding_mode="border")
+
+
+def mixup(images: Tensor, labels: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """Blend each image with its neighbour in the batch, and their labels alike, after Zhang et al. 2018.
+
+    One share lambda, drawn by torch's global generator from Beta(alpha, alpha), serves the whole batch; alpha 0
+    blends nothing.
+
+    Args:
+        images: float (B, C, S, S).
+        labels: int64 (B,), 0 or 1.
+        alpha: of the Beta distribution, 0 or more.
+
+    Returns:
+        Images as given, and labels as float (B, 2).
+    """
+    if not alpha:
+        return images, one_hot(labels, 2).to(images.dtype)
+    from torchvision.transforms.v2 import MixUp
+
+    mixed: tuple[Tensor, Tensor] = MixUp(alpha=alpha, num_classes=2)(images, labels)
+    return mixed

@@ -1,0 +1,194 @@
+"""`params.yaml`, typed: one model per section, every key required, and a misspelt one named."""
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.errors import UserError
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(gt=0)]
+Weight = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class PhantomParams(Section):
+    """Radiographs drawn by the pipeline itself."""
+
+    source: Literal["phantom"]
+    train: Positive  # labelled images
+    test: Positive
+    prevalence: Share  # share of positives among the labelled images
+    test_prevalence: Share
+    strength: Annotated[float, Field(gt=0)]  # how visible opacities are; at 1 some are very faint
+    confounding: Share  # how far the source tells the label: 0 not at all, 1 wholly
+    seed: int
+
+
+class ArchiveParams(Section):
+    """A zip or a folder in the competition's layout."""
+
+    source: Literal["archive"]
+    path: Path | None
+
+
+class WeightsParams(Section):
+    """Where the backbone's first weights come from: ImageNet, nowhere (random), or a file or URL."""
+
+    source: str
+
+
+class PrepareParams(Section):
+    size: Annotated[int, Field(ge=16, le=2048)]  # edge of the square images in the pack, pixels
+    max_quarantined: Share  # share of the labelled images that may be unusable
+
+
+class SplitParams(Section):
+    folds: Annotated[int, Field(ge=2)]  # equal parts, of which one validates
+    seed: int
+
+
+class TrainParams(Section):
+    backbone: str  # a torchvision classifier, or timm/<name>
+    hidden: list[Positive]  # widths of the head's hidden layers
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    size: Annotated[int, Field(ge=16, le=2048)]  # edge of the images the backbone sees, pixels
+    normalisation: Literal["none", "imagenet"]
+    epochs: Positive
+    frozen_epochs: Annotated[int, Field(ge=0)]  # the first epochs, in which only the head is trained
+    patience: Positive | None  # epochs without a better F1 before training stops early
+    batch_size: Positive
+    accumulate: Positive  # parts a batch is computed in, one after another, to save memory
+    sampling: Literal["shuffle", "weighted"]
+    positive_weight: Weight  # weighted sampling draws a positive this much more often
+    class_weights: tuple[Weight, Weight]  # of negative and positive in the loss
+    flip: Share  # probability of a horizontal flip
+    rotation: Annotated[float, Field(ge=0, le=180)]  # degrees, at most, to either side
+    mixup_alpha: Annotated[float, Field(ge=0)]  # 0 is no mixup
+    optimiser: Literal["adam", "adamw", "sgd"]
+    fresh_optimiser: bool  # made anew every epoch, which forgets its moments
+    lr: Annotated[float, Field(gt=0)]
+    eps: Annotated[float, Field(gt=0)]
+    weight_decay: Annotated[float, Field(ge=0)]
+    schedule: Literal["constant", "cosine"]
+    warmup_epochs: Annotated[float, Field(ge=0)]
+    precision: Literal["float32", "bfloat16", "float16"]
+    channels_last: bool
+    fused: bool  # the optimiser's step as one kernel
+    compile: bool  # the network by torch.compile
+    loader_threads: Positive  # threads that gather the next batches from disk
+    cpu_threads: Positive  # part of the result: it sets the order in which floats are summed
+
+
+class EvaluateParams(Section):
+    batch_size: Positive
+    cpu_threads: Positive
+
+
+class BagParams(Section):
+    method: Literal["vote", "mean"]  # which of the two is the bag that is submitted
+    tie: Literal["positive", "negative", "mean"]  # who wins a vote with no majority
+    members: Literal["all"] | list[int]  # seeds
+
+
+class Profile(Section):
+    download: Annotated[PhantomParams | ArchiveParams, Field(discriminator="source")]
+    weights: WeightsParams
+    prepare: PrepareParams
+    split: SplitParams
+    train: TrainParams
+    evaluate: EvaluateParams
+    bag: BagParams
+
+
+class Config(Section):
+    profile: str
+    seeds: Annotated[list[int], Field(min_length=1)]
+    profiles: dict[str, Profile]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_profiles(cls, content: dict[str, Any]) -> dict[str, Any]:
+        own: dict[str, Any] = {key: content[key] for key in ("profile", "seeds") if key in content}
+        return own | {"profiles": {key: content[key] for key in content if key not in own}}
+
+    @model_validator(mode="after")
+    def _check_names(self) -> "Config":
+        if self.profile not in self.profiles:
+            raise ValueError(f"profile: there is no section {self.profile!r}; {_near(self.profile, self.profiles)}")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds: a seed is listed twice; give each once")
+        for name, profile in self.profiles.items():
+            members = profile.bag.members
+            if members != "all" and (not members or len(set(members)) < len(members) or set(members) - set(self.seeds)):
+                raise ValueError(f"{name}.bag.members: {members}; write all, or name some of the seeds, each once")
+        return self
+
+    @property
+    def active(self) -> Profile:
+        return self.profiles[self.profile]
+
+    @property
+    def members(self) -> list[int]:
+        """The seeds in the bag."""
+        return self.seeds if self.active.bag.members == "all" else self.active.bag.members
+
+    @property
+    def model_name(self) -> str:
+        """The name of the MLflow experiment and of the registered model."""
+        return f"covid-xray-{self.profile}"
+
+
+def load(path: Path = Path("params.yaml")) -> Config:
+    """Read and check the whole file, not only the section in use.
+
+    Raises:
+        UserError: the file is missing, is not YAML, or has a key that is unknown, missing or out of range.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; run from the repository's root") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: empty; it holds profile, seeds and one section per profile")
+    try:
+        return Config.model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_first(error)}") from None
+
+
+def _first(error: ValidationError) -> str:
+    # An unknown key comes before the key that is missing because of the misspelling.
+    found = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
+    where = [str(part) for part in found["loc"] if part not in ("profiles", "phantom", "archive", "list[int]")]
+    name = ".".join(where)
+    if found["type"] == "extra_forbidden":
+        return f"{name}: unknown key; {_near(where[-1], _keys(found['loc']))}"
+    if found["type"] == "missing":
+        return f"{name}: missing; add it"
+    if found["type"] == "value_error":
+        return str(found["ctx"]["error"])
+    return f"{name}: {found['msg'][0].lower()}{found['msg'][1:]}, but it is {found['input']!r}"
+
+
+def _keys(loc: tuple[int | str, ...]) -> list[str]:
+    """Return the keys that the section at `loc` may have."""
+    models: dict[str, type[Section]] = {
+        "phantom": PhantomParams, "archive": ArchiveParams, "weights": WeightsParams, "prepare": PrepareParams,
+        "split": SplitParams, "train": TrainParams, "evaluate": EvaluateParams, "bag": BagParams,
+    }  # fmt: skip
+    return list(models.get(str(loc[-2]), Profile).model_fields)
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known := list(known), n=1)
+    return f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(sorted(known))}"

@@ -1,0 +1,85 @@
+"""Pictures and tables of curves: ROC, precision–recall, confusion matrix, training."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from sklearn.metrics import (
+    ConfusionMatrixDisplay,
+    PrecisionRecallDisplay,
+    RocCurveDisplay,
+    precision_recall_curve,
+    roc_curve,
+)
+
+from pipeline.files import replacing
+
+
+def roc_table(labels: np.ndarray, probabilities: np.ndarray) -> pd.DataFrame:
+    fpr, tpr, _ = roc_curve(labels, probabilities)
+    return pd.DataFrame({"fpr": fpr, "tpr": tpr})
+
+
+def precision_recall_table(labels: np.ndarray, probabilities: np.ndarray) -> pd.DataFrame:
+    precision, recall, _ = precision_recall_curve(labels, probabilities)
+    return pd.DataFrame({"recall": recall, "precision": precision})
+
+
+def draw_roc(path: Path, labels: np.ndarray, models: pd.DataFrame) -> None:
+    """Draw one ROC curve per column of P(positive)."""
+    axes = _axes()
+    for name in models:
+        RocCurveDisplay.from_predictions(labels, models[name], name=name, ax=axes)
+    axes.set(title="ROC on the validation set", xlabel="1 − specificity", ylabel="sensitivity")
+    _save(path, axes)
+
+
+def draw_precision_recall(path: Path, labels: np.ndarray, models: pd.DataFrame) -> None:
+    """Draw one precision–recall curve per column of P(positive)."""
+    axes = _axes()
+    for name in models:
+        PrecisionRecallDisplay.from_predictions(labels, models[name], name=name, ax=axes)
+    axes.set(
+        title="Precision and recall on the validation set", xlabel="recall (sensitivity)", ylabel="precision (PPV)"
+    )
+    _save(path, axes)
+
+
+def draw_confusion(path: Path, labels: np.ndarray, predicted: np.ndarray, title: str) -> None:
+    """Draw the confusion matrix of hard labels, 0 or 1."""
+    axes = _axes()
+    names = ["negative", "positive"]
+    ConfusionMatrixDisplay.from_predictions(
+        labels, predicted, labels=[0, 1], display_labels=names, cmap="Blues", colorbar=False, ax=axes
+    )
+    axes.set_title(title)
+    _save(path, axes)
+
+
+def draw_training(path: Path, histories: Mapping[str, pd.DataFrame]) -> None:
+    """Draw validation F1 and both losses by epoch, one line per model."""
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    panels = {"f1": "validation F1", "loss": "validation loss", "train_loss": "training loss"}
+    for axes, (column, title) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        for name, history in histories.items():
+            axes.plot(history["epoch"], history[column], marker=".", label=name)
+        axes.set(title=title, xlabel="epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.axes[-1].legend(fontsize="x-small")
+    with replacing(path) as aside:
+        figure.savefig(aside, format="png", dpi=110)
+
+
+def _axes() -> Axes:
+    # A Figure of its own needs no display and leaves nothing open.
+    return Figure(figsize=(6.5, 6), layout="constrained").add_subplot()
+
+
+def _save(path: Path, axes: Axes) -> None:
+    if axes.get_legend():
+        axes.legend(fontsize="x-small")
+    with replacing(path) as aside:
+        axes.get_figure().savefig(aside, format="png", dpi=110)  # type: ignore[union-attr]

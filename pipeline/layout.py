@@ -1,0 +1,120 @@
+"""The competition's layout: what a zip must hold, read and checked in one place.
+
+train/train/*.jpg or train/*.jpg     labelled images
+test/test/*.jpg or test/*.jpg        images to be judged
+train_labels.csv                     File,Label with Label 0 (negative) or 1 (COVID-19)
+sample_submission.csv                File,Label with the test images in the order of the submission
+metadata.csv                         optional: File,patient,source,view
+"""
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import pandas as pd
+
+from pipeline.errors import UserError
+
+METADATA = ["patient", "source", "view"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`images` has one row per image, labelled ones first.
+
+    Its columns are file, set (train or test), member (the name inside the zip), label (0, 1 or missing for the
+    test set), patient, source and view (empty where not known).
+    """
+
+    images: pd.DataFrame
+    sample: pd.DataFrame
+
+
+def read(path: Path) -> Layout:
+    """Read the tables of the zip and match them with its images; no image is opened.
+
+    Raises:
+        UserError: a table or an image is missing, or a label is not 0 or 1.
+    """
+    with _open(path) as archive:
+        names = [PurePosixPath(name) for name in archive.namelist()]
+        labels = _table(archive, path, "train_labels.csv", ["File", "Label"])
+        sample = _table(archive, path, "sample_submission.csv", ["File", "Label"])
+        known = "metadata.csv" in archive.namelist()
+        metadata = _table(archive, path, "metadata.csv", ["File", *METADATA]) if known else None
+    wrong = labels[~labels["Label"].isin(["0", "1"])]
+    if len(wrong):
+        raise UserError(
+            f"{path}: train_labels.csv line {wrong.index[0] + 2}: the label of {wrong['File'].iloc[0]} is "
+            f"{wrong['Label'].iloc[0]!r}; it must be 0 (negative) or 1 (COVID-19)"
+        )
+    train = _match(path, "train_labels.csv", labels["File"], _members(names, "train"), "train")
+    test = _match(path, "sample_submission.csv", sample["File"], _members(names, "test"), "test")
+    unlabelled = sorted(set(_members(names, "train")) - set(labels["File"]))
+    if unlabelled:
+        raise UserError(
+            f"{path}: {len(unlabelled)} training images have no label, the first is {unlabelled[0]}; "
+            "add them to train_labels.csv or take them out"
+        )
+    images = pd.concat([train.assign(label=labels["Label"].astype(int).to_numpy()), test], ignore_index=True)
+    images["label"] = images["label"].astype("Int64")
+    return Layout(_with_metadata(path, images, metadata), sample)
+
+
+def _open(path: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{path}: a damaged zip ({error}); fetch it again") from None
+
+
+def _table(archive: zipfile.ZipFile, path: Path, name: str, columns: list[str]) -> pd.DataFrame:
+    try:
+        with archive.open(name) as stream:
+            # Blank lines are kept, so that a row's index tells its line.
+            table = pd.read_csv(stream, dtype=str, keep_default_na=False, skip_blank_lines=False)
+    except KeyError:
+        raise UserError(f"{path}: has no {name}; add it at the top of the zip") from None
+    except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise UserError(f"{path}: {name} is not a CSV table: {' '.join(str(error).split())}") from None
+    missing = [column for column in columns if column not in table]
+    if missing:
+        raise UserError(f"{path}: {name} has no column {missing[0]!r}; its header must be {','.join(columns)}")
+    if not isinstance(table.index, pd.RangeIndex):
+        raise UserError(f"{path}: {name}: lines have more fields than the header; take the last comma away")
+    twice = table["File"][table["File"].duplicated()]
+    if len(twice):
+        raise UserError(f"{path}: {name} line {twice.index[0] + 2}: {twice.iloc[0]} is listed twice; keep one line")
+    return table[columns]
+
+
+def _members(names: list[PurePosixPath], folder: str) -> dict[str, str]:
+    """Map file names to names inside the zip, for both nestings."""
+    return {
+        name.name: str(name)
+        for name in names
+        if name.parts[:-1] in ((folder,), (folder, folder)) and "." in name.name and not name.name.startswith(".")
+    }
+
+
+def _match(path: Path, table: str, files: pd.Series, members: dict[str, str], subset: str) -> pd.DataFrame:
+    absent = files[~files.isin(list(members))]
+    if len(absent):
+        raise UserError(
+            f"{path}: {table} line {absent.index[0] + 2}: there is no image {absent.iloc[0]} in {subset}/ "
+            f"({len(absent)} missing in all); add the image or delete the line"
+        )
+    if files.empty:
+        raise UserError(f"{path}: {table} lists no image; it needs at least one")
+    return pd.DataFrame({"file": files, "set": subset, "member": files.map(members)})
+
+
+def _with_metadata(path: Path, images: pd.DataFrame, metadata: pd.DataFrame | None) -> pd.DataFrame:
+    if images["file"].duplicated().any():
+        name = images["file"][images["file"].duplicated()].iloc[0]
+        raise UserError(f"{path}: {name} is in train and in test; give every image its own name")
+    if metadata is None:
+        return images.assign(**dict.fromkeys(METADATA, ""))
+    merged = images.merge(metadata.rename(columns={"File": "file"}), on="file", how="left", validate="one_to_one")
+    merged[METADATA] = merged[METADATA].fillna("")
+    return merged

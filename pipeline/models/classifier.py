@@ -1,0 +1,149 @@
+"""Backbone and head in one module that owns its preprocessing, and its way to disk and back without pickles."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as save_tensors
+from torch import Generator, Tensor, nn
+from torch.nn.functional import interpolate
+
+from pipeline.errors import UserError
+from pipeline.files import read_json, replacing, sha256, write_json
+from pipeline.models import backbones
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+POSITIVE = 1  # index of the COVID-19 class in the logits
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What it takes, beside the weights, to build a classifier and to feed it."""
+
+    backbone: str
+    hidden: list[int]
+    dropout: float
+    size: int  # edge of the images the backbone sees, pixels
+    normalisation: str
+    packed_size: int  # edge of the images in the pack, which come first when a file is read
+
+
+class Classifier(nn.Module):
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        self.architecture = architecture
+        self.backbone = backbones.backbone(architecture.backbone)
+        self.head = Head(backbones.width(self.backbone, architecture.size), architecture.hidden, architecture.dropout)
+        imagenet = architecture.normalisation == "imagenet"
+        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if imagenet else ((0.0,) * 3, (1.0,) * 3)
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def inputs(self, pixels: Tensor) -> Tensor:
+        """Turn grey images (B, H, W), uint8, into what the backbone takes: (B, 3, size, size), float32."""
+        images = pixels.unsqueeze(1).float() / 255
+        size = self.architecture.size
+        if images.shape[-1] != size:
+            images = interpolate(images, (size, size), mode="bilinear", antialias=True)
+        return (images - self.mean) / self.std
+
+    def forward(self, images: Tensor, masks: Sequence[Tensor] = ()) -> Tensor:
+        """Give logits (B, 2), negative first, for images as `inputs` makes them, and masks as the head draws them."""
+        logits: Tensor = self.head(self.backbone(images).flatten(1), masks)
+        return logits
+
+    @torch.inference_mode()
+    def probabilities(self, pixels: Tensor) -> Tensor:
+        """Give P(positive), float32 of shape (B,), for grey images (B, H, W), uint8, on the model's device."""
+        logits: Tensor = self(self.inputs(pixels))
+        return logits.float().softmax(1)[:, POSITIVE]
+
+
+class Head(nn.Module):
+    """Dropout, the hidden layers, dropout and two logits.
+
+    A ReLU follows the first hidden layer and every further one but the last, which is how the recipe with
+    hidden = [256, 128] is drawn: the 128 are a linear bottleneck.
+    """
+
+    def __init__(self, features: int, hidden: list[int], dropout: float) -> None:
+        super().__init__()
+        widths = [features, *hidden]
+        self.hidden = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(widths))
+        self.logits = nn.Linear(widths[-1], 2)
+        self._dropout = dropout
+        self._dropped = [features, widths[-1]] if hidden else [features]
+
+    def masks(self, rows: int, generator: Generator) -> list[Tensor]:
+        """Draw what dropout does to a batch: factors of 0 or 1 / (1 - dropout), (rows, width) per dropout layer.
+
+        They are drawn apart from `forward`, so that a part of a batch gets the masks it would have in the whole.
+        """
+        keep = 1 - self._dropout
+        return [torch.bernoulli(torch.full((rows, width), keep), generator=generator) / keep for width in self._dropped]
+
+    def forward(self, features: Tensor, masks: Sequence[Tensor] = ()) -> Tensor:
+        """Give logits (B, 2) for features (B, width); without masks nothing is dropped."""
+        if masks:
+            features = features * masks[0].to(features)
+        for index, layer in enumerate(self.hidden):
+            features = layer(features)
+            if index == 0 or index < len(self.hidden) - 1:
+                features = features.relu()
+        if len(masks) > 1:
+            features = features * masks[1].to(features)
+        logits: Tensor = self.logits(features)
+        return logits
+
+
+def load_pretrained(network: Classifier, folder: Path) -> None:
+    """Load the backbone's first weights as the weights stage left them in `folder`.
+
+    Raises:
+        FileNotFoundError: they are missing.
+        UserError: they are another backbone's.
+    """
+    if read_json(folder / "origin.json")["source"] == "none":
+        return
+    state = load_file(folder / "backbone.safetensors")
+    wanted = network.backbone.state_dict()
+    foreign = [name for name in wanted if name not in state or state[name].shape != wanted[name].shape]
+    if foreign:
+        raise UserError(
+            f"{folder}: the weights are not those of {network.architecture.backbone} ({foreign[0]} does not fit); "
+            "run: dvc repro weights"
+        )
+    network.backbone.load_state_dict({name: state[name] for name in wanted})
+
+
+def save(network: Classifier, weights: Path) -> None:
+    with replacing(weights) as aside:
+        # Writing by ourselves says so when the disk is full.
+        aside.write_bytes(save_tensors({name: value.contiguous() for name, value in network.state_dict().items()}))
+
+
+def describe(network: Classifier, description: Path, weights: Path, facts: dict[str, Any]) -> None:
+    """Write, as JSON, what `load` needs beside the weights, and `facts` about the model."""
+    write_json(description, {**asdict(network.architecture), "weights_sha256": sha256(weights), **facts})
+
+
+def load(weights: Path, description: Path, device: torch.device) -> Classifier:
+    """Load a saved model, ready to predict; nothing in the files is executed.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        UserError: the weights are not the ones the description names.
+    """
+    facts = read_json(description)
+    if sha256(weights) != facts["weights_sha256"]:
+        raise UserError(f"{weights}: not the weights that {description.name} describes; run: dvc checkout {weights}")
+    network = Classifier(Architecture(**{name: facts[name] for name in Architecture.__dataclass_fields__}))
+    network.load_state_dict(load_file(weights))
+    return network.to(device).eval()

@@ -1,0 +1,42 @@
+"""Adaptive average pooling whose CUDA backward is deterministic."""
+
+import torch
+from torch import Tensor, nn
+
+
+def pooling_matrix(size: int, bins: int) -> Tensor:
+    """Return the (bins, size) matrix whose row i averages what bin i of adaptive pooling covers.
+
+    Bin i covers the pixels from floor(i * size / bins) up to, not including, ceil((i + 1) * size / bins).
+    """
+    edge = torch.arange(bins)
+    start, end = edge * size // bins, -((edge + 1) * size // -bins)
+    pixel = torch.arange(size)
+    covered = (pixel >= start[:, None]) & (pixel < end[:, None])
+    return covered / covered.sum(1, keepdim=True)
+
+
+class FixedAveragePool2d(nn.Module):
+    """`nn.AdaptiveAvgPool2d` as two matrix products: the same values, and the same bits on every run."""
+
+    def __init__(self, bins: tuple[int, int]) -> None:
+        super().__init__()
+        self.bins = bins
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Pool (B, C, H, W) to (B, C, *bins)."""
+        rows, columns = (
+            pooling_matrix(size, bins).to(images) for size, bins in zip(images.shape[-2:], self.bins, strict=True)
+        )
+        return rows @ images @ columns.T
+
+
+def replace_adaptive_pooling(module: nn.Module) -> None:
+    """Put `FixedAveragePool2d` in place of every `nn.AdaptiveAvgPool2d` below `module`."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.AdaptiveAvgPool2d):
+            bins = child.output_size if isinstance(child.output_size, tuple) else (child.output_size,) * 2
+            if None not in bins:
+                setattr(module, name, FixedAveragePool2d(bins))  # type: ignore[arg-type]
+        else:
+            replace_adaptive_pooling(child)

@@ -1,0 +1,101 @@
+"""Every image of the zip, decoded once, as one array on disk and a table of what each row is."""
+
+import errno
+import hashlib
+import os
+import zipfile
+import zlib
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from joblib import cpu_count
+from numpy.lib.format import open_memmap, write_array_header_1_0
+from rich.progress import track
+
+from pipeline import images, layout
+from pipeline.config import PrepareParams
+from pipeline.errors import UserError
+from pipeline.files import replacing, write_csv
+
+# Each worker process opens the zip and the array once.
+_archive: zipfile.ZipFile
+_array: int
+_start: int
+
+
+def pack(raw: Path, params: PrepareParams, target: Path) -> None:
+    """Write `images.npy`, `manifest.csv` and `quarantine.csv` into the folder `target`.
+
+    The array is uint8 of shape (N, size, size). Row i of the manifest is image i: file, set, label, patient, source,
+    view, width and height (of the file, pixels) and the sha256 of its pixels, so that the manifest's own hash
+    stands for the array. Workers write their rows into the file themselves: memory does not grow with N.
+
+    Raises:
+        UserError: a test image is not usable, or more labelled ones than `max_quarantined` allows.
+    """
+    rows = layout.read(raw).images
+    with replacing(target / "images.npy") as array_path:
+        start = _allocate(array_path, len(rows), params.size)
+        with ProcessPoolExecutor(cpu_count(), initializer=_open, initargs=(raw, array_path, start)) as pool:
+            jobs = pool.map(_decode, range(len(rows)), rows["member"], [params.size] * len(rows), chunksize=32)
+            facts = pd.DataFrame(track(jobs, "decoding", len(rows)), columns=["width", "height", "sha256", "reason"])
+        rows = pd.concat([rows.drop(columns="member"), facts], axis="columns")
+        bad = rows["reason"] != ""
+        _check(rows[bad], len(rows[rows["set"] == "train"]), params.max_quarantined)
+        if bad.any():
+            _keep(array_path, np.flatnonzero(~bad))
+        write_csv(target / "manifest.csv", rows[~bad].drop(columns="reason"))
+        write_csv(target / "quarantine.csv", rows.loc[bad, ["file", "set", "label", "reason"]])
+
+
+def _allocate(path: Path, count: int, size: int) -> int:
+    """Write the array's header and return where its first byte of data lies."""
+    array = open_memmap(path, mode="w+", dtype=np.uint8, shape=(count, size, size))
+    return int(array.offset)
+
+
+def _open(raw: Path, array: Path, start: int) -> None:
+    global _archive, _array, _start
+    _archive, _array, _start = zipfile.ZipFile(raw), os.open(array, os.O_WRONLY), start
+
+
+def _decode(row: int, member: str, size: int) -> tuple[int, int, str, str]:
+    try:
+        pixels, (width, height) = images.decode(_archive.read(member), size)
+    except images.UnusableError as reason:
+        return 0, 0, "", str(reason)
+    except (zipfile.BadZipFile, zlib.error) as reason:
+        return 0, 0, "", f"damaged in the zip: {reason}"
+    data = pixels.tobytes()
+    # Writing, unlike a memory map, says so when the disk is full.
+    if os.pwrite(_array, data, _start + row * len(data)) < len(data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return width, height, hashlib.sha256(data).hexdigest(), ""
+
+
+def _check(bad: pd.DataFrame, labelled: int, allowed: float) -> None:
+    test = bad[bad["set"] == "test"]
+    if len(test):
+        first = test.iloc[0]
+        raise UserError(
+            f"test image {first['file']}: {first['reason']} ({len(test)} unusable in all); "
+            "a submission needs every test image, so replace it"
+        )
+    if len(bad) > allowed * labelled:
+        worst = ", ".join(f"{count} × {reason}" for reason, count in bad["reason"].value_counts().head(3).items())
+        raise UserError(
+            f"{len(bad)} of {labelled} labelled images are unusable, more than prepare.max_quarantined = {allowed:g} "
+            f"allows: {worst}; mend them or raise it"
+        )
+
+
+def _keep(path: Path, rows: np.ndarray) -> None:
+    """Leave only the given rows in the array."""
+    everything = np.load(path, mmap_mode="r")
+    with replacing(path) as aside, aside.open("wb") as out:
+        shape = (len(rows), *everything.shape[1:])
+        write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        for row in rows:
+            out.write(everything[row].tobytes())

@@ -1,0 +1,40 @@
+"""A zip or a folder that somebody already has, in the competition's layout."""
+
+import shutil
+import zipfile
+from pathlib import Path
+
+from pipeline.config import ArchiveParams
+from pipeline.errors import UserError
+
+EPOCH = (1980, 1, 1, 0, 0, 0)  # the oldest time a zip can hold: the same folder gives the same bytes
+
+
+def write(params: ArchiveParams, target: Path) -> None:
+    """Copy the zip as it is, or zip the folder in the order of its names.
+
+    Raises:
+        UserError: no path is given, or there is neither a zip nor a folder.
+    """
+    if params.path is None:
+        raise UserError(
+            "params.yaml: download.path: no archive is named; download the competition's zip "
+            "(https://www.kaggle.com/c/stat946winter2021/data) and put its path there"
+        )
+    path = params.path.expanduser()
+    if path.is_dir():
+        _zip(path, target)
+    elif zipfile.is_zipfile(path):
+        shutil.copyfile(path, target)
+    elif path.exists():
+        raise UserError(f"{path}: not a zip; name a zip or a folder at download.path")
+    else:
+        raise UserError(f"{path}: not found; put a zip or a folder there, or change download.path in params.yaml")
+
+
+def _zip(folder: Path, target: Path) -> None:
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            member = zipfile.ZipInfo(file.relative_to(folder).as_posix(), EPOCH)
+            with file.open("rb") as source, archive.open(member, "w", force_zip64=True) as out:
+                shutil.copyfileobj(source, out)

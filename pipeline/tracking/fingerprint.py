@@ -1,0 +1,41 @@
+"""A run's identity: a hash of all that its result depends on."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.config import Config
+from pipeline.files import sha256
+
+# The manifest holds the hash of every image in the pack, and is quicker to read.
+STOOD_FOR = {"data/images.npy": "data/manifest.csv"}
+
+
+def of_training(config: Config, root: Path = Path(), **own: Any) -> str:
+    """Hash the parameters of training and every file that dvc.yaml names as its dependency.
+
+    Args:
+        config: whose active profile is trained.
+        root: of the repository.
+        own: what else tells one run from its siblings, such as its seed and the environment it runs in.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    deps = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]["train"]["deps"]
+    files = {STOOD_FOR.get(dep, dep) for dep in deps}
+    content = {
+        "params": config.active.train.model_dump(),
+        "files": {str(path.relative_to(root)): sha256(path) for name in files for path in _files(root / name)},
+        **own,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    return [file for file in path.rglob("*") if file.is_file() and "__pycache__" not in file.parts]

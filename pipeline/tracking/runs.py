@@ -1,0 +1,174 @@
+"""One MLflow run per seed under one parent per experiment, found by fingerprint before anything is made.
+
+A run is completed from what DVC holds, so a resumed, a repeated and a restored training are one run.
+"""
+
+import os
+import subprocess
+import time
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Self
+
+import mlflow
+import pandas as pd
+from mlflow.data.pandas_dataset import from_pandas
+from mlflow.entities import DatasetInput, InputTag, Metric, Param, Run
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+from mlflow.utils.mlflow_tags import (
+    MLFLOW_DATASET_CONTEXT,
+    MLFLOW_GIT_COMMIT,
+    MLFLOW_PARENT_RUN_ID,
+    MLFLOW_RUN_NOTE,
+)
+
+from pipeline import manifest
+from pipeline.config import Config
+from pipeline.files import dvc_hash, read_json, sha256
+from pipeline.tracking import fingerprint
+from pipeline.tracking.store import Store
+
+FINGERPRINT = "fingerprint"
+CHECKPOINT = "checkpoint"  # where a run keeps its model's files
+SEED_FILES = ["model.safetensors", "model.json", "history.csv", "metrics.json"]
+
+
+def parent_run(store: Store, config: Config) -> Run:
+    """Return the run that gathers all seeds."""
+    mark = fingerprint.of_training(config)
+    return _find_or_make(store, mark, f"{_backbone(config)} · {mark[:4]}", {})
+
+
+class SeedRun:
+    """The MLflow run of one seed's training; what is already in it is not logged again."""
+
+    def __init__(self, store: Store, config: Config, parent: Run, seed: int, mark: str) -> None:
+        of = {MLFLOW_PARENT_RUN_ID: parent.info.run_id}
+        run = _find_or_make(store, mark, f"seed-{seed} · {_backbone(config)} · {mark[:4]}", of)
+        self.run_id = run.info.run_id
+        self.finished = run.info.status == "FINISHED"
+        self._client = store.client
+        self._monitor: SystemMetricsMonitor | None = None
+        if self.finished:
+            return
+        history = self._client.get_metric_history(self.run_id, "validation/f1")
+        self._last_epoch = max((metric.step for metric in history), default=0)
+        params = {"seed": seed, **config.active.train.model_dump()}
+        self._client.log_batch(self.run_id, params=[Param(key, str(value)) for key, value in params.items()])
+        self._log_dataset(Path("data"))
+        self._client.update_run(self.run_id, status="RUNNING")
+
+    def watch(self) -> Self:
+        """Log how busy the machine is, until the run is closed."""
+        if not self.finished:
+            # Training may last less than MLflow's ten seconds between two looks.
+            self._monitor = SystemMetricsMonitor(self.run_id, sampling_interval=2, resume_logging=True)
+            self._monitor.start()
+        return self
+
+    def close(self, status: str) -> None:
+        if self.finished:
+            return
+        if self._monitor:
+            self._monitor.finish()
+        self._client.set_terminated(self.run_id, status)
+        self.finished = status == "FINISHED"
+
+    def log_epoch(
+        self, row: Mapping[str, Any], ended: float | None = None, images_per_second: float | None = None
+    ) -> None:
+        """Log one row of `history.csv`; an epoch that is there already is left alone.
+
+        Args:
+            row: the epoch and its figures.
+            ended: when, in seconds since 1970; by default now.
+            images_per_second: which no out of a training holds.
+        """
+        epoch = int(row["epoch"])
+        if self.finished or epoch <= self._last_epoch:
+            return
+        named = {f"validation/{key}": row[key] for key in row if key not in ("epoch", "train_loss", "lr")} | {
+            "train/loss": row["train_loss"],
+            "train/lr": row["lr"],
+            "train/images_per_second": images_per_second,
+        }
+        log_metrics(self._client, self.run_id, named, epoch, ended)
+        self._last_epoch = epoch
+
+    def take_checkpoint(self, weights: Path) -> None:
+        """Store the best weights so far, in place of the last ones, and delete the file."""
+        if not self.finished:
+            self._client.log_artifact(self.run_id, str(weights), CHECKPOINT)
+        weights.unlink()
+
+    def finish(self, folder: Path) -> None:
+        """Complete the run from the outs of its training, and close it."""
+        if self.finished:
+            return
+        for row in pd.read_csv(folder / "history.csv").to_dict("records"):
+            self.log_epoch({str(key): value for key, value in row.items()})
+        for name in SEED_FILES:
+            self._client.log_artifact(self.run_id, str(folder / name), CHECKPOINT)
+        best = read_json(folder / "metrics.json")
+        log_metrics(self._client, self.run_id, {f"best/{key}": value for key, value in best.items()}, best["epoch"])
+        for key, value in read_json(folder / "model.json")["environment"].items():
+            self._client.set_tag(self.run_id, key, value)
+        self.close("FINISHED")
+
+    def _log_dataset(self, data: Path) -> None:
+        table = data / "manifest.csv"
+        with warnings.catch_warnings():
+            # MLflow warns of two equal kinds of source, and that integer columns cannot miss values.
+            warnings.simplefilter("ignore", UserWarning)
+            dataset = from_pandas(manifest.read(data), source=str(table), name="radiographs", digest=dvc_hash(table))
+            entity = dataset._to_mlflow_entity()  # noqa: SLF001
+        tags = [InputTag(MLFLOW_DATASET_CONTEXT, "training")]
+        self._client.log_inputs(self.run_id, [DatasetInput(entity, tags)])
+
+
+def log_metrics(
+    client: mlflow.MlflowClient, run_id: str, values: Mapping[str, Any], step: int = 0, when: float | None = None
+) -> None:
+    """Log what is a number, as of now or of `when` (seconds since 1970); MLflow would store a missing figure as 0."""
+    milliseconds = int((when or time.time()) * 1000)
+    metrics = [Metric(key, float(value), milliseconds, step) for key, value in values.items() if not pd.isna(value)]
+    client.log_batch(run_id, metrics=metrics)
+
+
+def finish_parent(store: Store, run: Run, report: Path, bag: Mapping[str, Any]) -> None:
+    """Give the parent run the table of all models as its description, the bag's figures and the report's files."""
+    digest = sha256(report / "table.csv")
+    if run.data.tags.get("report") == digest:
+        return
+    for file in sorted(path for path in report.iterdir() if path.is_file()):
+        store.client.log_artifact(run.info.run_id, str(file), "report")
+    log_metrics(store.client, run.info.run_id, {f"bag/{key}": value for key, value in bag.items()})
+    store.client.set_tag(run.info.run_id, MLFLOW_RUN_NOTE, (report / "table.md").read_text(encoding="utf-8"))
+    store.client.set_tag(run.info.run_id, "report", digest)
+    store.client.set_terminated(run.info.run_id, "FINISHED")
+
+
+def _find_or_make(store: Store, mark: str, name: str, tags: dict[str, str]) -> Run:
+    with store.lock:
+        found = store.client.search_runs([store.experiment_id], f"tags.{FINGERPRINT} = '{mark}'", max_results=1)
+        if found:
+            return found[0]
+        return store.client.create_run(
+            store.experiment_id, tags={FINGERPRINT: mark, **tags, **_origin()}, run_name=name
+        )
+
+
+def _origin() -> dict[str, str]:
+    tags = {}
+    with suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        tags[MLFLOW_GIT_COMMIT] = commit.stdout.strip()
+    if "DVC_EXP_NAME" in os.environ:
+        tags["dvc.experiment"] = os.environ["DVC_EXP_NAME"]
+    return tags
+
+
+def _backbone(config: Config) -> str:
+    return config.active.train.backbone.removeprefix("timm/")

@@ -1,0 +1,63 @@
+"""What is on disk of a training that is not at its end."""
+
+import logging
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.files import replacing
+
+log = logging.getLogger(__name__)
+
+
+class Checkpoint:
+    """The one file, named by the run's fingerprint, from which a training can be taken up again."""
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self.path = folder / f"{fingerprint}.pt"
+        self._fingerprint = fingerprint
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Put the state, which is made of numbers, texts and tensors, in place of the last one."""
+        with replacing(self.path) as aside, aside.open("wb") as out:
+            torch.save({"fingerprint": self._fingerprint, "state": state}, out)
+            out.flush()
+            os.fsync(out.fileno())
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        os.fsync(folder)  # the new name, too, survives a power cut
+        os.close(folder)
+
+    def load(self) -> dict[str, Any] | None:
+        """Return what was saved, on the CPU; None where nothing was.
+
+        A damaged or foreign file is set aside with a warning.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            return self._read()
+        except (MemoryError, OSError):
+            raise  # it may be whole
+        except Exception as error:  # noqa: BLE001  # whatever is wrong with it, the seed trains from the start
+            aside = self.path.with_suffix(".unusable")
+            self.path.replace(aside)
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            log.warning("%s cannot be used: %s; training starts anew (kept as %s)", self.path, reason, aside.name)
+            return None
+
+    def _read(self) -> dict[str, Any]:
+        with zipfile.ZipFile(self.path) as archive:
+            broken = archive.testzip()  # torch writes check sums, but does not look at them
+        if broken:
+            raise ValueError(f"{broken} is damaged")
+        content = torch.load(self.path, map_location="cpu", weights_only=True)
+        if content["fingerprint"] != self._fingerprint:
+            raise ValueError(f"it is of the run {content['fingerprint']}")
+        state: dict[str, Any] = content["state"]
+        return state
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)

@@ -1,0 +1,37 @@
+"""The optimiser by name, and the learning rate at each moment of training."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from pipeline.config import TrainParams
+
+SGD_MOMENTUM = 0.9
+
+
+def optimiser(weights: Iterable[nn.Parameter], params: TrainParams) -> Optimizer:
+    decay, fused = params.weight_decay, params.fused or None  # None lets torch choose
+    match params.optimiser:
+        case "adam":
+            return torch.optim.Adam(weights, params.lr, eps=params.eps, weight_decay=decay, fused=fused)
+        case "adamw":
+            return torch.optim.AdamW(weights, params.lr, eps=params.eps, weight_decay=decay, fused=fused)
+        case "sgd":
+            return torch.optim.SGD(weights, params.lr, SGD_MOMENTUM, weight_decay=decay, fused=fused)
+
+
+def learning_rate(epochs_done: float, params: TrainParams) -> float:
+    """Return the learning rate after `epochs_done` epochs, which counts parts of an epoch.
+
+    It rises linearly from 0 during `warmup_epochs`; then it stays at `lr`, or falls to 0 along a half cosine
+    (Loshchilov and Hutter 2017).
+    """
+    if epochs_done < params.warmup_epochs:
+        return params.lr * epochs_done / params.warmup_epochs
+    if params.schedule == "constant":
+        return params.lr
+    share = (epochs_done - params.warmup_epochs) / (params.epochs - params.warmup_epochs)
+    return params.lr * (1 + math.cos(math.pi * share)) / 2

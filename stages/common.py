@@ -1,0 +1,54 @@
+"""What every command shares: errors in one line, and `--debug` to see where they come from."""
+
+import errno
+import functools
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from pipeline.errors import Interrupted, UserError
+
+
+class Refusal(click.ClickException):
+    exit_code = 2
+
+
+def stage(function: Callable[..., None]) -> click.Command:
+    """Make a click command that ends in one line and exit code 2 when its user can mend what is wrong.
+
+    Stopped by a signal, it ends as a shell expects it: with 128 and the signal's number.
+    """
+
+    @functools.wraps(function)
+    def run(debug: bool, **options: Any) -> None:
+        try:
+            function(**options)
+        except Interrupted as error:
+            click.echo(f"{error}; dvc repro goes on from there", err=True)
+            sys.exit(128 + error.signal)
+        except KeyboardInterrupt:
+            sys.exit(128 + signal.SIGINT)
+        except (UserError, OSError) as error:
+            line = _line(error)
+            if debug or not line:
+                raise
+            raise Refusal(line) from None
+
+    return click.command()(click.option("--debug", is_flag=True, help="Show where an error comes from.")(run))
+
+
+def _line(error: UserError | OSError) -> str:
+    """Say what is wrong and what to do; nothing for what no user can mend."""
+    match error:
+        case UserError():
+            return str(error)
+        case FileNotFoundError():
+            return f"{error.filename or error}: not found; run: dvc repro"
+        case PermissionError():
+            return f"{error.filename or error}: permission denied; change its rights or its owner"
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
+            return f"the disk is full ({error.filename or 'while writing'}); free some space and run again"
+    return ""

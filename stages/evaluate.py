@@ -1,0 +1,54 @@
+"""Run every model over every image."""
+
+from pathlib import Path
+
+from stages.common import stage
+
+
+@stage
+def evaluate() -> None:
+    """Write predictions/, metrics/evaluate.json and pictures of curves."""
+    import pandas as pd
+
+    from pipeline.config import load
+    from pipeline.dataset import Pack, read_table
+    from pipeline.evaluation import curves
+    from pipeline.evaluation.metrics import best_model, called, score
+    from pipeline.evaluation.predictions import predict
+    from pipeline.files import write_csv, write_json
+    from pipeline.models import classifier
+    from pipeline.training import determinism
+
+    config = load()
+    params = config.active.evaluate
+    determinism.make_deterministic(params.cpu_threads)
+    device = determinism.device()
+    folders = {f"seed-{seed}": Path(f"models/seed-{seed}") for seed in config.seeds}
+    networks = {
+        name: classifier.load(folder / "model.safetensors", folder / "model.json", device)
+        for name, folder in folders.items()
+    }
+    table = read_table(Path("data"))
+    used = table[table["subset"].isin(["validation", "test"])]
+    pack = Pack(Path("data/images.npy"), device)
+    found = predict(networks, pack, list(used.index), params.batch_size).set_index(used.index)
+
+    judged = used["subset"] == "validation"
+    validation = pd.concat([used.loc[judged, ["file", "label"]], found[judged]], axis="columns")
+    write_csv(Path("predictions/validation.csv"), validation)
+    write_csv(Path("predictions/test.csv"), pd.concat([used.loc[~judged, ["file"]], found[~judged]], axis="columns"))
+
+    labels, models = validation["label"].to_numpy(dtype=int), found[judged]
+    scores = {name: score(labels, models[name].to_numpy()) for name in networks}
+    write_json(Path("metrics/evaluate.json"), scores)
+    plots, best = Path("plots"), best_model(scores)
+    curves.draw_roc(plots / "roc.png", labels, models)
+    curves.draw_precision_recall(plots / "precision_recall.png", labels, models)
+    curves.draw_confusion(plots / "confusion.png", labels, called(models[best]).to_numpy(), f"{best}, validation set")
+    curves.draw_training(
+        plots / "training.png", {name: pd.read_csv(folder / "history.csv") for name, folder in folders.items()}
+    )
+
+
+if __name__ == "__main__":
+    evaluate()

@@ -1,0 +1,18 @@
+"""Decode every image once."""
+
+from pathlib import Path
+
+from stages.common import stage
+
+
+@stage
+def prepare() -> None:
+    """Write data/images.npy, data/manifest.csv and data/quarantine.csv from data/raw.zip."""
+    from pipeline import packing
+    from pipeline.config import load
+
+    packing.pack(Path("data/raw.zip"), load().active.prepare, Path("data"))
+
+
+if __name__ == "__main__":
+    prepare()

@@ -1,0 +1,71 @@
+"""Train one seed."""
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from stages.common import stage
+
+if TYPE_CHECKING:
+    from pipeline.models.classifier import Classifier
+    from pipeline.training.loop import Epoch
+
+
+@stage
+@click.option("--seed", type=int, required=True, help="K, the origin of all random numbers.")
+def train(seed: int) -> None:
+    """Write models/seed-K/, and log to MLflow while it trains; go on where an interrupted training stopped."""
+    import pandas as pd
+
+    from pipeline.config import load
+    from pipeline.dataset import Pack, read_table
+    from pipeline.files import write_csv, write_json
+    from pipeline.models import classifier
+    from pipeline.tracking import fingerprint
+    from pipeline.tracking.outbox import Outbox
+    from pipeline.tracking.runs import SeedRun, parent_run
+    from pipeline.tracking.store import connect, root
+    from pipeline.training import determinism, group
+    from pipeline.training.checkpoint import Checkpoint
+    from pipeline.training.interruption import Interruption
+    from pipeline.training.loop import Training
+
+    config = load()
+    data, folder = Path("data"), Path(f"models/seed-{seed}")
+    params = config.active.train
+    determinism.make_deterministic(params.cpu_threads, compiled=params.compile)
+    with Interruption() as stop, group.joined() as processes:
+        pack = Pack(data / "images.npy", determinism.device())
+        environment = determinism.environment(processes.count)
+        mark = fingerprint.of_training(config, seed=seed, environment=environment)
+        checkpoint = Checkpoint(root() / "checkpoints", mark)
+        training = Training(params, seed, read_table(data), pack, data / "weights", processes)
+        if not processes.leads:
+            training.run(checkpoint, lambda *_: None, stop)
+            return
+
+        store = connect(config.model_name)
+        run = SeedRun(store, config, parent_run(store, config), seed, mark).watch()
+        with tempfile.TemporaryDirectory() as scratch, Outbox(run) as outbox:
+
+            def log(epoch: "Epoch", best: "Classifier | None") -> None:
+                outbox.put(lambda run: run.log_epoch(epoch.row(), epoch.ended, epoch.images_per_second))
+                if best:
+                    weights = Path(scratch, str(epoch.epoch), "model.safetensors")
+                    classifier.save(best, weights)
+                    outbox.put(lambda run: run.take_checkpoint(weights))
+
+            trained = training.run(checkpoint, log, stop)
+            facts = {"fingerprint": mark, "environment": environment}
+            classifier.save(trained.network, folder / "model.safetensors")
+            classifier.describe(trained.network, folder / "model.json", folder / "model.safetensors", facts)
+            write_csv(folder / "history.csv", pd.DataFrame([epoch.row() for epoch in trained.history]))
+            write_json(folder / "metrics.json", {"epoch": trained.best.epoch, **trained.best.scores})
+            outbox.put(lambda run: run.finish(folder))
+        checkpoint.remove()
+
+
+if __name__ == "__main__":
+    train()

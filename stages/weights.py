@@ -1,0 +1,19 @@
+"""Bring the backbone's first weights in."""
+
+from pathlib import Path
+
+from stages.common import stage
+
+
+@stage
+def weights() -> None:
+    """Write data/weights/ for the profile's backbone."""
+    from pipeline.config import load
+    from pipeline.models import pretrained
+
+    profile = load().active
+    pretrained.provide(profile.train.backbone, profile.weights.source, Path("data/weights"))
+
+
+if __name__ == "__main__":
+    weights()
