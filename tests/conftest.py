@@ -1,0 +1,218 @@
+import io
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from pipeline.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+
+# Runs of all profiles in seconds: few and small images, two seeds, one or two epochs.
+QUICK = {"epochs": 2, "frozen_epochs": 1, "size": 32, "batch_size": 8, "cpu_threads": 1}
+TINY = {
+    "demo": {"download": {"train": 32, "test": 8, "prevalence": 0.25}, "prepare": {"size": 48}, "train": QUICK},
+    "local": {"prepare": {"size": 48}, "train": QUICK},
+    "competition": {"weights": {"source": "none"}, "train": {"epochs": 1, "frozen_epochs": 0}},
+}
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    import torch
+
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+
+
+def jpeg(rng: np.random.Generator, size: int = 64, *, bright: bool = False) -> bytes:
+    """Encode a grey picture as the competition does; a bright one has a blob in the middle."""
+    pixels = rng.integers(40, 90, (size, size)).astype(np.uint8)
+    if bright:
+        pixels[size // 4 : -size // 4, size // 4 : -size // 4] += 120
+    stream = io.BytesIO()
+    Image.fromarray(pixels).convert("RGB").save(stream, "JPEG", quality=75)
+    return stream.getvalue()
+
+
+def archive_members(train: int = 24, test: int = 4, nested: bool = True) -> dict[str, bytes]:
+    """Return the files of a small archive in the competition's layout; every third training image is positive."""
+    rng = np.random.default_rng(0)
+    labels = {f"a{index:03}.jpg": int(index % 3 == 0) for index in range(train)}
+    tests = [f"t{index:03}.jpg" for index in range(test)]
+    folder = {subset: f"{subset}/{subset}" if nested else subset for subset in ("train", "test")}
+    members = {f"{folder['train']}/{name}": jpeg(rng, bright=bool(label)) for name, label in labels.items()}
+    members |= {f"{folder['test']}/{name}": jpeg(rng) for name in tests}
+    members["train_labels.csv"] = ("File,Label\n" + "".join(f"{n},{v}\n" for n, v in labels.items())).encode()
+    members["sample_submission.csv"] = ("File,Label\n" + "".join(f"{n},0\n" for n in tests)).encode()
+    return members
+
+
+def write_zip(path: Path, members: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return path
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    """A small archive in the competition's layout."""
+    return write_zip(tmp_path / "raw.zip", archive_members())
+
+
+def clone(target: Path) -> Path:
+    """Copy what git knows of the project, as it is now, into a repository of its own."""
+    known = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.run(known, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target / name)
+    return target
+
+
+def edit_params(project: Path, edit: Callable[[dict], None]) -> None:
+    path = project / "params.yaml"
+    params = yaml.safe_load(path.read_text())
+    edit(params)
+    path.write_text(yaml.safe_dump(params, sort_keys=False))
+
+
+def make_tiny(params: dict) -> None:
+    params["seeds"] = [0, 1]
+    for profile, sections in TINY.items():
+        params[profile]["split"]["folds"] = 4
+        for section, values in sections.items():
+            params[profile][section] |= values
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """Return an environment in which `python` is the one that runs the tests and nothing else is set for MLflow."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "DVC_"))}
+    fast = {"MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "1"}  # these trainings last a second or two
+    path = f"{Path(sys.executable).parent}{os.pathsep}{clean['PATH']}"
+    identity = {f"GIT_{who}_{what}": "test@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    return {**clean, **identity, "PATH": path, "DVC_NO_ANALYTICS": "1", **fast, **changes}
+
+
+def run(project: Path, *command: str, **changes: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in the project and return it ended, with what it printed."""
+    return subprocess.run(
+        command, cwd=project, env=environment(**changes), capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+def commit(project: Path) -> None:
+    for command in (["git", "init", "-q"], ["git", "add", "-A"], ["git", "commit", "-qm", "start"]):
+        subprocess.run(command, cwd=project, env=environment(), check=True)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A clone of the project whose demo takes seconds."""
+    target = clone(tmp_path / "project")
+    edit_params(target, make_tiny)
+    commit(target)
+    return target
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory) -> Path:
+    """An MLflow store with nothing in it, which takes seconds to make."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory) -> Path:
+    """A clone in which the demo has run once; tests may add to it but not spoil it."""
+    target = clone(tmp_path_factory.mktemp("built") / "project")
+    edit_params(target, make_tiny)
+    commit(target)
+    ended = run(target, "dvc", "repro")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return target
+
+
+@pytest.fixture(scope="session")
+def ready(built, empty_store, tmp_path_factory) -> Callable[..., Path]:
+    """Makes projects whose data are ready, with an MLflow store in which nothing is yet."""
+
+    def make(**train) -> Path:
+        target = tmp_path_factory.mktemp("ready") / "project"
+        shutil.copytree(built, target, symlinks=True)
+        shutil.rmtree(target / "models")
+        shutil.rmtree(target / "mlartifacts")
+        shutil.copy(empty_store, target / "mlflow.db")
+        edit_params(target, lambda params: params["demo"]["train"].update(train))
+        return target
+
+    return make
+
+
+@contextmanager
+def server(project: Path, *command: str, answers_at: str, **changes: str) -> Iterator[None]:
+    """Run a server while the block runs, from when it answers."""
+    log = project / "server.log"
+    with log.open("w") as out:
+        started = subprocess.Popen(
+            command, cwd=project, env=environment(**changes), stdout=out, stderr=out, start_new_session=True
+        )
+    try:
+        while True:
+            with suppress(OSError):
+                urllib.request.urlopen(answers_at, timeout=5).close()
+                break
+            assert started.poll() is None, log.read_text()
+            time.sleep(0.3)
+        yield
+    finally:
+        subprocess.run(["pkill", "-TERM", "-s", str(started.pid)], check=False)
+        started.wait(30)
+
+
+def refusal(function: Callable[..., object], *arguments: object) -> str:
+    """Return the one line with which the function refuses its arguments."""
+    with pytest.raises(UserError) as caught:
+        function(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def refusal_of_file(function: Callable[..., object], path: Path) -> str:
+    """Return the one line with which the file is refused, less the file's name in front."""
+    message = refusal(function, path)
+    assert message.startswith(f"{path}: ")
+    return message.removeprefix(f"{path}: ")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,132 @@
+import pytest
+import torch
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline import config
+from pipeline.augment import augment, epoch_order, mixup
+from pipeline.training.determinism import generator
+
+SHIPPED = config.load(ROOT / "params.yaml").profiles["demo"].train
+
+
+def params(**changes):
+    return SHIPPED.model_copy(update={"flip": 0.0, "rotation": 0.0, "sampling": "shuffle", **changes})
+
+
+def pictures(count: int = 64, size: int = 12) -> torch.Tensor:
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def test_no_chance_of_a_flip_and_no_rotation_leave_images_as_they_are():
+    assert torch.equal(augment(pictures(), params(), generator(1)), pictures())
+
+
+def test_a_sure_flip_mirrors_every_image_from_left_to_right():
+    assert torch.equal(augment(pictures(), params(flip=1.0), generator(1)), pictures().flip(-1))
+
+
+def test_each_image_is_flipped_by_itself():
+    images = pictures(400)
+    found = augment(images, params(flip=0.5), generator(1))
+    same = (found == images).all(dim=(1, 2, 3))
+    mirrored = (found == images.flip(-1)).all(dim=(1, 2, 3))
+    assert (same ^ mirrored).all()
+    assert 150 < mirrored.sum() < 250
+
+
+def test_the_share_of_flips_is_the_one_asked_for():
+    found = augment(pictures(2000, 2), params(flip=0.2), generator(1))
+    assert (found != pictures(2000, 2)).any(dim=(1, 2, 3)).float().mean().item() == pytest.approx(0.2, abs=0.04)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.floats(0.1, 180), st.integers(0, 99))
+def test_rotation_keeps_shape_and_range(degrees, seed):
+    images = pictures(4)
+    found = augment(images, params(rotation=degrees), generator(seed))
+    assert found.shape == images.shape
+    assert found.dtype == images.dtype
+    assert found.min() >= images.min() - 1e-6
+    assert found.max() <= images.max() + 1e-6
+    assert not torch.equal(found, images)
+
+
+def test_rotation_turns_each_image_by_an_angle_of_its_own_within_the_limit():
+    bar = torch.zeros(200, 1, 65, 65)
+    bar[:, :, 32, :] = 1
+    found = augment(bar, params(rotation=20.0), generator(1))[:, 0]
+    row = torch.arange(65.0) - 32
+    right = (found[:, :, 52] * row).sum(1) / found[:, :, 52].sum(1)
+    angles = torch.rad2deg(torch.atan(right / 20))
+    assert angles.abs().max() <= 21
+    assert angles.max() > 15
+    assert angles.min() < -15
+    assert len(angles.round(decimals=3).unique()) > 150
+
+
+def test_rotation_does_not_squeeze_the_picture():
+    row, column = torch.meshgrid(torch.arange(64.0) - 31.5, torch.arange(64.0) - 31.5, indexing="ij")
+    disc = ((row**2 + column**2) < 400).float().expand(8, 1, 64, 64)
+    found = augment(disc, params(rotation=180.0), generator(1))
+    assert (found - disc).abs().mean() < 0.01
+
+
+def test_the_same_generator_gives_the_same_augmentation_and_another_another():
+    changes = params(flip=0.5, rotation=10.0)
+    assert torch.equal(augment(pictures(), changes, generator(1)), augment(pictures(), changes, generator(1)))
+    assert not torch.equal(augment(pictures(), changes, generator(1)), augment(pictures(), changes, generator(2)))
+
+
+def test_no_mixup_gives_one_hot_targets_and_the_images_themselves():
+    images, targets = mixup(pictures(4), torch.tensor([0, 1, 1, 0]), 0.0)
+    assert torch.equal(images, pictures(4))
+    assert torch.equal(targets, torch.tensor([[1.0, 0], [0, 1], [0, 1], [1, 0]]))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 1), min_size=2, max_size=12), st.floats(0.05, 5), st.integers(0, 10**6))
+def test_mixup_blends_images_and_labels_with_the_same_share(labels, alpha, seed):
+    count = len(labels)
+    # Image i is 1 in channel i alone, so that the share of each image can be read in the mixture.
+    images = torch.eye(count).view(count, count, 1, 1).expand(-1, -1, 4, 4)
+    torch.manual_seed(seed)
+    mixed, targets = mixup(images, torch.tensor(labels), alpha)
+    assert torch.allclose(targets.sum(1), torch.ones(count), atol=1e-6)
+    shares = mixed[:, :, 0, 0]
+    assert torch.allclose(shares.sum(1), torch.ones(count), atol=1e-6)
+    assert (shares > 1e-6).sum(1).max() <= 2
+    assert torch.allclose(shares.diagonal(), shares.diagonal()[0].expand(count), atol=1e-6)
+    assert torch.allclose(targets[:, 1], shares @ torch.tensor(labels, dtype=torch.float), atol=1e-6)
+
+
+def test_mixup_draws_from_the_global_generator():
+    results = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        results.append(mixup(pictures(4), torch.tensor([0, 1, 1, 0]), 0.5)[0])
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 300), st.integers(0, 99))
+def test_a_shuffled_epoch_takes_every_image_once(count, seed):
+    order = epoch_order(torch.zeros(count, dtype=torch.long), params(sampling="shuffle"), generator(seed))
+    assert sorted(order.tolist()) == list(range(count))
+
+
+def test_a_shuffled_epoch_has_an_order_of_its_own():
+    labels = torch.zeros(50, dtype=torch.long)
+    first, second = (epoch_order(labels, params(), generator(1, epoch)) for epoch in (1, 2))
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("weight", [0.5, 1.0, 4.0, 8.0])
+def test_a_weighted_epoch_draws_a_positive_that_many_times_as_often(weight):
+    labels = (torch.arange(20_000) % 10 == 0).long()
+    order = epoch_order(labels, params(sampling="weighted", positive_weight=weight), generator(1))
+    assert len(order) == len(labels)
+    drawn = torch.bincount(labels[order], minlength=2) / torch.bincount(labels)
+    assert (drawn[1] / drawn[0]).item() == pytest.approx(weight, rel=0.1)

@@ -1,0 +1,292 @@
+import math
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from sklearn import metrics as sklearn
+
+from pipeline import ensemble, submission
+from pipeline.dataset import Pack
+from pipeline.errors import UserError
+from pipeline.evaluation import curves
+from pipeline.evaluation.metrics import best_model, score
+from pipeline.evaluation.predictions import predict
+from pipeline.models.classifier import Architecture, Classifier
+from pipeline.report import table
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+counts = st.integers(0, 12)
+probabilities = st.floats(0, 1, width=32)
+
+
+def labelled(tn: int, fp: int, fn: int, tp: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return labels and probabilities with these counts at 0.5."""
+    labels = np.repeat([0, 0, 1, 1], [tn, fp, fn, tp])
+    return labels, np.repeat([0.2, 0.7, 0.4, 0.9], [tn, fp, fn, tp])
+
+
+# Scores
+
+
+@settings(max_examples=60, deadline=None)
+@given(counts, counts, counts, counts)
+def test_scores_follow_from_the_confusion_counts(tn, fp, fn, tp):
+    assume(tn + fp + fn + tp)
+    found = score(*labelled(tn, fp, fn, tp))
+    assert found["accuracy"] == (tn + tp) / (tn + fp + fn + tp)
+    assert found["recall"] == (tp / (tp + fn) if tp + fn else None)
+    assert found["precision"] == (tp / (tp + fp) if tp + fp else None)
+    assert found["specificity"] == (tn / (tn + fp) if tn + fp else None)
+    assert found["f1"] == pytest.approx(2 * tp / (2 * tp + fp + fn) if tp else 0)
+    both = tn + fp and tp + fn
+    assert found["balanced_accuracy"] == (pytest.approx((tp / (tp + fn) + tn / (tn + fp)) / 2) if both else None)
+    loss = -(tn * math.log(0.8) + fp * math.log(0.3) + fn * math.log(0.4) + tp * math.log(0.9))
+    assert found["loss"] == pytest.approx(loss / (tn + fp + fn + tp))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 1), probabilities), min_size=2, max_size=30))
+def test_scores_of_both_classes_equal_scikit_learns(rows):
+    labels, found = np.array([label for label, _ in rows]), np.array([probability for _, probability in rows])
+    assume(len(set(labels)) == 2)
+    predicted = (found >= 0.5).astype(int)
+    assert score(labels, found) == pytest.approx({
+        "loss": sklearn.log_loss(labels, found),
+        "accuracy": sklearn.accuracy_score(labels, predicted),
+        "f1": sklearn.f1_score(labels, predicted, zero_division=0),
+        "recall": sklearn.recall_score(labels, predicted),
+        "precision": sklearn.precision_score(labels, predicted) if predicted.any() else None,
+        "specificity": sklearn.recall_score(labels, predicted, pos_label=0),
+        "balanced_accuracy": sklearn.balanced_accuracy_score(labels, predicted),
+        "auroc": sklearn.roc_auc_score(labels, found),
+        "average_precision": sklearn.average_precision_score(labels, found),
+    })  # fmt: skip
+
+
+def test_exactly_half_is_positive():
+    assert score(np.array([1, 0]), np.array([0.5, 0.49]))["accuracy"] == 1
+
+
+def test_hard_labels_take_the_place_of_the_threshold():
+    found = score(np.array([0, 1, 1, 0]), np.array([0.9, 0.1, 0.9, 0.1]), np.array([0, 1, 1, 0]))
+    assert (found["f1"], found["accuracy"]) == (1, 1)
+    assert found["auroc"] == 0.5
+
+
+@pytest.mark.parametrize("label", [0, 1])
+@pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
+def test_one_class_alone_gives_none_without_a_warning(label, probability):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = score(np.full(3, label), np.full(3, probability))
+    absent = {"auroc", "average_precision", "balanced_accuracy", "recall" if label == 0 else "specificity"}
+    if probability < 0.5:
+        absent |= {"precision"}
+    assert {key for key, value in found.items() if value is None} == absent
+    assert all(math.isfinite(value) for value in found.values() if value is not None)
+
+
+def test_a_probability_of_0_or_1_that_is_wrong_costs_a_finite_loss():
+    assert math.isfinite(score(np.array([0, 1]), np.array([1.0, 0.0], dtype=np.float32))["loss"])
+
+
+def test_the_best_model_has_the_highest_f1_then_the_lowest_loss_then_comes_first():
+    models = {name: {"f1": f1, "loss": loss} for name, f1, loss in [("a", 0.8, 0.1), ("b", 0.9, 0.3), ("c", 0.9, 0.2)]}
+    assert best_model(models) == "c"
+    assert best_model({**models, "d": {"f1": 0.91, "loss": 9.0}}) == "d"
+    assert best_model({"z": models["c"], "c": models["c"]}) == "z"
+
+
+# Predictions
+
+
+def test_predictions_have_a_column_per_network_and_a_row_per_image_in_the_order_asked_for(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (7, 40, 40)).astype(np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    facts = {"hidden": [], "dropout": 0.2, "size": 40, "normalisation": "none", "packed_size": 40}
+    networks = {name: Classifier(Architecture("squeezenet1_1", **facts)).eval() for name in ("seed-3", "seed-1")}
+    rows = [6, 0, 3, 2, 5]
+    found = predict(networks, Pack(tmp_path / "images.npy", torch.device("cpu")), rows, batch_size=2)
+    assert list(found.columns) == ["seed-3", "seed-1"]
+    for name, network in networks.items():
+        expected = [network.probabilities(torch.from_numpy(images[row : row + 1])).item() for row in rows]
+        assert found[name].to_numpy() == pytest.approx(expected, abs=1e-5)
+
+
+# Ensemble
+
+
+@pytest.mark.parametrize(("tie", "low", "high"), [("positive", 1, 1), ("negative", 0, 0), ("mean", 0, 1)])
+def test_an_even_vote_goes_to_who_wins_ties(tie, low, high):
+    members = pd.DataFrame({"a": [0.1, 0.45], "b": [0.6, 0.9]})
+    assert list(ensemble.combine(members, tie)["vote"]) == [low, high]
+
+
+def test_a_mean_of_exactly_half_wins_the_tie_for_the_positives():
+    assert ensemble.combine(pd.DataFrame({"a": [0.25], "b": [0.75]}), "mean")["vote"][0] == 1
+
+
+members = st.integers(1, 7).flatmap(
+    lambda width: st.lists(st.lists(probabilities, min_size=width, max_size=width), min_size=1, max_size=6)
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(members, st.sampled_from(["positive", "negative", "mean"]))
+def test_the_majority_wins_whoever_wins_ties(rows, tie):
+    found = ensemble.combine(pd.DataFrame(rows), tie)
+    for index, row in enumerate(rows):
+        votes, mean = sum(value >= 0.5 for value in row), found["mean"][index]
+        assert found["votes"][index] == votes
+        assert mean == pytest.approx(sum(row) / len(row))
+        even = {"positive": 1, "negative": 0, "mean": int(mean >= 0.5)}[tie]
+        assert found["vote"][index] == (even if 2 * votes == len(row) else int(2 * votes > len(row)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(members)
+def test_the_order_of_the_members_does_not_change_the_vote(rows):
+    forwards, backwards = pd.DataFrame(rows), pd.DataFrame([row[::-1] for row in rows])
+    for tie in ("positive", "negative"):
+        assert list(ensemble.combine(forwards, tie)["vote"]) == list(ensemble.combine(backwards, tie)["vote"])
+
+
+def test_the_bags_labels_are_its_vote_or_what_the_threshold_makes_of_its_mean():
+    combined = ensemble.combine(pd.DataFrame({"a": [0.6, 0.5], "b": [0.6, 0.5], "c": [0.0, 0.5]}), "mean")
+    assert list(ensemble.labels(combined, "vote")) == [1, 1]
+    assert list(ensemble.labels(combined, "mean")) == [0, 1]
+
+
+def test_the_bag_keeps_the_index_of_its_members():
+    found = ensemble.combine(pd.DataFrame({"a": [0.6, 0.2]}, index=["x.jpg", "y.jpg"]), "positive")
+    assert found["vote"].to_dict() == {"x.jpg": 1, "y.jpg": 0}
+
+
+# The table
+
+
+def models() -> dict:
+    first, second = score(*labelled(5, 2, 1, 4)), score(*labelled(4, 3, 2, 3))
+    return {"seed-0": first, "seed-1": second, "bag (vote)": {**first, "loss": None, "auroc": None}}
+
+
+def test_the_table_has_a_column_per_model_and_a_row_per_figure():
+    found = table.tabulate(models())
+    assert list(found.columns) == ["seed-0", "seed-1", "bag (vote)"]
+    assert list(found.index) == list(models()["seed-0"])
+    assert found.loc["f1", "seed-1"] == models()["seed-1"]["f1"]
+    assert math.isnan(found.loc["loss", "bag (vote)"])
+
+
+def test_the_table_is_written_as_csv_markdown_and_a_picture(tmp_path):
+    table.write(tmp_path, table.tabulate(models()))
+    back = pd.read_csv(tmp_path / "table.csv", index_col="metric")
+    pd.testing.assert_frame_equal(back, table.tabulate(models()), check_names=False, rtol=1e-8)
+    lines = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
+    assert lines[:2] == ["|  | seed-0 | seed-1 | bag (vote) |", "| --- | ---: | ---: | ---: |"]
+    assert lines[2].startswith("| loss | ")
+    assert lines[2].endswith(" | – |")
+    assert f"| F1 | {8 / 11:.3f} | {6 / 11:.3f} | {8 / 11:.3f} |" in lines
+    assert {line.count("|") for line in lines} == {5}
+    with Image.open(tmp_path / "table.png") as picture:
+        picture.load()
+        assert picture.format == "PNG"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["table.csv", "table.md", "table.png"]
+
+
+def test_a_figure_that_no_model_has_is_a_dash_without_a_warning(tmp_path):
+    # Models that call nothing positive have no precision.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        table.write(tmp_path, table.tabulate({f"seed-{seed}": score(*labelled(5, 0, 2, 0)) for seed in range(2)}))
+    assert "| precision | – | – |" in (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
+
+
+def test_the_table_is_the_same_bytes_twice(tmp_path):
+    for name in ("one", "two"):
+        table.write(tmp_path / name, table.tabulate(models()))
+    for name in ("table.csv", "table.md", "table.png"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+# Submissions
+
+
+def sample(*files: str) -> pd.DataFrame:
+    return pd.DataFrame({"File": files, "Label": "0"})
+
+
+def test_a_submission_has_the_order_of_the_sample(tmp_path):
+    labels = pd.Series({"a.jpg": 1, "b.jpg": 0, "c.jpg": 1})
+    submission.write(tmp_path / "s.csv", labels, sample("c.jpg", "a.jpg", "b.jpg"))
+    assert (tmp_path / "s.csv").read_text() == "File,Label\nc.jpg,1\na.jpg,1\nb.jpg,0\n"
+
+
+@pytest.mark.parametrize(
+    ("labels", "named"),
+    [
+        ({"a.jpg": 1}, "b.jpg"),
+        ({"a.jpg": 1, "b.jpg": 0, "c.jpg": 0}, "c.jpg"),
+        (pd.Series([1, 0, 0], index=["a.jpg", "b.jpg", "b.jpg"]), "b.jpg"),
+        ({"a.jpg": 1, "b.jpg": 2}, "0 and 1"),
+        ({"a.jpg": 1, "b.jpg": float("nan")}, "0 and 1"),
+    ],
+    ids=["missing", "too many", "twice", "no label", "not a number"],
+)
+def test_predictions_that_do_not_match_the_sample_are_refused(tmp_path, labels, named):
+    path = tmp_path / "s.csv"
+    with pytest.raises(UserError) as caught:
+        submission.write(path, pd.Series(labels), sample("a.jpg", "b.jpg"))
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ")
+    assert named in message
+    assert message.endswith("run: dvc repro evaluate")
+    assert not path.exists()
+
+
+# Curves
+
+
+LABELS = np.array([0, 0, 1, 1, 0, 1])
+MODELS = pd.DataFrame({"seed-0": [0.1, 0.6, 0.4, 0.9, 0.2, 0.8], "seed-1": [0.3, 0.2, 0.9, 0.7, 0.6, 0.1]})
+HISTORY = pd.DataFrame({"epoch": [1, 2], "f1": [0.1, 0.5], "loss": [0.7, 0.6], "train_loss": [0.8, 0.6]})
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda path: curves.draw_roc(path, LABELS, MODELS),
+        lambda path: curves.draw_precision_recall(path, LABELS, MODELS),
+        lambda path: curves.draw_confusion(path, LABELS, (MODELS["seed-0"] >= 0.5).to_numpy(), "seed-0"),
+        lambda path: curves.draw_training(path, {"seed-0": HISTORY, "seed-1": HISTORY}),
+    ],
+    ids=["roc", "precision and recall", "confusion", "training"],
+)
+def test_a_picture_of_curves_is_the_same_bytes_twice(tmp_path, draw):
+    for name in ("one.png", "two.png"):
+        draw(tmp_path / name)
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+    with Image.open(tmp_path / "one.png") as picture:
+        assert picture.format == "PNG"
+        assert len(picture.convert("L").getcolors()) > 20
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def area(table_: pd.DataFrame) -> float:
+    return abs(np.trapezoid(*(table_[name] for name in reversed(table_.columns))))
+
+
+def test_the_tables_of_curves_enclose_the_areas_of_the_scores():
+    found = curves.roc_table(LABELS, MODELS["seed-0"].to_numpy())
+    assert list(found.columns) == ["fpr", "tpr"]
+    assert area(found) == pytest.approx(score(LABELS, MODELS["seed-0"])["auroc"])
+    found = curves.precision_recall_table(LABELS, MODELS["seed-0"].to_numpy())
+    assert list(found.columns) == ["recall", "precision"]
+    steps = -found["recall"].diff()[1:].to_numpy() * found["precision"][:-1].to_numpy()
+    assert steps.sum() == pytest.approx(score(LABELS, MODELS["seed-0"])["average_precision"])

@@ -1,0 +1,224 @@
+"""A training that is stopped in any way goes on and ends as if it had not been."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import mlflow
+import pytest
+from conftest import ROOT, environment, run, server
+from killing import FAULTS
+from mlflow import MlflowClient
+
+pytestmark = pytest.mark.slow
+
+OUTS = ["model.safetensors", "model.json", "history.csv", "metrics.json"]
+EPOCHS = 8
+
+
+def outs(project: Path, seed: int = 0) -> dict[str, bytes]:
+    return {name: (project / f"models/seed-{seed}" / name).read_bytes() for name in OUTS}
+
+
+def seed_runs(project: Path) -> list[mlflow.entities.Run]:
+    mlflow.set_tracking_uri(f"sqlite:///{project / 'mlflow.db'}")
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name("covid-xray-demo")
+    found = client.search_runs([experiment.experiment_id])
+    return [one for one in found if one.info.run_name.startswith("seed-")]
+
+
+def logged_steps(project: Path) -> list[int]:
+    (seed_run,) = seed_runs(project)
+    return [metric.step for metric in MlflowClient().get_metric_history(seed_run.info.run_id, "validation/f1")]
+
+
+@pytest.fixture(scope="module")
+def whole(ready) -> Path:
+    """A project in which seed 0 was trained without a stop."""
+    project = ready(epochs=EPOCHS)
+    ended = run(project, "python", "-m", "stages.train", "--seed", "0")
+    assert ended.returncode == 0, ended.stderr
+    return project
+
+
+def kill_and_finish(project: Path, faults: list) -> list[int]:
+    """Kill as told, then train to the end; return how each try ended."""
+    ended = run(project, "python", str(ROOT / "tests/killing.py"), json.dumps(faults), PYTHONPATH=str(project))
+    assert ended.returncode == 0, ended.stderr
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+def assert_as_if_never_stopped(project: Path, whole: Path) -> None:
+    assert outs(project) == outs(whole)
+    assert logged_steps(project) == list(range(1, EPOCHS + 1))
+    (seed_run,) = seed_runs(project)
+    assert seed_run.info.status == "FINISHED"
+    assert not list((project / "checkpoints").iterdir())
+    assert sorted(path.name for path in (project / "models/seed-0").iterdir()) == sorted(OUTS)
+
+
+def test_killed_wherever_it_hurts_a_seed_ends_in_the_same_bytes(ready, whole):
+    project = ready(epochs=EPOCHS)
+    faults = [
+        ["in the middle of an epoch", 2],
+        ["in the middle of a checkpoint", 1],
+        ["before a checkpoint has its name", 1],
+        ["after a checkpoint", 1],
+        ["in the middle of an epoch's log", 3],
+        ["before an epoch is logged", 2],
+        ["after an epoch is logged", 3],
+        ["in the middle of a checkpoint", 1],
+        ["in the middle of an epoch", 4],
+        ["in the middle of the model", 1],
+        ["between the model and its description", 1],
+        ["before the run is closed", 1],
+    ]
+    assert {where for where, _ in faults} == set(FAULTS) - {"after the run is closed"}
+    assert kill_and_finish(project, faults) == [-signal.SIGKILL] * len(faults) + [0]
+    assert_as_if_never_stopped(project, whole)
+
+
+def test_killed_at_any_moment_a_seed_ends_in_the_same_bytes(ready, whole):
+    project = ready(epochs=EPOCHS)
+    moments = [["seconds", round(random.uniform(0.2, 2.5), 2)] for _ in range(10)]
+    ended = kill_and_finish(project, moments)
+    assert set(ended) <= {0, -signal.SIGKILL}, (moments, ended)
+    assert ended[-1] == 0
+    assert_as_if_never_stopped(project, whole)
+
+
+def test_killed_after_its_run_was_closed_a_seed_repeats_nothing_in_mlflow(ready, whole):
+    project = ready(epochs=EPOCHS)
+    assert kill_and_finish(project, [["after the run is closed", 1]]) == [-signal.SIGKILL, 0]
+    assert_as_if_never_stopped(project, whole)
+
+
+def start(project: Path, *command: str, log: str = "train.log", **changes: str) -> subprocess.Popen[str]:
+    """Start a command that trains, and return it when its log tells the end of the first epoch."""
+    with (project / "train.log").open("w") as out:
+        started = subprocess.Popen(
+            command, cwd=project, env=environment(**changes), stdout=out, stderr=out, text=True, start_new_session=True
+        )
+    while not (project / log).exists() or "epoch 1/" not in (project / log).read_text():
+        assert started.poll() is None, (project / "train.log").read_text()
+        time.sleep(0.01)
+    return started
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_after_the_step_and_training_goes_on_from_there(ready, number):
+    project = ready(epochs=30)
+    training = start(project, "python", "-m", "stages.train", "--seed", "0")
+    training.send_signal(number)
+    assert training.wait(60) == 128 + number
+    last = (project / "train.log").read_text().splitlines()[-1]
+    assert last.startswith("seed 0 stopped in epoch ")
+    assert last.endswith("; dvc repro goes on from there")
+    assert not list((project / "models").glob("**/*")) if (project / "models").exists() else True
+    (stopped,) = seed_runs(project)
+    assert stopped.info.status == "KILLED"
+    before = logged_steps(project)
+    assert len(before) < 30
+
+    ended = run(project, "python", "-m", "stages.train", "--seed", "0")
+    assert ended.returncode == 0, ended.stderr
+    assert f"epoch {len(before)}/" not in ended.stdout
+    assert logged_steps(project) == list(range(1, 31))
+    (finished,) = seed_runs(project)
+    assert any(key.startswith("system/") for key in finished.data.metrics)
+    assert (finished.info.run_id, finished.info.status) == (stopped.info.run_id, "FINISHED")
+
+
+def test_a_seed_killed_under_dvc_goes_on_with_the_next_repro(ready, whole):
+    project = ready(epochs=EPOCHS)
+    training = start(project, "dvc", "repro", "-s", "train@0")
+    subprocess.run(["pkill", "-KILL", "-s", str(training.pid), "-f", "stages.train"], check=True)
+    assert training.wait(60) != 0
+    assert len(list((project / "checkpoints").iterdir())) == 1
+    ended = run(project, "dvc", "repro", "-s", "train@0")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "epoch 1/" not in ended.stdout
+    assert_as_if_never_stopped(project, whole)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def exchange(path: Path) -> None:
+    """Put the whole checkpoint of another run in its place."""
+    import torch
+
+    content = torch.load(path, weights_only=True)
+    torch.save(content | {"fingerprint": "0" * 64}, path)
+
+
+@pytest.mark.parametrize("spoil", [cut, flip, exchange])
+def test_an_unusable_checkpoint_is_set_aside_and_the_seed_starts_anew(ready, whole, spoil):
+    project = ready(epochs=EPOCHS)
+    training = start(project, "python", "-m", "stages.train", "--seed", "0")
+    training.kill()
+    training.wait(60)
+    (checkpoint,) = (project / "checkpoints").glob("*.pt")
+    spoil(checkpoint)
+    ended = run(project, "python", "-m", "stages.train", "--seed", "0")
+    assert ended.returncode == 0, ended.stderr
+    assert f"{checkpoint} cannot be used: " in ended.stderr
+    assert "epoch 1/" in ended.stdout
+    assert [path.suffix for path in (project / "checkpoints").iterdir()] == [".unusable"]
+    assert outs(project) == outs(whole)
+    assert logged_steps(project) == list(range(1, EPOCHS + 1))
+
+
+def test_a_server_that_goes_away_stops_no_training_and_is_told_all_when_it_is_back(ready, port):
+    project, uri = ready(epochs=15), f"http://127.0.0.1:{port}"
+    mlflow_server = [
+        "mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port),
+        "--backend-store-uri", f"sqlite:///{project / 'mlflow.db'}", "--artifacts-destination", str(project / "kept"),
+    ]  # fmt: skip
+    options = {"answers_at": f"{uri}/health", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with server(project, *mlflow_server, **options):
+        training = start(project, "python", "-m", "stages.train", "--seed", "0", MLFLOW_TRACKING_URI=uri)
+    while "epoch 15/15" not in (project / "train.log").read_text():
+        assert training.poll() is None
+        time.sleep(0.1)
+    trained = time.time()
+    with server(project, *mlflow_server, **options):
+        assert training.wait(60) == 0
+    said = (project / "train.log").read_text()
+    assert said.count("MLflow does not answer") == 1
+    (seed_run,) = seed_runs(project)
+    assert seed_run.info.status == "FINISHED"
+    metrics = MlflowClient().get_metric_history(seed_run.info.run_id, "validation/f1")
+    assert [metric.step for metric in metrics] == list(range(1, 16))
+    times = [metric.timestamp for metric in metrics]
+    assert times == sorted(times)
+    assert times[-1] <= trained * 1000
+    kept = {path.name for path in (project / "kept").rglob("checkpoint/*")}
+    assert kept == set(OUTS)
+
+
+def test_a_server_that_stays_away_leaves_the_outs_and_a_run_that_promote_completes(ready, port):
+    project, uri = ready(epochs=15), f"http://127.0.0.1:{port}"
+    with server(
+        project, "mlflow", "server", "--workers", "1", "--port", str(port), "--backend-store-uri",
+        f"sqlite:///{project / 'gone.db'}", answers_at=f"{uri}/health", MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false",
+    ):  # fmt: skip
+        training = start(project, "python", "-m", "stages.train", "--seed", "0", MLFLOW_TRACKING_URI=uri)
+    assert training.wait(150) == 0
+    assert (
+        "MLflow did not take all of this run; dvc repro -f -s promote completes it"
+        in (project / "train.log").read_text()
+    )
+    assert set(outs(project)) == set(OUTS)

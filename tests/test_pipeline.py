@@ -1,0 +1,270 @@
+"""The whole pipeline, run by DVC in a clone of the project, on few and small phantoms."""
+
+import base64
+import hashlib
+import json
+import shutil
+import socket
+import urllib.error
+import urllib.request
+import zipfile
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+import pytest
+import yaml
+from conftest import edit_params, run, server
+from mlflow import MlflowClient
+
+pytestmark = pytest.mark.slow
+
+NAME = "covid-xray-demo"
+
+
+def repro(project: Path, *arguments: str, **changes: str) -> str:
+    ended = run(project, "dvc", "repro", *arguments, **changes)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout
+
+
+def locked(project: Path) -> dict[str, str]:
+    """Return the hash of every dep and out that dvc.lock knows."""
+    stages = yaml.safe_load((project / "dvc.lock").read_text())["stages"]
+    return {
+        f"{name}: {file['path']}": file["md5"]
+        for name, stage in stages.items()
+        for file in stage["deps"] + stage["outs"]
+    }
+
+
+def store(project: Path) -> MlflowClient:
+    mlflow.set_tracking_uri(f"sqlite:///{project / 'mlflow.db'}")
+    return MlflowClient()
+
+
+def seed_runs(client: MlflowClient) -> list[mlflow.entities.Run]:
+    experiment = client.get_experiment_by_name(NAME)
+    runs = client.search_runs([experiment.experiment_id], "params.seed != 'none'")
+    return sorted(runs, key=lambda found: int(found.data.params["seed"]))
+
+
+def test_every_stage_leaves_its_files_with_their_columns(built):
+    columns = {
+        "data/manifest.csv": ["file", "set", "label", "patient", "source", "view", "width", "height", "sha256"],
+        "data/quarantine.csv": ["file", "set", "label", "reason"],
+        "data/split.csv": ["file", "group", "subset"],
+        "predictions/validation.csv": ["file", "label", "seed-0", "seed-1"],
+        "predictions/test.csv": ["file", "seed-0", "seed-1"],
+        "predictions/bag.csv": ["subset", "file", "label", "votes", "vote", "mean"],
+        "report/table.csv": ["metric", "seed-0", "seed-1", "bag (vote)", "bag (mean)"],
+        "submissions/best.csv": ["File", "Label"],
+        "submissions/bag.csv": ["File", "Label"],
+        "submissions/seed-1.csv": ["File", "Label"],
+    }
+    assert {path: list(pd.read_csv(built / path)) for path in columns} == columns
+
+
+def test_submissions_list_the_files_of_the_sample_in_its_order(built):
+    with zipfile.ZipFile(built / "data/raw.zip") as archive, archive.open("sample_submission.csv") as stream:
+        sample = pd.read_csv(stream)
+    for path in (built / "submissions").iterdir():
+        submission = pd.read_csv(path)
+        assert submission["File"].equals(sample["File"])
+        assert submission["Label"].isin([0, 1]).all()
+
+
+def test_no_out_names_a_run_a_host_a_folder_or_a_time(built):
+    names = [run.info.run_id for run in seed_runs(store(built))] + [socket.gethostname(), str(built)]
+    for folder in ("models", "metrics", "predictions", "report", "plots", "submissions"):
+        for path in (built / folder).rglob("*"):
+            content = path.read_bytes() if path.suffix in (".json", ".csv", ".md") else b""
+            assert not [name for name in names if name.encode() in content], path
+
+
+def test_a_second_repro_has_nothing_to_do(built):
+    assert "Data and pipelines are up to date." in repro(built)
+
+
+def test_mlflow_shows_one_parent_and_a_child_per_seed(built):
+    client = store(built)
+    children = seed_runs(client)
+    assert [run.data.params["seed"] for run in children] == ["0", "1"]
+    (parent_id,) = {run.data.tags["mlflow.parentRunId"] for run in children}
+    parent = client.get_run(parent_id)
+    assert {run.info.status for run in [parent, *children]} == {"FINISHED"}
+    assert parent.data.tags["mlflow.note.content"] == (built / "report/table.md").read_text()
+    assert "bag/f1" in parent.data.metrics
+    assert "report/table.png" in [file.path for file in client.list_artifacts(parent_id, "report")]
+
+
+def test_a_childs_metrics_are_those_of_its_history_file(built):
+    client = store(built)
+    for run_ in seed_runs(client):
+        history = pd.read_csv(built / f"models/seed-{run_.data.params['seed']}/history.csv")
+        logged = client.get_metric_history(run_.info.run_id, "validation/f1")
+        assert [metric.step for metric in logged] == list(history["epoch"])
+        assert [metric.value for metric in logged] == pytest.approx(list(history["f1"]))
+
+
+def test_a_child_holds_parameters_data_and_its_checkpoint(built):
+    client = store(built)
+    run_ = seed_runs(client)[1]
+    assert run_.data.params["lr"] == "0.002"
+    (data,) = run_.inputs.dataset_inputs
+    manifest = (built / "data/manifest.csv").read_bytes()
+    assert data.dataset.digest == hashlib.md5(manifest, usedforsecurity=False).hexdigest()
+    stored = client.download_artifacts(run_.info.run_id, "checkpoint/model.safetensors")
+    assert Path(stored).read_bytes() == (built / "models/seed-1/model.safetensors").read_bytes()
+
+
+def test_the_best_seed_is_champion_and_challenger(built):
+    client = store(built)
+    metrics = json.loads((built / "metrics/evaluate.json").read_text())
+    version = client.get_model_version_by_alias(NAME, "champion")
+    assert version.version == client.get_model_version_by_alias(NAME, "challenger").version
+    assert float(version.tags["validation_f1"]) == max(scores["f1"] for scores in metrics.values())
+    assert "there was no champion" in version.tags["decision"]
+
+
+def test_the_champion_predicts_as_evaluate_did_from_bytes_base64_and_paths(built, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    store(built)
+    best = json.loads((built / "metrics/promotion.json").read_text())["candidate"]
+    expected = pd.read_csv(built / "predictions/test.csv")
+    with zipfile.ZipFile(built / "data/raw.zip") as archive:
+        images = [archive.read(f"test/test/{name}") for name in expected["file"]]
+    for name, image in zip(expected["file"], images, strict=True):
+        (tmp_path / name).write_bytes(image)
+    model = mlflow.pyfunc.load_model(f"models:/{NAME}@champion")
+    for form in (images, [base64.b64encode(i).decode() for i in images], [str(tmp_path / n) for n in expected["file"]]):
+        found = model.predict(pd.DataFrame({"image": form}))
+        assert found["probability"].to_numpy() == pytest.approx(expected[best].to_numpy(), abs=1e-6)
+        assert list(found["label"]) == list((expected[best] >= 0.5).astype(int))
+
+
+def test_the_logged_model_holds_no_pickle_and_names_its_requirements(built):
+    client = store(built)
+    version = client.get_model_version_by_alias(NAME, "champion")
+    folder = Path(mlflow.artifacts.download_artifacts(f"models:/{NAME}/{version.version}"))
+    assert not [path for path in folder.rglob("*") if path.suffix in (".pkl", ".pickle", ".pth", ".pt")]
+    assert f"torch=={__import__('torch').__version__.split('+')[0]}" in (folder / "requirements.txt").read_text()
+
+
+def test_a_served_champion_answers_and_survives_a_bad_image(built, port):
+    def ask(image: str) -> dict:
+        body = json.dumps({"dataframe_records": [{"image": image}]}).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/invocations", body, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)["predictions"][0]
+
+    best = json.loads((built / "metrics/promotion.json").read_text())["candidate"]
+    expected = pd.read_csv(built / "predictions/test.csv").iloc[0]
+    with zipfile.ZipFile(built / "data/raw.zip") as archive:
+        image = base64.b64encode(archive.read(f"test/test/{expected['file']}")).decode()
+    command = f"mlflow models serve -m models:/{NAME}@champion --env-manager local --port {port}"
+    uri = f"sqlite:///{built / 'mlflow.db'}"
+    with server(built, *command.split(), answers_at=f"http://127.0.0.1:{port}/ping", MLFLOW_TRACKING_URI=uri):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            ask(base64.b64encode(b"no radiograph").decode())
+        assert refused.value.code == 400
+        assert "not a usable radiograph" in refused.value.read().decode()
+        assert ask(image)["probability"] == pytest.approx(expected[best], abs=1e-6)
+
+
+def aliases(client: MlflowClient) -> dict[str, str]:
+    return {alias: str(version) for alias, version in client.get_registered_model(NAME).aliases.items()}
+
+
+def promote_again(project: Path) -> None:
+    ended = run(project, "dvc", "repro", "-f", "-s", "promote")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+def test_promoting_again_changes_nothing(built):
+    def state() -> list:
+        client = store(built)
+        (experiment,) = [found for found in client.search_experiments() if found.name == NAME]
+        runs = client.search_runs([experiment.experiment_id])
+        points = [
+            len(client.get_metric_history(found.info.run_id, key)) for found in runs for key in found.data.metrics
+        ]
+        versions = client.search_model_versions(f"name = '{NAME}'")
+        return [
+            [found.to_dictionary() for found in runs],
+            points,
+            [(version.version, version.tags) for version in versions],
+            aliases(client),
+            (built / "metrics/promotion.json").read_text(),
+        ]
+
+    before = state()
+    promote_again(built)
+    assert state() == before
+
+
+def test_a_lost_tracking_store_is_completed_from_the_outs_without_training(built):
+    before = {run_.data.params["seed"]: run_ for run_ in seed_runs(store(built))}
+    version = store(built).get_model_version_by_alias(NAME, "champion")
+    shutil.rmtree(built / "mlartifacts")
+    for path in built.glob("mlflow.db*"):
+        path.unlink()
+
+    promote_again(built)
+
+    client = store(built)
+    restored = seed_runs(client)
+    assert len(restored) == len(before)
+    for run_ in restored:
+        old = before[run_.data.params["seed"]]
+        assert run_.data.params == old.data.params
+        assert run_.data.tags["fingerprint"] == old.data.tags["fingerprint"]
+        for key in ("best/f1", "validation/loss", "train/loss"):
+            assert run_.data.metrics[key] == pytest.approx(old.data.metrics[key], rel=1e-6)
+    assert client.get_model_version_by_alias(NAME, "champion").tags["fingerprint"] == version.tags["fingerprint"]
+
+
+def test_a_clone_with_the_outs_but_no_tracking_store_fills_its_own(built, tmp_path):
+    run(built.parent, "cp", "-a", str(built), str(tmp_path / "clone"))
+    clone = tmp_path / "clone"
+    shutil.rmtree(clone / "mlartifacts")
+    for path in [*clone.glob("mlflow.db*"), clone / "metrics/promotion.json"]:
+        path.unlink()
+    said = repro(clone)
+    assert "Running stage 'promote'" in said
+    assert "stages.train" not in said
+    assert len(seed_runs(store(clone))) == 2
+
+
+def test_a_worse_challenger_leaves_the_champion_and_a_better_one_takes_its_place(built, tmp_path):
+    run(built.parent, "cp", "-a", str(built), str(tmp_path / "clone"))
+    clone = tmp_path / "clone"
+    client = store(clone)
+    client.set_model_version_tag(NAME, "1", "validation_f1", "2")
+    client.set_model_version_tag(NAME, "1", "weights_sha256", "another model's")
+    promote_again(clone)
+    assert aliases(client) == {"champion": "1", "challenger": "2"}
+    assert "not promoted" in client.get_model_version(NAME, "2").tags["decision"]
+    assert not json.loads((clone / "metrics/promotion.json").read_text())["promoted"]
+    client.set_model_version_tag(NAME, "1", "validation_f1", "-1")
+    promote_again(clone)
+    assert aliases(client) == {"champion": "2", "challenger": "2"}
+    assert "is above" in client.get_model_version(NAME, "2").tags["decision"]
+
+
+def test_an_empty_cache_gives_the_same_lock(project):
+    edit_params(project, lambda params: params.update(seeds=[3]))
+    (project / "dvc.lock").unlink()  # it holds more seeds, and DVC keeps what it does not run
+    repro(project)
+    first = locked(project)
+    shutil.rmtree(project / ".dvc/cache")
+    for folder in ("data", "models", "predictions", "metrics", "plots", "report", "submissions", "mlartifacts"):
+        shutil.rmtree(project / folder)
+    for path in [*project.glob("mlflow.db*"), project / "dvc.lock"]:
+        path.unlink()
+    repro(project)
+    again = locked(project)
+    assert {path: md5 for path, md5 in again.items() if md5 != first.get(path)} == {}
+    assert again.keys() == first.keys()

@@ -1,0 +1,110 @@
+"""Every command of the README does what the README says."""
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import ROOT, archive_members, run, server, write_zip
+from mlflow import MlflowClient
+
+pytestmark = pytest.mark.slow
+
+COMMANDS = [
+    line.removeprefix("$ ")
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    for block in re.findall(r"```console\n(.*?)```", page.read_text(), re.DOTALL)
+    for line in block.splitlines()
+    if line.startswith("$ ")
+]
+
+
+@pytest.fixture(scope="module")
+def reader(built, tmp_path_factory) -> Path:
+    """The built project as its reader has it: with results committed, and an environment that is set up."""
+    project = tmp_path_factory.mktemp("reader") / "project"
+    run(built.parent, "cp", "-a", str(built), str(project))
+    (project / ".venv").mkdir()
+    (project / ".venv/bin").symlink_to(Path(sys.executable).parent)
+    (project / ".venv/run").touch()
+    run(project, "git", "add", "-A")
+    run(project, "git", "commit", "-qm", "results")
+    return project
+
+
+def test_each_command_of_the_documentation_is_run_by_a_test():
+    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    assert COMMANDS
+    assert [command for command in COMMANDS if command not in tests] == []
+
+
+def obey(project: Path, command: str, archive: Path | None = None) -> str:
+    """Run a command of the README, with the reader's archive in place of the example's."""
+    assert command in COMMANDS
+    ended = run(project, *shlex.split(re.sub(r"/data/\S+\.zip", str(archive), command)))
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout
+
+
+def test_make_run_ends_by_saying_where_everything_is(reader):
+    said = obey(reader, "make run")
+    assert "Data and pipelines are up to date." in said
+    assert (reader / "report/table.md").read_text() in said
+    for file in re.findall(r"(?:report|submissions)/[\w.]+", said):
+        assert (reader / file).is_file()
+
+
+def test_promote_can_be_asked_for_alone(reader):
+    assert "is champion" in obey(reader, "dvc repro -f -s promote")
+
+
+def test_make_ui_shows_the_runs(reader, port):
+    assert "make ui" in COMMANDS
+    with server(reader, "make", "ui", f"PORT={port}", answers_at=f"http://127.0.0.1:{port}/health"):
+        client = MlflowClient(f"http://127.0.0.1:{port}")
+        assert client.get_experiment_by_name("covid-xray-demo")
+        assert client.get_model_version_by_alias("covid-xray-demo", "champion")
+
+
+def test_dvc_shows_metrics_and_plots(reader):
+    assert "seed-1.f1" in obey(reader, "dvc metrics show")
+    obey(reader, "dvc plots show")
+    page = (reader / "dvc_plots/index.html").read_text()
+    for name in ("history.csv", "bag_roc.csv", "bag_confusion.csv", "bag_precision_recall.csv", "roc.png", "table.png"):
+        assert name in page
+
+
+def test_an_experiment_changes_one_parameter_and_is_listed(reader):
+    obey(reader, "dvc exp run -S demo.train.lr=3e-4")
+    assert "models/seed-1/metrics.json:f1" in obey(reader, "dvc exp show")
+    assert "0.0003" in run(reader, "dvc", "exp", "show", "--csv").stdout
+    client = MlflowClient(f"sqlite:///{reader / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("covid-xray-demo").experiment_id], "params.seed = '1'")
+    assert {found.data.params["lr"] for found in runs} == {"0.002", "0.0003"}
+
+
+@pytest.mark.parametrize(
+    ("profile", "command"),
+    [
+        ("local", "dvc exp run -S profile=local -S local.download.path=/data/radiographs.zip"),
+        ("competition", "dvc exp run -S profile=competition -S competition.download.path=/data/stat946winter2021.zip"),
+    ],
+)
+def test_the_other_profiles_run_through_every_stage(reader, tmp_path, profile, command):
+    archive = write_zip(tmp_path / "own.zip", archive_members(train=16, test=4, nested=profile == "competition"))
+    obey(reader, command, archive)
+    model = json.loads((reader / "models/seed-0/model.json").read_text())
+    assert model["backbone"] == {"local": "timm/tf_efficientnet_lite0", "competition": "alexnet"}[profile]
+    assert list(pd.read_csv(reader / "submissions/bag.csv")["File"]) == [f"t{index:03}.jpg" for index in range(4)]
+    client = MlflowClient(f"sqlite:///{reader / 'mlflow.db'}")
+    assert str(client.get_model_version_by_alias(f"covid-xray-{profile}", "champion").version) == "1"
+
+
+def test_the_champion_is_served(reader, port):
+    command = "mlflow models serve -m models:/covid-xray-demo@champion --env-manager local"
+    assert command in COMMANDS
+    with server(reader, *command.split(), "--port", str(port), answers_at=f"http://127.0.0.1:{port}/ping"):
+        pass
