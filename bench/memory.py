@@ -1,0 +1,72 @@
+"""Peak private memory while one epoch trains on a small pack, and on one of the competition's size.
+
+python bench/memory.py [SMALL] [LARGE]
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+
+def main(small: int = 1000, large: int = 15264) -> None:
+    peaks = {}
+    for count in (small, large):
+        command = [sys.executable, __file__, "train", str(count)]
+        peaks[count] = int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1])
+    print(json.dumps({f"peak_private_mb_of_{count}": peak for count, peak in peaks.items()}))
+
+
+def train(count: int) -> None:
+    import torch
+    from common import recipe
+
+    from pipeline.dataset import Pack
+    from pipeline.training import determinism, loop
+    from pipeline.training.checkpoint import Checkpoint
+    from pipeline.training.group import Group
+
+    determinism.make_deterministic(len(os.sched_getaffinity(0)))
+    params = recipe(backbone="squeezenet1_1", size=64, batch_size=32, epochs=1, frozen_epochs=1, mixup_alpha=0)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        # A file of nothing but zeros, which takes no place on the disk, but is read like any other.
+        np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, (count, 512, 512))
+        (folder / "origin.json").write_text('{"source": "none"}')
+        subset = ["validation"] * 100 + ["train"] * (count - 100)
+        table = pd.DataFrame({"label": [index % 2 for index in range(count)], "subset": subset})
+        pack = Pack(folder / "images.npy", torch.device("cpu"))
+        peak = Peak()
+        checkpoint = Checkpoint(folder, uuid.uuid4().hex)
+        loop.Training(params, 0, table, pack, folder, Group()).run(checkpoint, lambda *_: None, lambda: 0)
+        print(peak.megabytes)
+
+
+class Peak:
+    """The highest private memory of this process, looked at ten times a second."""
+
+    def __init__(self) -> None:
+        self.megabytes = 0
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while True:
+            status = Path("/proc/self/status").read_text()
+            now = int(status.split("RssAnon:")[1].split()[0]) // 1024
+            self.megabytes = max(self.megabytes, now)
+            time.sleep(0.1)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["train"]:
+        train(int(sys.argv[2]))
+    else:
+        main(*map(int, sys.argv[1:]))

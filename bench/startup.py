@@ -1,0 +1,43 @@
+"""Seconds from `python -m stages.train` to the end of the first step, in a clone whose data are ready.
+
+python bench/startup.py [PROJECT] [ROUNDS]
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from common import ROOT
+from seeds import run
+
+STOP_AT_FIRST_STEP = """
+import os, runpy, sys, time
+from torch.optim import AdamW
+AdamW.step = lambda *_: (print(time.time(), flush=True), os._exit(0))
+sys.argv = ["train", "--seed", "0"]
+runpy.run_module("stages.train", run_name="__main__")
+"""
+
+
+def main(project: str = str(ROOT), rounds: str = "5") -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        run(Path(project), "git", "clone", "--quiet", ".", folder)
+        run(Path(folder), "dvc", "repro", "weights", "split")
+        # The first start makes the MLflow store and the compiled modules, and is reported apart.
+        first, *later = [start(folder) for _ in range(1 + int(rounds))]
+    print(json.dumps({"seconds": round(statistics.median(later), 2), "first_seconds": round(first, 2)}))
+
+
+def start(folder: str) -> float:
+    begun = time.time()
+    command = [sys.executable, "-c", STOP_AT_FIRST_STEP]
+    printed = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+    return float(printed.split()[-1]) - begun
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
