@@ -10,13 +10,19 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import yaml
+from filelock import FileLock
 from PIL import Image
 
 from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 ROOT = Path(__file__).parents[1]
 
@@ -73,13 +79,38 @@ def raw(tmp_path: Path) -> Path:
 
 
 def clone(target: Path) -> Path:
-    """Copy what git knows of the project, as it is now, into a repository of its own."""
+    """Copy what git knows of the project, as it is now, into a repository of its own whose demo takes seconds."""
     known = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     for name in subprocess.run(known, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
         if (ROOT / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, target / name)
+    edit_params(target, make_tiny)
+    (target / "dvc.lock").unlink()  # it holds the whole demo's seeds, and DVC keeps what it does not run
+    assert run(target, "git", "init", "-q").returncode == 0
+    commit(target)
     return target
+
+
+def store(project: Path) -> "MlflowClient":
+    """Return a client of the project's own MLflow store."""
+    import mlflow
+
+    mlflow.set_tracking_uri(f"sqlite:///{project / 'mlflow.db'}")
+    return mlflow.MlflowClient()
+
+
+def seed_runs(project: Path) -> list["Run"]:
+    """Return the demo's runs of seeds, in the seeds' order."""
+    client = store(project)
+    experiment = client.get_experiment_by_name("covid-xray-demo")
+    found = [one for one in client.search_runs([experiment.experiment_id]) if one.info.run_name.startswith("seed-")]
+    return sorted(found, key=lambda one: one.info.run_name)
+
+
+def commit(project: Path) -> None:
+    for command in (["add", "-A"], ["commit", "-qm", "as it is"]):
+        assert run(project, "git", *command).returncode == 0
 
 
 def edit_params(project: Path, edit: Callable[[dict], None]) -> None:
@@ -113,18 +144,10 @@ def run(project: Path, *command: str, **changes: str) -> subprocess.CompletedPro
     )
 
 
-def commit(project: Path) -> None:
-    for command in (["git", "init", "-q"], ["git", "add", "-A"], ["git", "commit", "-qm", "start"]):
-        subprocess.run(command, cwd=project, env=environment(), check=True)
-
-
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A clone of the project whose demo takes seconds."""
-    target = clone(tmp_path / "project")
-    edit_params(target, make_tiny)
-    commit(target)
-    return target
+    """A clone of the project in which nothing has run."""
+    return clone(tmp_path / "project")
 
 
 @pytest.fixture(scope="session")
@@ -138,14 +161,20 @@ def empty_store(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory) -> Path:
-    """A clone in which the demo has run once; tests may add to it but not spoil it."""
-    target = clone(tmp_path_factory.mktemp("built") / "project")
-    edit_params(target, make_tiny)
-    commit(target)
-    ended = run(target, "dvc", "repro")
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    return target
+def built(tmp_path_factory, worker_id) -> Path:
+    """A clone in which the demo has run once; tests may add to it but not spoil it.
+
+    Processes that share the tests run the demo once for all, and each takes a copy.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = (base if worker_id == "master" else base.parent) / "built/project"
+    with FileLock(base.parent / "built.lock"):
+        if not shared.exists():
+            ended = run(clone(shared), "dvc", "repro")
+            assert ended.returncode == 0, ended.stdout + ended.stderr
+    own = tmp_path_factory.mktemp("own") / "project"
+    shutil.copytree(shared, own, symlinks=True)
+    return own
 
 
 @pytest.fixture(scope="session")

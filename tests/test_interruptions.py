@@ -8,11 +8,9 @@ import subprocess
 import time
 from pathlib import Path
 
-import mlflow
 import pytest
-from conftest import ROOT, environment, run, server
+from conftest import ROOT, environment, run, seed_runs, server, store
 from killing import FAULTS
-from mlflow import MlflowClient
 
 pytestmark = pytest.mark.slow
 
@@ -24,17 +22,9 @@ def outs(project: Path, seed: int = 0) -> dict[str, bytes]:
     return {name: (project / f"models/seed-{seed}" / name).read_bytes() for name in OUTS}
 
 
-def seed_runs(project: Path) -> list[mlflow.entities.Run]:
-    mlflow.set_tracking_uri(f"sqlite:///{project / 'mlflow.db'}")
-    client = MlflowClient()
-    experiment = client.get_experiment_by_name("covid-xray-demo")
-    found = client.search_runs([experiment.experiment_id])
-    return [one for one in found if one.info.run_name.startswith("seed-")]
-
-
 def logged_steps(project: Path) -> list[int]:
     (seed_run,) = seed_runs(project)
-    return [metric.step for metric in MlflowClient().get_metric_history(seed_run.info.run_id, "validation/f1")]
+    return [metric.step for metric in store(project).get_metric_history(seed_run.info.run_id, "validation/f1")]
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +190,7 @@ def test_a_server_that_goes_away_stops_no_training_and_is_told_all_when_it_is_ba
     assert said.count("MLflow does not answer") == 1
     (seed_run,) = seed_runs(project)
     assert seed_run.info.status == "FINISHED"
-    metrics = MlflowClient().get_metric_history(seed_run.info.run_id, "validation/f1")
+    metrics = store(project).get_metric_history(seed_run.info.run_id, "validation/f1")
     assert [metric.step for metric in metrics] == list(range(1, 16))
     times = [metric.timestamp for metric in metrics]
     assert times == sorted(times)

@@ -5,13 +5,15 @@ import shutil
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 import yaml
-from conftest import ROOT, edit_params, environment, run
-from test_interruptions import outs, seed_runs, start
+from conftest import ROOT, commit, edit_params, environment, run, seed_runs
+from test_interruptions import outs, start
 
 pytestmark = pytest.mark.slow
 
@@ -131,11 +133,6 @@ def test_ctrl_c_stops_every_seed_at_its_checkpoint(ready):
     assert run(project, "dvc", "status").returncode == 0  # no lock is left behind
 
 
-def commit(project: Path) -> None:
-    run(project, "git", "add", "-A")
-    assert run(project, "git", "commit", "-qm", "ready").returncode == 0
-
-
 def test_a_cluster_is_told_what_it_needs_in_one_line(ready):
     project = ready()
     for missing in (
@@ -152,6 +149,17 @@ def test_a_cluster_is_told_what_it_needs_in_one_line(ready):
             (project / "dvc.yaml").write_text((project / "dvc.yaml").read_text() + "\n")
         else:
             run(project, "git", "checkout", "dvc.yaml")
+
+
+def training_worker() -> psutil.Process | None:
+    """Return a Ray worker in whose task a seed trains."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if "stages.train" in process.cmdline():
+                workers = [above for above in process.parents() if "ray::" in " ".join(above.cmdline())]
+                if workers:
+                    return workers[0]
+    return None
 
 
 def test_a_ray_cluster_of_two_nodes_trains_all_seeds_though_a_worker_is_killed(built, ready, port):
@@ -174,9 +182,10 @@ def test_a_ray_cluster_of_two_nodes_trains_all_seeds_though_a_worker_is_killed(b
                 stdout=out,
                 stderr=out,
             )
-        while training.poll() is None and run(project, "pgrep", "-f", "stages.train --seed").returncode:
+        while not (worker := training_worker()):
+            assert training.poll() is None, (project / "train.log").read_text()
             time.sleep(0.2)
-        assert run(project, "pkill", "-KILL", "-o", "-f", "ray::_train").returncode == 0
+        worker.kill()
         assert training.wait(300) == 0, (project / "train.log").read_text()
     finally:
         run(project, "ray", "stop", "--force")

@@ -5,8 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import archive_members, edit_params, run, write_zip
-from mlflow import MlflowClient
+from conftest import archive_members, edit_params, run, seed_runs, write_zip
 
 
 def refusal(project: Path, stage: str, *arguments: str, **changes: str) -> str:
@@ -152,9 +151,7 @@ def test_a_seed_that_diverges_leaves_a_failed_run_and_no_out(ready):
     assert line.startswith("Error: seed 0, epoch 1")
     assert "lower train.lr = 1e+30" in line
     assert not list((project / "models").glob("**/*.*"))
-    client = MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("covid-xray-demo")
-    (seed_run,) = client.search_runs([experiment.experiment_id], "params.seed = '0'")
+    (seed_run,) = seed_runs(project)
     assert seed_run.info.status == "FAILED"
 
 

@@ -14,7 +14,7 @@ import mlflow
 import pandas as pd
 import pytest
 import yaml
-from conftest import edit_params, run, server
+from conftest import run, seed_runs, server, store
 from mlflow import MlflowClient
 
 pytestmark = pytest.mark.slow
@@ -36,17 +36,6 @@ def locked(project: Path) -> dict[str, str]:
         for name, stage in stages.items()
         for file in stage["deps"] + stage["outs"]
     }
-
-
-def store(project: Path) -> MlflowClient:
-    mlflow.set_tracking_uri(f"sqlite:///{project / 'mlflow.db'}")
-    return MlflowClient()
-
-
-def seed_runs(client: MlflowClient) -> list[mlflow.entities.Run]:
-    experiment = client.get_experiment_by_name(NAME)
-    runs = client.search_runs([experiment.experiment_id], "params.seed != 'none'")
-    return sorted(runs, key=lambda found: int(found.data.params["seed"]))
 
 
 def test_every_stage_leaves_its_files_with_their_columns(built):
@@ -74,8 +63,9 @@ def test_submissions_list_the_files_of_the_sample_in_its_order(built):
         assert submission["Label"].isin([0, 1]).all()
 
 
-def test_no_out_names_a_run_a_host_a_folder_or_a_time(built):
-    names = [run.info.run_id for run in seed_runs(store(built))] + [socket.gethostname(), str(built)]
+def test_no_out_names_a_run_a_host_a_folder_or_a_time(built, tmp_path_factory):
+    names = [run.info.run_id for run in seed_runs(built)]
+    names += [socket.gethostname(), str(tmp_path_factory.getbasetemp().parent)]
     for folder in ("models", "metrics", "predictions", "report", "plots", "submissions"):
         for path in (built / folder).rglob("*"):
             content = path.read_bytes() if path.suffix in (".json", ".csv", ".md") else b""
@@ -88,7 +78,7 @@ def test_a_second_repro_has_nothing_to_do(built):
 
 def test_mlflow_shows_one_parent_and_a_child_per_seed(built):
     client = store(built)
-    children = seed_runs(client)
+    children = seed_runs(built)
     assert [run.data.params["seed"] for run in children] == ["0", "1"]
     (parent_id,) = {run.data.tags["mlflow.parentRunId"] for run in children}
     parent = client.get_run(parent_id)
@@ -100,7 +90,7 @@ def test_mlflow_shows_one_parent_and_a_child_per_seed(built):
 
 def test_a_childs_metrics_are_those_of_its_history_file(built):
     client = store(built)
-    for run_ in seed_runs(client):
+    for run_ in seed_runs(built):
         history = pd.read_csv(built / f"models/seed-{run_.data.params['seed']}/history.csv")
         logged = client.get_metric_history(run_.info.run_id, "validation/f1")
         assert [metric.step for metric in logged] == list(history["epoch"])
@@ -109,7 +99,7 @@ def test_a_childs_metrics_are_those_of_its_history_file(built):
 
 def test_a_child_holds_parameters_data_and_its_checkpoint(built):
     client = store(built)
-    run_ = seed_runs(client)[1]
+    run_ = seed_runs(built)[1]
     assert run_.data.params["lr"] == "0.002"
     (data,) = run_.inputs.dataset_inputs
     manifest = (built / "data/manifest.csv").read_bytes()
@@ -206,7 +196,7 @@ def test_promoting_again_changes_nothing(built):
 
 
 def test_a_lost_tracking_store_is_completed_from_the_outs_without_training(built):
-    before = {run_.data.params["seed"]: run_ for run_ in seed_runs(store(built))}
+    before = {run_.data.params["seed"]: run_ for run_ in seed_runs(built)}
     version = store(built).get_model_version_by_alias(NAME, "champion")
     shutil.rmtree(built / "mlartifacts")
     for path in built.glob("mlflow.db*"):
@@ -215,7 +205,7 @@ def test_a_lost_tracking_store_is_completed_from_the_outs_without_training(built
     promote_again(built)
 
     client = store(built)
-    restored = seed_runs(client)
+    restored = seed_runs(built)
     assert len(restored) == len(before)
     for run_ in restored:
         old = before[run_.data.params["seed"]]
@@ -235,7 +225,7 @@ def test_a_clone_with_the_outs_but_no_tracking_store_fills_its_own(built, tmp_pa
     said = repro(clone)
     assert "Running stage 'promote'" in said
     assert "stages.train" not in said
-    assert len(seed_runs(store(clone))) == 2
+    assert len(seed_runs(clone)) == 2
 
 
 def test_a_worse_challenger_leaves_the_champion_and_a_better_one_takes_its_place(built, tmp_path):
@@ -254,17 +244,8 @@ def test_a_worse_challenger_leaves_the_champion_and_a_better_one_takes_its_place
     assert "is above" in client.get_model_version(NAME, "2").tags["decision"]
 
 
-def test_an_empty_cache_gives_the_same_lock(project):
-    edit_params(project, lambda params: params.update(seeds=[3]))
-    (project / "dvc.lock").unlink()  # it holds more seeds, and DVC keeps what it does not run
+def test_two_runs_from_nothing_give_the_same_lock(built, project):
     repro(project)
-    first = locked(project)
-    shutil.rmtree(project / ".dvc/cache")
-    for folder in ("data", "models", "predictions", "metrics", "plots", "report", "submissions", "mlartifacts"):
-        shutil.rmtree(project / folder)
-    for path in [*project.glob("mlflow.db*"), project / "dvc.lock"]:
-        path.unlink()
-    repro(project)
-    again = locked(project)
+    first, again = locked(built), locked(project)
     assert {path: md5 for path, md5 in again.items() if md5 != first.get(path)} == {}
     assert again.keys() == first.keys()
