@@ -9,6 +9,7 @@ device takes bytes and does the rest.
 import json
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ BATCH = 8
 
 def main(size: int = 512, count: int = 512) -> None:
     torch.set_num_threads(1)
-    params = recipe(size=size)
+    params = recipe(size=size)  # mixup comes after, on both sides
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_folder_and_pack(folder, count, size)
@@ -32,24 +33,20 @@ def main(size: int = 512, count: int = 512) -> None:
         network = Classifier(Architecture("squeezenet1_1", [], 0, size, "none", size))
         batches = torch.randperm(count, generator=generator(0, "order")).split(BATCH)
 
-        def packed() -> float:
-            return count / seconds(lambda: [None for _ in pack.batches(batches)])
+        def packed() -> None:
+            for _ in pack.batches(batches):
+                pass
 
-        def ready() -> float:
-            return count / seconds(
-                lambda: (
-                    [
-                        augment(network.inputs(pixels), params, generator(0, step, "augment"))
-                        for step, (_, pixels) in enumerate(pack.batches(batches))
-                    ]
-                    and None
-                )
-            )
+        def ready() -> None:
+            for step, (_, pixels) in enumerate(pack.batches(batches)):
+                network.normalised(augment(network.resized(pixels), params, generator(0, step, "augment")))
 
-        def plain() -> float:
-            return count / seconds(lambda: [None for _ in loader(folder, size, BATCH, 0)])
+        def plain() -> None:
+            for _ in loader(folder, size, BATCH, 0):
+                pass
 
-        uint8, floats, theirs = alternate(packed, ready, plain)
+        sides = [partial(seconds, side) for side in (packed, ready, plain)]
+        uint8, floats, theirs = (count / taken for taken in alternate(*sides))
     figures = {"uint8": uint8, "float": floats, "plain": theirs}
     ratios = {"ratio_uint8": round(uint8 / theirs, 1), "ratio_float": round(floats / theirs, 1)}
     print(json.dumps({"size": size} | {key: round(value) for key, value in figures.items()} | ratios))

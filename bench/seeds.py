@@ -5,6 +5,7 @@ python bench/seeds.py [JOBS] [PROJECT]
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,9 +20,9 @@ def main(jobs: str = "2", project: str = str(ROOT)) -> None:
     trainings = [f"train@{seed}" for seed in config.load(Path(project, "params.yaml")).seeds]
     with tempfile.TemporaryDirectory() as folder:
         clones = [Path(folder, side) for side in ("ours", "plain")]
-        for clone in clones:
-            run(Path(project), "git", "clone", "--quiet", ".", str(clone))
-            run(clone, "dvc", "repro", "weights", "split")
+        run(Path(project), "git", "clone", "--quiet", ".", str(clones[0]))
+        run(clones[0], "dvc", "repro", "weights", "split")
+        shutil.copytree(*clones, symlinks=True)
         ours = seconds(lambda: run(clones[0], "cxr", "train-all", "--jobs", jobs))
         theirs = seconds(lambda: run(clones[1], "dvc", "repro", *trainings))
     figures = {"seeds": len(trainings), "jobs": int(jobs), "seconds": round(ours, 1), "plain_seconds": round(theirs, 1)}

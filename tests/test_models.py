@@ -167,27 +167,31 @@ def test_dropout_keeps_as_much_as_it_says_and_the_mean_of_what_it_is_given():
     assert mask.mean().item() == pytest.approx(1, abs=0.01)
 
 
+def inputs(network: Classifier, pixels: torch.Tensor) -> torch.Tensor:
+    return network.normalised(network.resized(pixels))
+
+
 def test_inputs_are_three_equal_channels_normalised_and_of_the_backbones_size():
     grey = torch.full((2, 48, 48), 51, dtype=torch.uint8)
-    plain = Classifier(architecture(normalisation="none")).inputs(grey)
+    plain = inputs(Classifier(architecture(normalisation="none")), grey)
     assert plain.shape == (2, 3, 64, 64)
     assert plain.dtype == torch.float32
     torch.testing.assert_close(plain, torch.full_like(plain, 0.2))
-    normalised = Classifier(architecture()).inputs(grey)[0, :, 0, 0]
+    normalised = inputs(Classifier(architecture()), grey)[0, :, 0, 0]
     expected = [(0.2 - 0.485) / 0.229, (0.2 - 0.456) / 0.224, (0.2 - 0.406) / 0.225]
     torch.testing.assert_close(normalised, torch.tensor(expected))
 
 
 def test_inputs_of_the_right_size_are_the_pixels_themselves():
     pixels = radiographs()
-    found = Classifier(architecture(normalisation="none")).inputs(pixels)
-    assert torch.equal(found, (pixels.float() / 255).unsqueeze(1).expand(-1, 3, -1, -1))
+    found = inputs(Classifier(architecture(normalisation="none")), pixels)
+    torch.testing.assert_close(found, (pixels.float() / 255).unsqueeze(1).expand(-1, 3, -1, -1))
 
 
 def test_probabilities_are_the_softmax_of_the_positive_logit():
     network = Classifier(architecture()).eval()
     with torch.inference_mode():
-        logits = network(network.inputs(radiographs()))
+        logits = network(inputs(network, radiographs()))
     found = network.probabilities(radiographs())
     torch.testing.assert_close(found, torch.sigmoid(logits[:, 1] - logits[:, 0]))
 

@@ -33,8 +33,8 @@ class Architecture:
 
 
 class Classifier(nn.Module):
-    mean: Tensor
-    std: Tensor
+    scale: Tensor
+    shift: Tensor
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
@@ -43,26 +43,34 @@ class Classifier(nn.Module):
         self.head = Head(backbones.width(self.backbone, architecture.size), architecture.hidden, architecture.dropout)
         imagenet = architecture.normalisation == "imagenet"
         mean, std = (IMAGENET_MEAN, IMAGENET_STD) if imagenet else ((0.0,) * 3, (1.0,) * 3)
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        scale = 1 / (255 * torch.tensor(std).view(3, 1, 1))
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("shift", -255 * scale * torch.tensor(mean).view(3, 1, 1), persistent=False)
 
-    def inputs(self, pixels: Tensor) -> Tensor:
-        """Turn grey images (B, H, W), uint8, into what the backbone takes: (B, 3, size, size), float32."""
-        images = pixels.unsqueeze(1).float() / 255
-        size = self.architecture.size
-        if images.shape[-1] != size:
-            images = interpolate(images, (size, size), mode="bilinear", antialias=True)
-        return (images - self.mean) / self.std
+    def resized(self, pixels: Tensor) -> Tensor:
+        """Bring grey images (B, H, W), uint8, to the backbone's size: (B, 1, size, size), 0 to 255.
+
+        They stay uint8 where they have that size, and become float32 where not.
+        """
+        images, size = pixels.unsqueeze(1), self.architecture.size
+        if images.shape[-1] == size:
+            return images
+        return interpolate(images.float(), (size, size), mode="bilinear", antialias=True)
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """Turn what `resized` gives into what the backbone takes: (B, 3, size, size), float32."""
+        scaled = images.float() * self.scale
+        return scaled if self.architecture.normalisation == "none" else scaled.add_(self.shift)
 
     def forward(self, images: Tensor, masks: Sequence[Tensor] = ()) -> Tensor:
-        """Give logits (B, 2), negative first, for images as `inputs` makes them, and masks as the head draws them."""
+        """Give logits (B, 2), negative first, for images from `normalised` and masks from the head."""
         logits: Tensor = self.head(self.backbone(images).flatten(1), masks)
         return logits
 
     @torch.inference_mode()
     def probabilities(self, pixels: Tensor) -> Tensor:
         """Give P(positive), float32 of shape (B,), for grey images (B, H, W), uint8, on the model's device."""
-        logits: Tensor = self(self.inputs(pixels))
+        logits: Tensor = self(self.normalised(self.resized(pixels)))
         return logits.float().softmax(1)[:, POSITIVE]
 
 
