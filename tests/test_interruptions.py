@@ -1,12 +1,15 @@
 """A training that is stopped in any way goes on and ends as if it had not been."""
 
 import json
-import os
 import random
 import signal
 import subprocess
 import time
+from contextlib import suppress
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from conftest import ROOT, environment, run, seed_runs, server, store
@@ -136,32 +139,15 @@ def test_a_seed_killed_under_dvc_goes_on_with_the_next_repro(ready, whole):
     assert_as_if_never_stopped(project, whole)
 
 
-def cut(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-def exchange(path: Path) -> None:
-    """Put the whole checkpoint of another run in its place."""
-    import torch
-
-    content = torch.load(path, weights_only=True)
-    torch.save(content | {"fingerprint": "0" * 64}, path)
-
-
-@pytest.mark.parametrize("spoil", [cut, flip, exchange])
-def test_an_unusable_checkpoint_is_set_aside_and_the_seed_starts_anew(ready, whole, spoil):
+def test_an_unusable_checkpoint_is_set_aside_and_the_seed_starts_anew(ready, whole):
     project = ready(epochs=EPOCHS)
     training = start(project, "python", "-m", "stages.train", "--seed", "0")
     training.kill()
     training.wait(60)
     (checkpoint,) = (project / "checkpoints").glob("*.pt")
-    spoil(checkpoint)
+    content = bytearray(checkpoint.read_bytes())
+    content[len(content) // 2] ^= 1
+    checkpoint.write_bytes(content)
     ended = run(project, "python", "-m", "stages.train", "--seed", "0")
     assert ended.returncode == 0, ended.stderr
     assert f"{checkpoint} cannot be used: " in ended.stderr
@@ -171,27 +157,74 @@ def test_an_unusable_checkpoint_is_set_aside_and_the_seed_starts_anew(ready, who
     assert logged_steps(project) == list(range(1, EPOCHS + 1))
 
 
-def test_a_server_that_goes_away_stops_no_training_and_is_told_all_when_it_is_back(ready, port):
-    project, uri = ready(epochs=15), f"http://127.0.0.1:{port}"
+class Proxy(ThreadingHTTPServer):
+    """Hands requests on to the server at `behind`, answers 500, or does not answer, as `mood` says."""
+
+    def __init__(self, behind: int) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.behind, self.mood = behind, "well"
+        Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def uri(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def hand_on(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.close_connection = True
+        while self.server.mood == "silent":
+            time.sleep(0.1)
+        if self.server.mood == "broken":
+            self.send_error(500)
+            return
+        behind = HTTPConnection("127.0.0.1", self.server.behind, timeout=60)
+        with suppress(OSError):
+            behind.request(self.command, self.path, body, dict(self.headers))
+            answer = behind.getresponse()
+            content = answer.read()
+            self.send_response(answer.status)
+            self.send_header("Content-Type", answer.headers.get("Content-Type", "text/plain"))
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = hand_on
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+def wait_for(training: subprocess.Popen[str], project: Path, text: str) -> None:
+    while text not in (project / "train.log").read_text():
+        assert training.poll() is None, (project / "train.log").read_text()
+        time.sleep(0.05)
+
+
+def test_a_server_that_fails_hangs_and_dies_stops_no_training_and_is_told_all_when_it_is_back(ready, port):
+    project, proxy = ready(epochs=40), Proxy(port)
     mlflow_server = [
         "mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port),
         "--backend-store-uri", f"sqlite:///{project / 'mlflow.db'}", "--artifacts-destination", str(project / "kept"),
     ]  # fmt: skip
-    options = {"answers_at": f"{uri}/health", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    options = {"answers_at": f"http://127.0.0.1:{port}/health", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with server(project, *mlflow_server, **options):
-        training = start(project, "python", "-m", "stages.train", "--seed", "0", MLFLOW_TRACKING_URI=uri)
-    while "epoch 15/15" not in (project / "train.log").read_text():
-        assert training.poll() is None
-        time.sleep(0.1)
+        training = start(project, "python", "-m", "stages.train", "--seed", "0", MLFLOW_TRACKING_URI=proxy.uri)
+        for mood, until in {"broken": "epoch 10/40", "silent": "epoch 20/40", "well": "epoch 25/40"}.items():
+            proxy.mood = mood
+            wait_for(training, project, until)
+    wait_for(training, project, "epoch 40/40")
     trained = time.time()
     with server(project, *mlflow_server, **options):
-        assert training.wait(60) == 0
+        assert training.wait(120) == 0
+    proxy.shutdown()
     said = (project / "train.log").read_text()
     assert said.count("MLflow does not answer") == 1
     (seed_run,) = seed_runs(project)
     assert seed_run.info.status == "FINISHED"
     metrics = store(project).get_metric_history(seed_run.info.run_id, "validation/f1")
-    assert [metric.step for metric in metrics] == list(range(1, 16))
+    assert [metric.step for metric in metrics] == list(range(1, 41))
     times = [metric.timestamp for metric in metrics]
     assert times == sorted(times)
     assert times[-1] <= trained * 1000

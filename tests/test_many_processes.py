@@ -12,7 +12,7 @@ import pandas as pd
 import psutil
 import pytest
 import yaml
-from conftest import ROOT, commit, edit_params, environment, run, seed_runs
+from conftest import ROOT, commit, environment, run, seed_runs
 from test_interruptions import outs, start
 
 pytestmark = pytest.mark.slow
@@ -166,7 +166,6 @@ def test_a_ray_cluster_of_two_nodes_trains_all_seeds_though_a_worker_is_killed(b
     project = ready()
     forget_training(project)
     run(project, "dvc", "remote", "add", "-d", "shared", str(project.parent / "remote"))
-    edit_params(project, lambda params: params.update(seeds=[0, 1, 2]))
     commit(project)
     options = ["--num-cpus=1", "--disable-usage-stats"]
     try:

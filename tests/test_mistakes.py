@@ -87,14 +87,8 @@ def test_a_backbone_that_does_not_exist_lists_near_names(project):
     assert "there is no 'alexnett'; near names: alexnet" in refusal(project, "weights")
 
 
-@pytest.fixture
-def prepared(project):
-    for stage in ("download", "prepare", "split", "weights"):
-        assert run(project, "python", "-m", f"stages.{stage}").returncode == 0
-    return project
-
-
-def test_training_without_its_inputs_or_a_server_is_refused(prepared):
+def test_training_without_its_inputs_or_a_server_is_refused(ready):
+    prepared = ready()
     said = refusal(prepared, "train", "--seed", "0", MLFLOW_TRACKING_URI="http://user:secret@127.0.0.1:9")
     assert "MLflow at http://127.0.0.1:9 cannot be used" in said
     assert "secret" not in said
@@ -110,7 +104,8 @@ def test_training_without_its_inputs_or_a_server_is_refused(prepared):
 @pytest.mark.parametrize(
     ("stage", "folder"), [("prepare", "data"), ("weights", "data/weights"), ("train --seed 0", "models")]
 )
-def test_a_full_disk_is_one_line_and_leaves_no_half_file(prepared, stage, folder):
+def test_a_full_disk_is_one_line_and_leaves_no_half_file(ready, stage, folder):
+    prepared = ready()
     edit_params(prepared, lambda params: params["demo"]["prepare"].update(size=512))
     script = (
         f"mkdir -p {folder}; cp data/raw.zip raw; "
