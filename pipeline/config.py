@@ -98,6 +98,15 @@ class BagParams(Section):
     members: Literal["all"] | list[int]  # seeds
 
 
+class PromoteParams(Section):
+    margin: Share  # of validation F1 by which a challenger must be better than the champion
+    min_probability: Share  # that it is, by a paired bootstrap
+    resamples: Positive  # of the bootstrap
+    min_sensitivity: Share  # required of every champion on the validation set, as are the next two
+    min_specificity: Share
+    max_calibration_error: Share
+
+
 class Profile(Section):
     download: Annotated[PhantomParams | ArchiveParams, Field(discriminator="source")]
     weights: WeightsParams
@@ -106,6 +115,7 @@ class Profile(Section):
     train: TrainParams
     evaluate: EvaluateParams
     bag: BagParams
+    promote: PromoteParams
 
 
 class Config(Section):
@@ -185,6 +195,7 @@ def _keys(loc: tuple[int | str, ...]) -> list[str]:
     models: dict[str, type[Section]] = {
         "phantom": PhantomParams, "archive": ArchiveParams, "weights": WeightsParams, "prepare": PrepareParams,
         "split": SplitParams, "train": TrainParams, "evaluate": EvaluateParams, "bag": BagParams,
+        "promote": PromoteParams,
     }  # fmt: skip
     return list(models.get(str(loc[-2]), Profile).model_fields)
 

@@ -38,8 +38,28 @@ def decode(data: bytes, size: int) -> tuple[np.ndarray, tuple[int, int]]:
         raise UnusableError("not an image in a known format") from None
     except (OSError, RuntimeError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UnusableError(f"broken image: {' '.join(str(error).split())}") from None
+    return _square(grey, size), (width, height)
+
+
+def stretch(pixels: np.ndarray, size: int) -> np.ndarray:
+    """Stretch grey pixels (H, W) with values of 0 to 255 to a square, as `decode` does with a file's.
+
+    Returns:
+        uint8 of shape (size, size).
+
+    Raises:
+        UnusableError: it is no such array, or too small.
+    """
+    if pixels.ndim != 2 or pixels.dtype.kind not in "ui" or pixels.min(initial=0) < 0 or pixels.max(initial=0) > 255:
+        raise UnusableError("not grey pixels (height, width) with whole values of 0 to 255")
+    if min(pixels.shape) < SMALLEST:
+        raise UnusableError(f"too small: {pixels.shape[1]}×{pixels.shape[0]} pixels")
+    return _square(Image.fromarray(pixels.astype(np.uint8)), size)
+
+
+def _square(grey: Image.Image, size: int) -> np.ndarray:
     # Pillow's bilinear filter widens with the scale, so that shrinking is antialiased.
-    return np.asarray(grey.resize((size, size), Image.Resampling.BILINEAR)), (width, height)
+    return np.asarray(grey.resize((size, size), Image.Resampling.BILINEAR))
 
 
 def _grey(image: Image.Image) -> Image.Image:

@@ -5,7 +5,7 @@ import importlib
 import click
 
 STAGES = ["download", "weights", "prepare", "split", "train", "evaluate", "bag", "promote", "submit"]
-COMMANDS = ["train-all"]
+COMMANDS = ["train-all", "predict", "sync", "history", "rollback", "verify"]
 
 
 class Stages(click.Group):

@@ -14,6 +14,8 @@ from ray.exceptions import RayError
 
 from pipeline.config import Config
 from pipeline.errors import UserError
+from pipeline.tracking.runs import parent_run
+from pipeline.tracking.store import connect
 
 RETRIES = 3  # of a seed whose worker or machine was lost
 
@@ -44,6 +46,9 @@ def train(address: str, config: Config) -> dict[int, str]:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError, OverflowError, RuntimeError, RayError) as error:
         raise UserError(f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}") from None
+    parent_run(
+        connect(config.model_name), config
+    )  # made once, here; tasks that look for it at once would each make one
     gpus = int(ray.cluster_resources().get("GPU", 0) > 0)  # type: ignore[no-untyped-call]
     task = ray.remote(num_cpus=config.active.train.cpu_threads, num_gpus=gpus, max_retries=RETRIES)(_train)
     source = _said("git", "config", "remote.origin.url") or str(Path.cwd())

@@ -1,4 +1,4 @@
-"""Make MLflow show what DVC holds, and promote the best model."""
+"""Make MLflow show what DVC holds, and promote the best candidate."""
 
 from pathlib import Path
 
@@ -8,39 +8,39 @@ from stages.common import stage
 
 
 @stage
-def promote() -> None:
-    """Complete the MLflow runs, register the best model and move its aliases; write metrics/promotion.json."""
-    import numpy as np
+@click.option("--model", metavar="VERSION", help="Make this version champion, whatever the gate says.")
+@click.option("--because", metavar="REASON", help="Why; kept with the version and in `cxr history`.")
+def promote(model: str | None, because: str | None) -> None:
+    """Complete the MLflow runs and the registry, and make the best candidate champion if it is better.
 
+    Writes metrics/promotion.json. With --model nothing is compared: the version becomes champion.
+    """
     from pipeline.config import load
-    from pipeline.dataset import read_table
-    from pipeline.evaluation.metrics import best_model
+    from pipeline.errors import UserError
     from pipeline.files import read_json, write_json
     from pipeline.tracking import registry
-    from pipeline.tracking.runs import SeedRun, finish_parent, parent_run
     from pipeline.tracking.store import connect
+    from pipeline.tracking.sync import said, sync
 
+    if (model is None) != (because is None):
+        raise click.UsageError('give both: --model VERSION --because "REASON"')
     config = load()
-    store = connect(config.model_name)
-    parent = parent_run(store, config)
-    models, runs = Path("models"), {}
-    for seed in config.seeds:
-        folder = models / f"seed-{seed}"
-        # The environment is part of the fingerprint, and may have been another machine's.
-        runs[folder.name] = SeedRun(store, config, parent, seed, read_json(folder / "model.json")["fingerprint"])
-        runs[folder.name].finish(folder)
-    bag = read_json(Path("metrics/bag.json"))[config.active.bag.method]
-    finish_parent(store, parent, Path("report"), bag)
-
-    scores = read_json(Path("metrics/evaluate.json"))
-    best = best_model(scores)
-    table = read_table(Path("data"))
-    example = np.load("data/images.npy", mmap_mode="r")[table.index[table["subset"] == "validation"][0]]
-    version = registry.register(store, config.model_name, runs[best], models / best, example, scores[best])
-    standing = registry.promote(store, config.model_name, version)
-    write_json(Path("metrics/promotion.json"), {"candidate": best, **standing})
-    verdict = "is champion" if standing["promoted"] else "is challenger; the champion stays"
-    click.echo(f"{config.model_name}: {best} {verdict} (validation F1 {standing['challenger']['validation_f1']:.4f})")
+    if model and because:
+        store = connect(config.model_name)
+        chosen = registry.find(store, config.model_name, model)
+        champion = registry.champion(store, config.model_name)
+        if champion and champion.version == chosen.version:
+            raise UserError(f"{config.model_name}: version {chosen.version} is champion already; see: cxr history")
+        registry.crown(store, config.model_name, chosen, f"by hand: {because}")
+        click.echo(f"{config.model_name}: version {chosen.version} is champion, by hand: {because}")
+        return
+    decision = sync(config)
+    path = Path("metrics/promotion.json")
+    decisions = read_json(path)["decisions"] if path.exists() else []
+    if not decisions or decisions[-1] != decision:
+        decisions.append(decision)
+    write_json(path, {**decision, "decisions": decisions})
+    click.echo(said(config.model_name, decision))
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@ import io
 import os
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -108,6 +109,14 @@ def seed_runs(project: Path) -> list["Run"]:
     return sorted(found, key=lambda one: one.info.run_name)
 
 
+def copy(project: Path, target: Path) -> Path:
+    """Copy a project with its MLflow store, in which the places of artifacts are written out."""
+    shutil.copytree(project, target, symlinks=True, ignore=shutil.ignore_patterns("mlflow.db*"))
+    with closing(sqlite3.connect(project / "mlflow.db")) as old, closing(sqlite3.connect(target / "mlflow.db")) as new:
+        new.executescript("\n".join(old.iterdump()).replace(str(project), str(target)))
+    return target
+
+
 def commit(project: Path) -> None:
     for command in (["add", "-A"], ["commit", "-qm", "as it is"]):
         assert run(project, "git", *command).returncode == 0
@@ -124,6 +133,7 @@ def make_tiny(params: dict) -> None:
     params["seeds"] = [0, 1]
     for profile, sections in TINY.items():
         params[profile]["split"]["folds"] = 4
+        params[profile]["promote"] |= {"min_sensitivity": 0.0, "min_specificity": 0.0, "max_calibration_error": 1.0}
         for section, values in sections.items():
             params[profile][section] |= values
 
@@ -172,9 +182,7 @@ def built(tmp_path_factory, worker_id) -> Path:
         if not shared.exists():
             ended = run(clone(shared), "dvc", "repro")
             assert ended.returncode == 0, ended.stdout + ended.stderr
-    own = tmp_path_factory.mktemp("own") / "project"
-    shutil.copytree(shared, own, symlinks=True)
-    return own
+    return copy(shared, tmp_path_factory.mktemp("own") / "project")
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from pipeline import ensemble, submission
 from pipeline.dataset import Pack
 from pipeline.errors import UserError
 from pipeline.evaluation import curves
+from pipeline.evaluation.comparison import calibration_error, f1_difference
 from pipeline.evaluation.metrics import best_model, score
 from pipeline.evaluation.predictions import predict
 from pipeline.models.classifier import Architecture, Classifier
@@ -290,3 +291,52 @@ def test_the_tables_of_curves_enclose_the_areas_of_the_scores():
     assert list(found.columns) == ["recall", "precision"]
     steps = -found["recall"].diff()[1:].to_numpy() * found["precision"][:-1].to_numpy()
     assert steps.sum() == pytest.approx(score(LABELS, MODELS["seed-0"])["average_precision"])
+
+
+@given(st.lists(st.tuples(*[st.integers(0, 1)] * 3, st.integers(0, 4)), min_size=1, max_size=40))
+@settings(deadline=None)
+def test_the_difference_of_f1_is_that_of_scikit_learn_and_lies_in_no_interval_beyond_1(rows):
+    labels, ours, theirs, groups = np.array(rows).T
+    found = f1_difference(labels, groups, ours, theirs, resamples=50)
+    expected = sklearn.f1_score(labels, ours, zero_division=0) - sklearn.f1_score(labels, theirs, zero_division=0)
+    assert found["difference"] == pytest.approx(expected)
+    assert -1 <= found["low"] <= found["high"] <= 1
+    mirrored = f1_difference(labels, groups, theirs, ours, resamples=50)
+    assert mirrored["difference"] == pytest.approx(-expected)
+    assert found["probability"] + mirrored["probability"] <= 1
+
+
+def test_a_model_that_is_right_where_the_other_is_wrong_is_surely_better_and_an_equal_one_never():
+    labels = np.tile([0, 1], 50)
+    found = f1_difference(labels, np.arange(100), labels, 1 - labels, resamples=200)
+    assert found == {"difference": 1.0, "low": 1.0, "high": 1.0, "probability": 1.0}
+    assert f1_difference(labels, np.arange(100), labels, labels, resamples=200)["probability"] == 0
+    assert f1_difference(labels, np.arange(100), labels, 1 - labels, resamples=200, margin=1)["probability"] == 0
+
+
+def test_images_of_one_patient_count_as_one_when_it_comes_to_chance():
+    labels = np.tile([0, 1, 1, 1], 30)
+    ours, theirs = labels.copy(), labels.copy()
+    ours[1:20:4], theirs[1:40:4] = 0, 0
+    alone = f1_difference(labels, np.arange(120), ours, theirs, resamples=500)
+    together = f1_difference(labels, np.arange(120) // 20, ours, theirs, resamples=500)
+    assert together["difference"] == alone["difference"]
+    assert together["high"] - together["low"] > alone["high"] - alone["low"]
+
+
+@given(st.lists(st.tuples(st.integers(0, 1), st.floats(0, 1)), min_size=1, max_size=60))
+@settings(deadline=None)
+def test_the_calibration_error_is_the_mean_gap_of_its_bins(rows):
+    labels, probabilities = (np.array(column) for column in zip(*rows, strict=True))
+    gap = 0.0
+    for low in range(10):
+        inside = (probabilities * 10).astype(int).clip(max=9) == low
+        if inside.any():
+            gap += abs(probabilities[inside].mean() - labels[inside].mean()) * inside.sum() / len(labels)
+    assert calibration_error(labels, probabilities) == pytest.approx(gap)
+
+
+def test_the_calibration_error_is_0_for_certainty_that_is_right_and_1_for_one_that_is_wrong():
+    labels = np.array([0, 1, 1])
+    assert calibration_error(labels, labels.astype(float)) == 0
+    assert calibration_error(labels, 1 - labels.astype(float)) == 1

@@ -14,8 +14,7 @@ import mlflow
 import pandas as pd
 import pytest
 import yaml
-from conftest import run, seed_runs, server, store
-from mlflow import MlflowClient
+from conftest import copy, run, seed_runs, server, store
 
 pytestmark = pytest.mark.slow
 
@@ -164,10 +163,6 @@ def test_a_served_champion_answers_and_survives_a_bad_image(built, port):
         assert ask(image)["probability"] == pytest.approx(expected[best], abs=1e-6)
 
 
-def aliases(client: MlflowClient) -> dict[str, str]:
-    return {alias: str(version) for alias, version in client.get_registered_model(NAME).aliases.items()}
-
-
 def promote_again(project: Path) -> None:
     ended = run(project, "dvc", "repro", "-f", "-s", "promote")
     assert ended.returncode == 0, ended.stdout + ended.stderr
@@ -186,7 +181,7 @@ def test_promoting_again_changes_nothing(built):
             [found.to_dictionary() for found in runs],
             points,
             [(version.version, version.tags) for version in versions],
-            aliases(client),
+            client.get_registered_model(NAME).aliases,
             (built / "metrics/promotion.json").read_text(),
         ]
 
@@ -217,8 +212,7 @@ def test_a_lost_tracking_store_is_completed_from_the_outs_without_training(built
 
 
 def test_a_clone_with_the_outs_but_no_tracking_store_fills_its_own(built, tmp_path):
-    run(built.parent, "cp", "-a", str(built), str(tmp_path / "clone"))
-    clone = tmp_path / "clone"
+    clone = copy(built, tmp_path / "clone")
     shutil.rmtree(clone / "mlartifacts")
     for path in [*clone.glob("mlflow.db*"), clone / "metrics/promotion.json"]:
         path.unlink()
@@ -226,22 +220,6 @@ def test_a_clone_with_the_outs_but_no_tracking_store_fills_its_own(built, tmp_pa
     assert "Running stage 'promote'" in said
     assert "stages.train" not in said
     assert len(seed_runs(clone)) == 2
-
-
-def test_a_worse_challenger_leaves_the_champion_and_a_better_one_takes_its_place(built, tmp_path):
-    run(built.parent, "cp", "-a", str(built), str(tmp_path / "clone"))
-    clone = tmp_path / "clone"
-    client = store(clone)
-    client.set_model_version_tag(NAME, "1", "validation_f1", "2")
-    client.set_model_version_tag(NAME, "1", "weights_sha256", "another model's")
-    promote_again(clone)
-    assert aliases(client) == {"champion": "1", "challenger": "2"}
-    assert "not promoted" in client.get_model_version(NAME, "2").tags["decision"]
-    assert not json.loads((clone / "metrics/promotion.json").read_text())["promoted"]
-    client.set_model_version_tag(NAME, "1", "validation_f1", "-1")
-    promote_again(clone)
-    assert aliases(client) == {"champion": "2", "challenger": "2"}
-    assert "is above" in client.get_model_version(NAME, "2").tags["decision"]
 
 
 def test_two_runs_from_nothing_give_the_same_lock(built, project):

@@ -3,12 +3,14 @@
 import json
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
+import browser
 import pandas as pd
 import pytest
-from conftest import ROOT, archive_members, run, server, write_zip
+from conftest import ROOT, archive_members, copy, run, server, write_zip
 from mlflow import MlflowClient
 
 pytestmark = pytest.mark.slow
@@ -25,8 +27,7 @@ COMMANDS = [
 @pytest.fixture(scope="module")
 def reader(built, tmp_path_factory) -> Path:
     """The built project as its reader has it: with results committed, and an environment that is set up."""
-    project = tmp_path_factory.mktemp("reader") / "project"
-    run(built.parent, "cp", "-a", str(built), str(project))
+    project = copy(built, tmp_path_factory.mktemp("reader") / "project")
     (project / ".venv").mkdir()
     (project / ".venv/bin").symlink_to(Path(sys.executable).parent)
     (project / ".venv/run").touch()
@@ -69,6 +70,20 @@ def test_make_ui_shows_the_runs(reader, port):
         assert client.get_model_version_by_alias("covid-xray-demo", "champion")
 
 
+def test_a_browser_shows_the_runs_their_curves_their_comparison_and_the_champion(reader, port, tmp_path):
+    chromium = shutil.which("chromium")
+    if not chromium:
+        pytest.skip("Chromium is not installed")
+    with server(reader, "make", "ui", f"PORT={port}", answers_at=f"http://127.0.0.1:{port}/health"):
+        texts = browser.look(f"http://127.0.0.1:{port}", tmp_path, chromium)
+    for seed in ("seed-0", "seed-1"):
+        assert all(f"{seed} · " in texts[page] for page in ("runs", "f1-by-epoch", "compare"))
+    assert "validation/f1" in texts["f1-by-epoch"]
+    assert "lr" in texts["compare"]
+    for text in ("champion", "challenger", "no diagnosis", "there was no champion"):
+        assert text in texts["model"]
+
+
 def test_dvc_shows_metrics_and_plots(reader):
     assert "seed-1.f1" in obey(reader, "dvc metrics show")
     obey(reader, "dvc plots show")
@@ -84,6 +99,24 @@ def test_an_experiment_changes_one_parameter_and_is_listed(reader):
     client = MlflowClient(f"sqlite:///{reader / 'mlflow.db'}")
     runs = client.search_runs([client.get_experiment_by_name("covid-xray-demo").experiment_id], "params.seed = '1'")
     assert {found.data.params["lr"] for found in runs} == {"0.002", "0.0003"}
+
+
+def test_an_experiment_in_a_copy_logs_to_the_workspaces_store_until_it_is_removed_and_pruned(reader):
+    client = MlflowClient(f"sqlite:///{reader / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("covid-xray-demo").experiment_id
+    before = len(client.search_runs([experiment]))
+    ended = run(reader, "dvc", "exp", "run", "--temp", "-n", "shorter", "-S", "demo.train.epochs=1")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    named = client.search_runs([experiment], "tags.`dvc.experiment` = 'shorter'")
+    assert len(named) == 3
+    assert len(client.search_runs([experiment])) == before + 3
+    parent = min((found.info.run_name for found in named), key=len)
+    assert parent in run(reader, "dvc", "exp", "show", "--csv").stdout
+    assert "no run belongs to a removed experiment" in obey(reader, "cxr sync --prune")
+    assert run(reader, "dvc", "exp", "remove", "shorter").returncode == 0
+    said = run(reader, "bash", "-c", "yes | cxr sync --prune")
+    assert "3 runs are deleted" in said.stdout, said.stdout + said.stderr
+    assert len(client.search_runs([experiment])) == before
 
 
 @pytest.mark.parametrize(

@@ -59,9 +59,9 @@ def score(labels: np.ndarray, probabilities: np.ndarray, predicted: np.ndarray |
     }
 
 
-def called(probabilities: Probabilities) -> Probabilities:
+def called(probabilities: Probabilities, threshold: float = THRESHOLD) -> Probabilities:
     """Return the labels, 0 or 1, that the operating point makes of P(positive)."""
-    return (probabilities >= THRESHOLD).astype(int)
+    return (probabilities >= threshold).astype(int)
 
 
 def best_model(models: Mapping[str, Scores]) -> str:

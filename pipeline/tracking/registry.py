@@ -1,16 +1,26 @@
-"""The registered model of a profile: the best seed becomes challenger, and champion where it beats the champion."""
+"""The registered model of a profile: its versions, its champions from the first to the present one, and its aliases.
+
+MLflow keeps no history of an alias. So each change of champion is a tag of the registered model, numbered and never
+changed, and the alias follows the last of them.
+"""
 
 import base64
 import io
+import json
 import logging
+import tempfile
+import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import mlflow
 import numpy as np
+import torch
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
@@ -20,94 +30,186 @@ from PIL import Image
 
 import pipeline
 from pipeline.errors import UserError
-from pipeline.evaluation.metrics import Scores
-from pipeline.files import read_json
-from pipeline.tracking.runs import FINGERPRINT, SeedRun
+from pipeline.models import candidate
 from pipeline.tracking.store import Store
 
-WEIGHTS = "weights_sha256"
+IDENTITY = "identity"
 CHAMPION, CHALLENGER = "champion", "challenger"
+REIGN = "champion."  # the tags of the registered model that hold its champions, champion.0001 and so on
+FOLDER = "candidate"  # of a version's artifacts, as it was called where it was assembled
 REQUIREMENTS = ["mlflow", "numpy", "pandas", "pillow", "safetensors", "scikit-learn", "timm", "torch", "torchvision"]
+DESCRIPTION = """Tells COVID-19 positive chest radiographs from negative ones. For research and teaching, no diagnosis.
+
+`champion` is the version to use, `challenger` the best one of the last run. `cxr history` shows who was champion, from
+the tags `champion.0001` and so on; `cxr rollback` goes back.
+"""
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(AnyType(), "image")]),
-    outputs=Schema([ColSpec("double", "probability"), ColSpec("long", "label")]),
+    outputs=Schema([ColSpec("double", "probability"), ColSpec("long", "label"), ColSpec("string", "version")]),
 )
 
 
-def register(store: Store, name: str, run: SeedRun, model: Path, example: np.ndarray, scores: Scores) -> ModelVersion:
-    """Return the version of the registered model `name` that holds this run's model; make it where it is missing.
+@dataclass(frozen=True)
+class Reign:
+    """One version's time as champion, from `since` (ISO 8601, UTC) until the next reign begins."""
+
+    version: str
+    since: str
+    why: str
+    rollback: bool = False
+
+
+def register(
+    store: Store, name: str, run_id: str, folder: Path, example: np.ndarray, tags: Mapping[str, str]
+) -> ModelVersion:
+    """Return the version of the registered model `name` that holds this candidate; make it where it is missing.
 
     Args:
         store: where the run is.
         name: of the registered model.
-        run: whose model it is.
-        model: the folder with model.safetensors and model.json.
+        run_id: of the run that the model belongs to.
+        folder: as `candidate.assemble` writes it.
         example: a radiograph for the input example, uint8 (S, S).
-        scores: on the validation set; kept as tags.
+        tags: of a new version.
     """
-    description = read_json(model / "model.json")
-    tags = {key: description[key] for key in (FINGERPRINT, WEIGHTS)}
+    mark = candidate.identity(folder)
     with store.lock:
         try:
             store.client.get_registered_model(name)
         except MlflowException:
-            store.client.create_registered_model(name)
-        known = store.client.search_model_versions(f"name = '{name}' AND tags.{WEIGHTS} = '{tags[WEIGHTS]}'")
+            store.client.create_registered_model(name, description=DESCRIPTION)
+        known = store.client.search_model_versions(f"name = '{name}' AND tags.{IDENTITY} = '{mark}'")
         if known:
             return known[0]
-        tags |= {f"validation_{key}": str(value) for key, value in scores.items()}
-        source = _log_model(run.run_id, model, example)
-        return store.client.create_model_version(name, source, run.run_id, tags)
+        model_id = _log_model(run_id, folder, example)
+        tags = {IDENTITY: mark, **tags}
+        return store.client.create_model_version(name, f"models:/{model_id}", run_id, tags, model_id=model_id)
 
 
-def promote(store: Store, name: str, candidate: ModelVersion) -> dict[str, Any]:
-    """Give the aliases: the candidate is challenger, and champion if there is none or its validation F1 is higher.
+def find(store: Store, name: str, wanted: str) -> ModelVersion:
+    """Return the version with this alias or number.
 
-    Returns:
-        How things stand afterwards: who is challenger and champion, with their F1, and why.
+    Raises:
+        UserError: there is none.
     """
-    with store.lock:
-        aliases: Mapping[str, str] = store.client.get_registered_model(name).aliases
-        store.client.set_registered_model_alias(name, CHALLENGER, candidate.version)
-        champion = store.client.get_model_version(name, aliases[CHAMPION]) if CHAMPION in aliases else None
-        figure = f"validation F1 {_f1(candidate):.4f}"
-        if champion and champion.version == candidate.version:
-            return _standing(candidate, candidate)
-        if champion and _f1(champion) >= _f1(candidate):
-            why = f"{figure} is not above {_f1(champion):.4f} of version {champion.version}, the champion"
-            store.client.set_model_version_tag(name, candidate.version, "decision", f"not promoted: {why}")
-            return _standing(candidate, champion)
-        why = f"{figure}; there was no champion"
-        if champion:
-            why = f"{figure} is above {_f1(champion):.4f} of version {champion.version}, the champion before"
-        store.client.set_model_version_tag(name, candidate.version, "decision", f"promoted: {why}")
-        store.client.set_registered_model_alias(name, CHAMPION, candidate.version)
-        return _standing(candidate, candidate)
-
-
-def _standing(challenger: ModelVersion, champion: ModelVersion) -> dict[str, Any]:
-    def entry(of: ModelVersion) -> dict[str, Any]:
-        return {WEIGHTS: of.tags[WEIGHTS], "validation_f1": _f1(of)}
-
-    return {
-        "promoted": challenger.version == champion.version,
-        CHALLENGER: entry(challenger),
-        CHAMPION: entry(champion),
-    }
-
-
-def _f1(of: ModelVersion) -> float:
     try:
-        return float(of.tags["validation_f1"])
-    except KeyError:
+        if wanted.isdecimal():
+            return store.client.get_model_version(name, wanted)
+        return store.client.get_model_version_by_alias(name, wanted)
+    except MlflowException:
+        known = [str(version.version) for version in versions(store, name)]
+        there = f"versions {', '.join(known)}" if known else "nothing is registered yet"
         raise UserError(
-            f"{of.name} version {of.version} is champion but was not registered by this pipeline; "
-            "take the alias away: MlflowClient().delete_registered_model_alias(name, 'champion')"
+            f"{name} has no version or alias {wanted!r} ({there}); choose another, or run: dvc repro promote"
         ) from None
 
 
-def _log_model(run_id: str, model: Path, example: np.ndarray) -> str:
-    """Log the model to its run, and return its URI."""
+def versions(store: Store, name: str) -> list[ModelVersion]:
+    """Return all versions, the first one first."""
+    return sorted(store.client.search_model_versions(f"name = '{name}'"), key=lambda known: int(known.version))
+
+
+def champion(store: Store, name: str) -> ModelVersion | None:
+    aliases = store.client.get_registered_model(name).aliases
+    return store.client.get_model_version(name, aliases[CHAMPION]) if CHAMPION in aliases else None
+
+
+def history(store: Store, name: str) -> list[Reign]:
+    """Return the reigns so far, the first one first."""
+    try:
+        tags = store.client.get_registered_model(name).tags
+    except MlflowException:
+        return []
+    return [Reign(**json.loads(tags[key])) for key in sorted(tags) if key.startswith(REIGN)]
+
+
+def crown(store: Store, name: str, chosen: ModelVersion, why: str, *, rollback: bool = False) -> None:
+    """Make a version champion, if its files are what they were when it was registered.
+
+    Raises:
+        UserError: they are not, and everything stays as it was.
+    """
+    check(chosen)
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    reign = json.dumps(asdict(Reign(str(chosen.version), now, why, rollback)))
+    with store.lock:
+        for pause in (0.1, 0.2, 0.4, 0.8, None):
+            number = len(history(store, name)) + 1
+            try:
+                store.client.set_registered_model_tag(name, f"{REIGN}{number:04}", reign)
+                break
+            except MlflowException:  # another machine has just taken this number
+                if pause is None:
+                    raise
+                time.sleep(pause)
+        settle(store, name)
+
+
+def settle(store: Store, name: str) -> None:
+    """Let the alias follow the history, until it does: another machine may be crowning at this moment."""
+    while reigns := history(store, name):
+        store.client.set_registered_model_alias(name, CHAMPION, reigns[-1].version)
+        if history(store, name)[-1] == reigns[-1]:
+            return
+
+
+def before(reigns: list[Reign]) -> Reign:
+    """Return the reign that a rollback goes back to; a second one goes back further.
+
+    Raises:
+        UserError: the first champion is still in place, or there is none.
+    """
+    standing: list[Reign] = []
+    for reign in reigns:
+        if reign.rollback:
+            standing.pop()
+        else:
+            standing.append(reign)
+    if len(standing) < 2:
+        raise UserError("there is no champion to go back to; see: cxr history")
+    return standing[-2]
+
+
+def check(known: ModelVersion) -> None:
+    """Compare a version's files with what was recorded when it was registered.
+
+    Raises:
+        UserError: they are missing, or are not those.
+    """
+    with files(known) as folder:
+        try:
+            # Loading compares the weights with their description, and the identity both with the tag.
+            candidate.load(folder, torch.device("cpu"))
+            found = candidate.identity(folder)
+        except (UserError, KeyError, ValueError) as error:
+            raise UserError(f"{known.name} version {known.version} is damaged: {error}") from None
+    if found != known.tags.get(IDENTITY):
+        raise UserError(
+            f"{known.name} version {known.version} does not hold the model that was registered; do not use it"
+        )
+
+
+@contextmanager
+def files(known: ModelVersion) -> Iterator[Path]:
+    """Bring a version's candidate here while the block runs.
+
+    Raises:
+        UserError: its files are gone, or were not logged by this pipeline.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            path = mlflow.artifacts.download_artifacts(f"models:/{known.name}/{known.version}", dst_path=scratch)
+        except (MlflowException, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{known.name} version {known.version}: its files are missing: {reason}") from None
+        folder = Path(path, "artifacts", FOLDER)
+        if not (folder / "candidate.json").is_file():
+            raise UserError(f"{known.name} version {known.version} is not a model of this pipeline; choose another")
+        yield folder
+
+
+def _log_model(run_id: str, folder: Path, example: np.ndarray) -> str:
+    """Log the model to its run, and return its id."""
     stream = io.BytesIO()
     Image.fromarray(example).save(stream, "PNG")
     with mlflow.start_run(run_id=run_id), warnings.catch_warnings():
@@ -117,10 +219,10 @@ def _log_model(run_id: str, model: Path, example: np.ndarray) -> str:
         info = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(Path(__file__).with_name("served.py")),
-            artifacts={"weights": str(model / "model.safetensors"), "description": str(model / "model.json")},
+            artifacts={FOLDER: str(folder)},
             code_paths=[str(Path(pipeline.__file__).parent)],
             signature=SIGNATURE,
             input_example={"image": [base64.b64encode(stream.getvalue()).decode()]},
             pip_requirements=[f"{name}=={version(name)}" for name in REQUIREMENTS],
         )
-    return f"models:/{info.model_id}"
+    return str(info.model_id)

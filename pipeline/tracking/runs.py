@@ -4,16 +4,18 @@ A run is completed from what DVC holds, so a resumed, a repeated and a restored 
 """
 
 import os
+import socket
 import subprocess
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
 import mlflow
 import pandas as pd
+import psutil
 from mlflow.data.pandas_dataset import from_pandas
 from mlflow.entities import DatasetInput, InputTag, Metric, Param, Run
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
@@ -31,22 +33,34 @@ from pipeline.tracking import fingerprint
 from pipeline.tracking.store import Store
 
 FINGERPRINT = "fingerprint"
+EXPERIMENT = "dvc.experiment"
+WORKER = "worker"  # the machine and the process that trains
+MANIFEST = Path("data/manifest.csv")
 CHECKPOINT = "checkpoint"  # where a run keeps its model's files
 SEED_FILES = ["model.safetensors", "model.json", "history.csv", "metrics.json"]
 
 
 def parent_run(store: Store, config: Config) -> Run:
-    """Return the run that gathers all seeds."""
+    """Return the run that gathers all seeds; it waits for them until `finish_parent` closes it."""
+    _close_killed(store)
     mark = fingerprint.of_training(config)
-    return _find_or_make(store, mark, f"{_backbone(config)} · {mark[:4]}", {})
+    run = _find_or_make(store, config, mark, parent_name(config, mark), {})
+    if run.info.status == "RUNNING":  # as which MLflow makes every run, but no process stands for this one
+        store.client.update_run(run.info.run_id, status="SCHEDULED")
+    return run
+
+
+def parent_name(config: Config, mark: str) -> str:
+    return f"{_backbone(config)} · {mark[:4]}"
 
 
 class SeedRun:
     """The MLflow run of one seed's training; what is already in it is not logged again."""
 
     def __init__(self, store: Store, config: Config, parent: Run, seed: int, mark: str) -> None:
+        worker = {WORKER: _worker(psutil.Process())}
         of = {MLFLOW_PARENT_RUN_ID: parent.info.run_id}
-        run = _find_or_make(store, mark, f"seed-{seed} · {_backbone(config)} · {mark[:4]}", of)
+        run = _find_or_make(store, config, mark, f"seed-{seed} · {parent_name(config, mark)}", of | worker)
         self.run_id = run.info.run_id
         self.finished = run.info.status == "FINISHED"
         self._client = store.client
@@ -57,7 +71,8 @@ class SeedRun:
         self._last_epoch = max((metric.step for metric in history), default=0)
         params = {"seed": seed, **config.active.train.model_dump()}
         self._client.log_batch(self.run_id, params=[Param(key, str(value)) for key, value in params.items()])
-        self._log_dataset(Path("data"))
+        self._log_dataset()
+        self._client.set_tag(self.run_id, WORKER, worker[WORKER])
         self._client.update_run(self.run_id, status="RUNNING")
 
     def watch(self) -> Self:
@@ -113,16 +128,21 @@ class SeedRun:
             self._client.log_artifact(self.run_id, str(folder / name), CHECKPOINT)
         best = read_json(folder / "metrics.json")
         log_metrics(self._client, self.run_id, {f"best/{key}": value for key, value in best.items()}, best["epoch"])
-        for key, value in read_json(folder / "model.json")["environment"].items():
+        figures = "".join(
+            f"| {key.replace('_', ' ')} | {value:.4g} |\n" for key, value in best.items() if value is not None
+        )
+        tags = {MLFLOW_RUN_NOTE: f"| best epoch | |\n| --- | ---: |\n{figures}"}
+        for key, value in (tags | read_json(folder / "model.json")["environment"]).items():
             self._client.set_tag(self.run_id, key, value)
         self.close("FINISHED")
 
-    def _log_dataset(self, data: Path) -> None:
-        table = data / "manifest.csv"
+    def _log_dataset(self) -> None:
         with warnings.catch_warnings():
             # MLflow warns of two equal kinds of source, and that integer columns cannot miss values.
             warnings.simplefilter("ignore", UserWarning)
-            dataset = from_pandas(manifest.read(data), source=str(table), name="radiographs", digest=dvc_hash(table))
+            dataset = from_pandas(
+                manifest.read(MANIFEST.parent), source=str(MANIFEST), name="radiographs", digest=dvc_hash(MANIFEST)
+            )
             entity = dataset._to_mlflow_entity()  # noqa: SLF001
         tags = [InputTag(MLFLOW_DATASET_CONTEXT, "training")]
         self._client.log_inputs(self.run_id, [DatasetInput(entity, tags)])
@@ -150,24 +170,49 @@ def finish_parent(store: Store, run: Run, report: Path, bag: Mapping[str, Any]) 
     store.client.set_terminated(run.info.run_id, "FINISHED")
 
 
-def _find_or_make(store: Store, mark: str, name: str, tags: dict[str, str]) -> Run:
+def _find_or_make(store: Store, config: Config, mark: str, name: str, tags: dict[str, str]) -> Run:
     with store.lock:
         found = store.client.search_runs([store.experiment_id], f"tags.{FINGERPRINT} = '{mark}'", max_results=1)
         if found:
             return found[0]
-        return store.client.create_run(
-            store.experiment_id, tags={FINGERPRINT: mark, **tags, **_origin()}, run_name=name
-        )
+        tags = {FINGERPRINT: mark, "profile": config.profile, "data": dvc_hash(MANIFEST), **tags, **origin()}
+        return store.client.create_run(store.experiment_id, tags=tags, run_name=name)
 
 
-def _origin() -> dict[str, str]:
+def origin() -> dict[str, str]:
+    """Return as tags the commit that is checked out and, in `dvc exp run`, the experiment."""
     tags = {}
     with suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
         tags[MLFLOW_GIT_COMMIT] = commit.stdout.strip()
     if "DVC_EXP_NAME" in os.environ:
-        tags["dvc.experiment"] = os.environ["DVC_EXP_NAME"]
+        tags[EXPERIMENT] = os.environ["DVC_EXP_NAME"]
     return tags
+
+
+def runs_of_others(store: Store, experiments: Collection[str]) -> list[Run]:
+    """Return the runs of DVC experiments that are not among `experiments`."""
+    found = store.client.search_runs([store.experiment_id], max_results=50_000)
+    return [run for run in found if run.data.tags.get(EXPERIMENT, "") not in ["", *experiments]]
+
+
+def _close_killed(store: Store) -> None:
+    """Mark as KILLED what says that it runs on this machine, but whose process is gone."""
+    for run in store.client.search_runs([store.experiment_id], "attributes.status = 'RUNNING'"):
+        host, _, process = run.data.tags.get(WORKER, "").rpartition(" ")
+        if host == socket.gethostname() and not _lives(process):
+            store.client.set_terminated(run.info.run_id, "KILLED")
+
+
+def _worker(process: psutil.Process) -> str:
+    # A process id is given again; together with the time of its birth it is not.
+    return f"{socket.gethostname()} {process.pid}@{process.create_time():.2f}"
+
+
+def _lives(process: str) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return _worker(psutil.Process(int(process.partition("@")[0]))).endswith(f" {process}")
+    return False
 
 
 def _backbone(config: Config) -> str:

@@ -11,22 +11,23 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+import yaml
 from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from pipeline import images
-from pipeline.evaluation.metrics import called
-from pipeline.models import classifier
-
-BATCH = 32
+from pipeline.models import candidate
 
 
 class ServedModel(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
-        weights, description = (Path(context.artifacts[name]) for name in ("weights", "description"))
-        self.network = classifier.load(weights, description, torch.device("cpu"))
+        folder = Path(context.artifacts["candidate"])
+        self._candidate = candidate.load(folder, torch.device("cpu"))
+        # MLflow leaves this beside a model that it loads as a version of the registry.
+        registered = folder.parents[1] / "registered_model_meta"
+        self._version = str(yaml.safe_load(registered.read_text())["model_version"]) if registered.is_file() else ""
 
     def predict(
         self,
@@ -38,25 +39,27 @@ class ServedModel(PythonModel):
 
         Args:
             context: unused.
-            model_input: a column `image`; each an encoded image as bytes or base64, or a path to one.
+            model_input: a column `image`; each an encoded image as bytes or base64, a path to one, or its pixels,
+                grey (H, W) with values of 0 to 255.
             params: unused.
 
         Returns:
-            A row per image: `probability` of COVID-19 and `label`, 0 or 1, at the operating point.
+            A row per image: `probability` of COVID-19, `label`, 0 or 1, at the operating point, and the `version`
+            of the model, empty where it was not loaded from the registry.
 
         Raises:
             MlflowException: an image is not usable (HTTP 400 where served).
         """
-        size = self.network.architecture.packed_size
-        pixels = torch.from_numpy(np.stack([_decode(image, size) for image in model_input["image"]]))
-        found = torch.cat([self.network.probabilities(part) for part in pixels.split(BATCH)]).numpy()
-        return pd.DataFrame({"probability": found.astype(float), "label": called(found)})
+        size = self._candidate.packed_size
+        pixels = torch.from_numpy(np.stack([_pixels(image, size) for image in model_input["image"]]))
+        return self._candidate.judge(pixels).assign(version=self._version)
 
 
-def _decode(image: bytes | str, size: int) -> np.ndarray:
+def _pixels(image: Any, size: int) -> np.ndarray:
     try:
-        data = image if isinstance(image, bytes) else _read(image)
-        return images.decode(data, size)[0]
+        if isinstance(image, np.ndarray | list):
+            return images.stretch(np.asarray(image), size)
+        return images.decode(image if isinstance(image, bytes) else _read(image), size)[0]
     except (images.UnusableError, OSError) as reason:
         raise MlflowException(f"not a usable radiograph: {reason}", INVALID_PARAMETER_VALUE) from None
 
@@ -66,7 +69,7 @@ def _read(text: str) -> bytes:
         return Path(text).read_bytes()
     try:
         return base64.b64decode("".join(text.split()), validate=True)
-    except ValueError:
+    except (ValueError, AttributeError):
         raise images.UnusableError("neither base64 nor the path of a file") from None
 
 

@@ -16,6 +16,8 @@ from mlflow.exceptions import MlflowException
 from pipeline.errors import UserError
 from pipeline.files import replacing
 
+KIND = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's UI shows training, not prompts and traces
+
 
 @dataclass(frozen=True)
 class Store:
@@ -45,6 +47,7 @@ def connect(experiment: str) -> Store:
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("urllib3").setLevel(logging.ERROR)
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     _check_reachable()
@@ -57,10 +60,13 @@ def connect(experiment: str) -> Store:
             client = MlflowClient(uri)
             found = client.get_experiment_by_name(experiment)
             if found is None:
-                artifacts = (root() / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
-                return Store(client, client.create_experiment(experiment, artifacts), lock)
+                artifacts = None if uri.startswith("http") else (root() / "mlartifacts").as_uri()
+                return Store(client, client.create_experiment(experiment, artifacts, KIND), lock)
     except MlflowException as error:
-        raise _unusable(str(error).splitlines()[0]) from error
+        reason = str(error).splitlines()[0]
+        if error.get_http_status_code() in (401, 403):
+            reason = "it wants another name and password; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        raise _unusable(reason) from error
     if found.lifecycle_stage == "deleted":
         raise UserError(
             f"MLflow experiment {experiment} is deleted; run: mlflow experiments restore -x {found.experiment_id}"

@@ -1,0 +1,57 @@
+"""Radiographs per second that a bag of ten judges, against a loop that loads each member for each image.
+
+python bench/predict.py [IMAGES] [BACKBONE] [SIZE]
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from common import DRAWN, alternate, radiographs, seconds
+
+from pipeline import images, inference
+from pipeline.models import candidate, classifier
+from pipeline.models.classifier import Architecture, Classifier
+
+MEMBERS = 10
+
+
+def main(count: int = 8, backbone: str = "alexnet", size: int = 224) -> None:
+    drawn = radiographs()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        models = {f"seed-{index}": folder / "models" / str(index) for index in range(MEMBERS)}
+        for model in models.values():
+            network = Classifier(Architecture(backbone, [256, 128], 0, size, "none", packed_size=size))
+            classifier.save(network, model / "model.safetensors")
+            classifier.describe(network, model / "model.json", model / "model.safetensors", {})
+        candidate.assemble(folder / "bag", models, "mean", "mean")
+        files = [folder / f"{index}.jpg" for index in range(count)]
+        for index, file in enumerate(files):
+            file.write_bytes(drawn[index % DRAWN])
+        cpu = torch.device("cpu")
+
+        def ours() -> float:
+            return count / seconds(lambda: inference.judge(candidate.load(folder / "bag", cpu), files))
+
+        def plain() -> float:
+            def judge(file: Path) -> None:
+                pixels = torch.from_numpy(images.decode(file.read_bytes(), size)[0].copy())[None]
+                for model in models.values():
+                    classifier.load(model / "model.safetensors", model / "model.json", cpu).probabilities(pixels)
+
+            return count / seconds(lambda: [judge(file) for file in files])
+
+        mine, theirs = alternate(ours, plain, rounds=3)
+    figures = {"images": count, "backbone": backbone, "size": size}
+    print(
+        json.dumps(
+            figures | {"per_second": round(mine, 1), "plain": round(theirs, 1), "ratio": round(mine / theirs, 1)}
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(*(int(word) if word.isdecimal() else word for word in sys.argv[1:]))

@@ -1,0 +1,65 @@
+"""A candidate's judgement of files, each decoded once."""
+
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from joblib import Parallel, delayed
+from rich.progress import track
+
+from pipeline import images
+from pipeline.errors import UserError
+from pipeline.models.candidate import BATCH, Candidate
+
+
+def find(names: Iterable[str]) -> list[Path]:
+    """Return the files that are meant by names of files, folders (all that is in them) and patterns such as `x/*.png`.
+
+    Raises:
+        UserError: a name means no file.
+    """
+    found: dict[Path, None] = {}  # in order, each once
+    for name in names:
+        path = Path(name)
+        meant = [path] if path.is_file() else sorted(path.rglob("*") if path.is_dir() else _matching(name))
+        of_name = [one for one in meant if one.is_file() and not one.name.startswith(".")]
+        if not of_name:
+            raise UserError(f"{name}: no file is there; name radiographs, folders or patterns")
+        found |= dict.fromkeys(of_name)
+    return list(found)
+
+
+def judge(candidate: Candidate, paths: list[Path]) -> pd.DataFrame:
+    """Judge the files; all members see each decoded image.
+
+    Returns:
+        A row per file: `file`, `probability` and `label` as `Candidate.judge` gives them, and `reason`, why a file
+        is not a usable radiograph, in which case the two are missing.
+    """
+    decoded = Parallel(n_jobs=-1, prefer="threads", return_as="generator")(
+        delayed(_decode)(path, candidate.packed_size) for path in paths
+    )
+    left, rows = iter(track(decoded, "judging", len(paths))), []
+    while part := list(islice(left, BATCH)):
+        usable = [pixels for pixels in part if isinstance(pixels, np.ndarray)]
+        judged = iter(candidate.judge(torch.from_numpy(np.stack(usable))).to_dict("records") if usable else [])
+        rows += [next(judged) if isinstance(pixels, np.ndarray) else {"reason": pixels} for pixels in part]
+    table = pd.DataFrame(rows, columns=["probability", "label", "reason"])
+    table.insert(0, "file", [str(path) for path in paths])
+    return table.assign(label=table["label"].astype("Int64"), reason=table["reason"].fillna(""))
+
+
+def _matching(pattern: str) -> list[Path]:
+    path = Path(pattern)
+    root = Path(path.anchor)
+    return list(root.glob(str(path.relative_to(path.anchor)))) if any(sign in pattern for sign in "*?[") else []
+
+
+def _decode(path: Path, size: int) -> np.ndarray | str:
+    try:
+        return images.decode(path.read_bytes(), size)[0]
+    except (images.UnusableError, OSError) as reason:
+        return str(reason)

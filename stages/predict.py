@@ -1,0 +1,70 @@
+"""Judge radiographs with a model of the registry, or one of those that were just trained."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from stages.common import stage
+
+
+@stage
+@click.argument("files", nargs=-1, required=True)
+@click.option(
+    "--model", default="champion", help="An alias or a version of the registry; or seed-K or bag, from models/."
+)
+@click.option("--csv", "table", type=click.Path(path_type=Path), help="Write the table here instead.")
+def predict(files: tuple[str, ...], model: str, table: Path | None) -> None:
+    """Judge FILES: images, folders and patterns. For research, not for diagnosis."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from pipeline import inference
+    from pipeline.errors import UserError
+    from pipeline.files import write_csv
+    from pipeline.models import candidate
+    from pipeline.training import determinism
+
+    paths = inference.find(files)
+    with _folder(model) as folder:
+        judged = inference.judge(candidate.load(folder, determinism.device()), paths)
+    if table:
+        write_csv(table, judged)
+        click.echo(f"{table}: {len(judged)} files, {judged['label'].sum()} positive")
+    else:
+        shown = Table("file", "probability", "label", "")
+        for row in judged.to_dict("records"):
+            figures = ("–", "–") if row["reason"] else (f"{row['probability']:.4f}", str(row["label"]))
+            shown.add_row(row["file"], *figures, row["reason"])
+        Console().print(shown)
+    unusable = judged["reason"].ne("").sum()
+    if unusable:
+        raise UserError(f"{unusable} of {len(judged)} files are not usable radiographs, as the table says")
+
+
+@contextmanager
+def _folder(model: str) -> Iterator[Path]:
+    """Bring the candidate of this name into a folder while the block runs."""
+    import tempfile
+
+    from pipeline.config import load
+    from pipeline.models import candidate
+
+    config = load()
+    local = {f"seed-{seed}": [seed] for seed in config.seeds} | {"bag": config.members}
+    if model in local:
+        with tempfile.TemporaryDirectory() as scratch:
+            folders = {f"seed-{seed}": Path("models", f"seed-{seed}") for seed in local[model]}
+            candidate.assemble(Path(scratch), folders, config.active.bag.method, config.active.bag.tie)
+            yield Path(scratch)
+    else:
+        from pipeline.tracking import registry
+        from pipeline.tracking.store import connect
+
+        with registry.files(registry.find(connect(config.model_name), config.model_name, model)) as folder:
+            yield folder
+
+
+if __name__ == "__main__":
+    predict()

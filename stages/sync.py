@@ -1,0 +1,39 @@
+"""Make MLflow show what DVC holds."""
+
+import subprocess
+
+import click
+
+from stages.common import stage
+
+
+@stage
+@click.option("--prune", is_flag=True, help="Then delete the runs of DVC experiments that were removed.")
+@click.option("--yes", is_flag=True, help="Do not ask before deleting.")
+def sync(prune: bool, yes: bool) -> None:
+    """Complete runs, registered models and aliases in MLflow from DVC's files; done twice, it changes nothing more."""
+    from pipeline.config import load
+    from pipeline.errors import UserError
+    from pipeline.tracking import sync as tracking
+
+    config = load()
+    click.echo(tracking.said(config.model_name, tracking.sync(config)))
+    if not prune:
+        return
+    listed = subprocess.run(
+        ["dvc", "exp", "list", "--all-commits", "--name-only"], capture_output=True, text=True, check=False
+    )
+    if listed.returncode:
+        raise UserError(f"dvc exp list failed: {listed.stderr.strip()}")
+    removed = tracking.removable(config, listed.stdout.split())
+    for run in removed:
+        click.echo(f"{run.info.run_name}, of experiment {run.data.tags['dvc.experiment']}")
+    if not removed:
+        click.echo("no run belongs to a removed experiment")
+    elif yes or click.confirm(f"Delete these {len(removed)} runs and what is registered of them?"):
+        tracking.remove(config, removed)
+        click.echo(f"{len(removed)} runs are deleted; mlflow gc frees their files")
+
+
+if __name__ == "__main__":
+    sync()

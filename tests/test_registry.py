@@ -1,0 +1,277 @@
+"""The registry and what serves from it, on a real MLflow store: candidates, the gate, the way back, and predictions."""
+
+import json
+import os
+import shlex
+import socket
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+from click.testing import CliRunner, Result
+from conftest import copy, edit_params, seed_runs, store
+from filelock import FileLock
+
+from pipeline import config
+from pipeline.tracking import registry, runs
+from pipeline.tracking.store import Store, connect
+from stages.cli import cxr
+
+pytestmark = pytest.mark.slow
+
+NAME = "covid-xray-demo"
+CANDIDATES = ["seed-0", "seed-1", "bag"]
+
+
+@pytest.fixture
+def promoted(built, tmp_path, monkeypatch) -> Path:
+    """A copy of the built project, with a registry of its own, as the working directory."""
+    monkeypatch.chdir(copy(built, tmp_path / "project"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+    return tmp_path / "project"
+
+
+def typed(command: str) -> Result:
+    program, *arguments = shlex.split(command)
+    assert program == "cxr"
+    return CliRunner().invoke(cxr, arguments)
+
+
+def said(command: str) -> str:
+    ended = typed(command)
+    assert ended.exit_code == 0, ended.output
+    return ended.output
+
+
+def refused(command: str) -> str:
+    """Return the last line of a command that must fail."""
+    ended = typed(command)
+    assert ended.exit_code == 2, ended.output
+    return ended.stderr.strip().splitlines()[-1]
+
+
+def aliases(project: Path) -> dict[str, str]:
+    return {alias: str(version) for alias, version in store(project).get_registered_model(NAME).aliases.items()}
+
+
+def others() -> list[str]:
+    """Return the versions that are not champion."""
+    champion = aliases(Path())["champion"]
+    return [version for version in ("1", "2", "3") if version != champion]
+
+
+def disguise(project: Path, version: str) -> None:
+    """Make a version look like another training's."""
+    store(project).set_model_version_tag(NAME, version, registry.IDENTITY, "another model's")
+
+
+def test_every_seed_and_the_bag_is_a_version_that_belongs_to_its_run(promoted):
+    found = {one.tags["candidate"]: one for one in registry.versions(connect(NAME), NAME)}
+    assert list(found) == CANDIDATES
+    assert [found[f"seed-{index}"].run_id for index in (0, 1)] == [run.info.run_id for run in seed_runs(promoted)]
+    assert found["bag"].run_id == seed_runs(promoted)[0].data.tags["mlflow.parentRunId"]
+    assert all({"data", "mlflow.source.git.commit"} <= set(one.tags) for one in found.values())
+
+
+def test_sync_does_nothing_twice(promoted):
+    def state() -> list:
+        client = store(promoted)
+        experiment = client.get_experiment_by_name(NAME)
+        model = client.get_registered_model(NAME)
+        versions = [(one.version, one.tags) for one in registry.versions(connect(NAME), NAME)]
+        found = client.search_runs([experiment.experiment_id])
+        return [[run.to_dictionary() for run in found], versions, model.aliases, model.tags]
+
+    before = state()
+    assert "is champion" in said("cxr sync")
+    assert state() == before
+
+
+def test_a_champion_of_another_training_is_scored_anew_on_the_present_validation_set(promoted):
+    champion = aliases(promoted)["champion"]
+    disguise(promoted, champion)
+    line = said("cxr promote")
+    assert "is challenger, not champion" in line
+    assert "difference +0.0000" in line  # it is the same model after all
+    assert "probability 0.00" in line
+    decision = json.loads(Path("metrics/promotion.json").read_text())
+    assert decision["decisions"][-1]["why"] in line
+    assert decision["champion_f1"] == decision["f1"]
+    assert aliases(promoted) == {"champion": champion, "challenger": "4"}
+    tags = store(promoted).get_model_version(NAME, "4").tags
+    assert tags["decision"].startswith("not promoted: ")
+    assert tags["champion_then"] == champion
+
+    edit_params(promoted, lambda params: params["demo"]["promote"].update(min_probability=0.0))
+    assert "is champion: " in said("cxr promote")
+    assert aliases(promoted) == {"champion": "4", "challenger": "4"}
+    assert len(json.loads(Path("metrics/promotion.json").read_text())["decisions"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("floor", "value", "named"),
+    [
+        ("min_sensitivity", 1.0, "sensitivity"),
+        ("min_specificity", 1.0, "specificity"),
+        ("max_calibration_error", 0.0, "calibration error"),
+    ],
+)
+def test_what_misses_a_floor_does_not_become_champion_even_where_there_is_none(promoted, floor, value, named):
+    name = "covid-xray-strict"
+    profile = config.load(Path("params.yaml")).profiles["demo"]
+
+    def edit(params: dict) -> None:
+        params["profile"] = "strict"
+        params["strict"] = params["demo"] | {"promote": {**profile.promote.model_dump(), floor: value}}
+
+    edit_params(promoted, edit)
+    scores = json.loads(Path("metrics/evaluate.json").read_text())
+    if min(score["recall"] for score in scores.values()) == 1 or min(s["specificity"] for s in scores.values()) == 1:
+        pytest.skip("these tiny models leave nothing to miss")
+    assert f"{named} " in said("cxr sync")
+    assert set(store(promoted).get_registered_model(name).aliases) == {"challenger"}
+
+
+def test_a_person_overrules_the_gate_for_good_and_rollback_goes_back_one_champion_after_another(promoted):
+    first, (second, third) = aliases(promoted)["champion"], others()
+    said(f'cxr promote --model {second} --because "it is smaller"')
+    said(f'cxr promote --model {third} --because "it is kinder"')
+    assert aliases(promoted)["champion"] == third
+    assert f"version {second} is champion again" in said("cxr rollback")
+    assert f"version {first} is champion again" in said('cxr rollback --because "it was better"')
+    assert aliases(promoted)["champion"] == first
+    assert refused("cxr rollback") == "Error: there is no champion to go back to; see: cxr history"
+    shown = said("cxr history")
+    for reason in ("by hand: it is smaller", "by hand: it is kinder", "rolled back", "it was better"):
+        assert reason in shown
+    assert "now" in shown
+    assert [reign.version for reign in registry.history(connect(NAME), NAME)] == [first, second, third, second, first]
+
+
+def test_the_commands_of_the_documents_follow_one_another(promoted):
+    if aliases(promoted)["champion"] == "3":
+        said("cxr promote --model 1 --because anyway")
+    assert "version 3 is champion" in said('cxr promote --model 3 --because "the bag is worth its time"')
+    assert "version 3 is champion already" in refused("cxr promote --model 3 --because anyway")
+    assert "the bag is worth its time" in " ".join(said("cxr history").split())
+    assert "is champion again" in said("cxr rollback")
+    with zipfile.ZipFile("data/raw.zip") as archive:
+        archive.extractall("radiographs", [name for name in archive.namelist() if name.startswith("test/")])
+    assert "judged.csv: 8 files" in said("cxr predict radiographs --model bag --csv judged.csv")
+
+
+def test_promotions_from_many_machines_at_once_end_in_one_state(promoted, tmp_path):
+    experiment = connect(NAME).experiment_id
+    client = store(promoted)
+    versions = registry.versions(connect(NAME), NAME)
+
+    def crown(index: int) -> None:
+        # A lock of its own, as on a machine of its own.
+        apart = Store(client, experiment, FileLock(tmp_path / f"{index}.lock", thread_local=False))
+        registry.crown(apart, NAME, versions[index % 3], f"promotion {index}")
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(crown, range(12)))
+    reigns = registry.history(connect(NAME), NAME)
+    assert aliases(promoted)["champion"] == reigns[-1].version
+
+
+def test_a_version_whose_files_are_not_what_they_were_is_found_and_never_promoted(promoted):
+    assert said("cxr verify").count("as it was registered") == 3
+    champion, (other, _) = aliases(promoted)["champion"], others()
+    path = weights(promoted, other)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert refused("cxr verify").startswith("Error: 1 of 3 versions of covid-xray-demo cannot be trusted")
+    assert f"{NAME} version {other} is damaged" in refused(f"cxr promote --model {other} --because anyway")
+    path.unlink()
+    assert "not found" in refused(f"cxr promote --model {other} --because anyway")
+    assert aliases(promoted)["champion"] == champion
+
+
+def weights(project: Path, version: str) -> Path:
+    """Return a file of weights of a registered version, where the store keeps it."""
+    source = store(project).get_model_version(NAME, version).source.removeprefix("models:/")
+    return next((project / "mlartifacts").rglob(f"*{source}/**/model.safetensors"))
+
+
+def test_a_model_that_other_code_logged_is_refused(promoted):
+    class Other(mlflow.pyfunc.PythonModel):
+        def predict(self, context, model_input, params=None):
+            return model_input
+
+    store(promoted)
+    with mlflow.start_run(experiment_id=connect(NAME).experiment_id):
+        mlflow.pyfunc.log_model(name="other", python_model=Other(), registered_model_name=NAME, pip_requirements=[])
+    line = refused("cxr promote --model 4 --because anyway")
+    assert line == f"Error: {NAME} version 4 is not a model of this pipeline; choose another"
+
+
+@pytest.mark.parametrize("wanted", ["99", "nobody"])
+def test_a_version_or_alias_that_is_not_there_is_named_beside_those_that_are(promoted, wanted):
+    for command in ("cxr promote --because anyway --model", "cxr predict params.yaml --model"):
+        assert f"{NAME} has no version or alias '{wanted}' (versions 1, 2, 3)" in refused(f"{command} {wanted}")
+
+
+@pytest.fixture
+def radiographs(promoted) -> Path:
+    with zipfile.ZipFile("data/raw.zip") as archive:
+        for name in archive.namelist():
+            if name.startswith("test/"):
+                archive.extract(name)
+    return Path("test/test")
+
+
+@pytest.mark.parametrize("model", ["seed-1", "bag", "champion", "1"])
+def test_predict_gives_the_probabilities_of_evaluate(radiographs, model):
+    expected = pd.read_csv("predictions/test.csv").set_index("file")
+    named = {"champion": json.loads(Path("metrics/promotion.json").read_text())["candidate"], "1": "seed-0"}
+    expected["bag"] = expected[["seed-0", "seed-1"]].mean(axis="columns")
+    said(f"cxr predict {radiographs} --model {model} --csv out/table.csv")
+    found = pd.read_csv("out/table.csv")
+    assert [Path(file).name for file in found["file"]] == sorted(expected.index)
+    wanted = expected[named.get(model, model)].loc[[Path(file).name for file in found["file"]]]
+    assert found["probability"].to_numpy() == pytest.approx(wanted.to_numpy(), abs=1e-6)
+
+
+def test_predict_takes_patterns_and_tells_what_is_no_radiograph(radiographs):
+    (radiographs / "broken.jpg").write_bytes(b"\xff\xd8no image")
+    ended = typed(f"cxr predict '{radiographs}/*.jpg' --model seed-0")
+    assert ended.exit_code == 2
+    assert "not an image in a known format" in " ".join(ended.stdout.split())
+    assert ended.stderr.strip().endswith("1 of 9 files are not usable radiographs, as the table says")
+    assert refused("cxr predict 'nowhere/*.png'") == (
+        "Error: nowhere/*.png: no file is there; name radiographs, folders or patterns"
+    )
+
+
+def test_a_served_model_takes_pixels_and_names_its_version(radiographs):
+    best = json.loads(Path("metrics/promotion.json").read_text())["candidate"]
+    model = mlflow.pyfunc.load_model(f"models:/{NAME}@champion")
+    size = config.load().active.prepare.size
+    pixels = np.load("data/images.npy")[-8:]
+    assert pixels.shape == (8, size, size)
+    found = model.predict(pd.DataFrame({"image": list(pixels)}))
+    expected = pd.read_csv("predictions/test.csv")
+    if best != "bag":
+        assert found["probability"].to_numpy() == pytest.approx(expected[best].to_numpy(), abs=1e-6)
+    assert set(found["version"]) == {aliases(Path())["champion"]}
+
+
+def test_a_run_whose_process_is_gone_is_marked_killed_at_the_next_contact(promoted):
+    opened = connect(NAME)
+    gone = f"{socket.gethostname()} {os.getpid()}@1.00"  # this process, but born long ago
+    workers = {gone: "KILLED", runs._worker(psutil.Process()): "RUNNING", "elsewhere 1@1.00": "RUNNING"}
+    made = {
+        opened.client.create_run(opened.experiment_id, tags={runs.WORKER: worker}).info.run_id: status
+        for worker, status in workers.items()
+    }
+    runs.parent_run(opened, config.load())
+    assert {run_id: opened.client.get_run(run_id).info.status for run_id in made} == made
