@@ -58,8 +58,8 @@ def test_make_run_ends_by_saying_where_everything_is(reader):
         assert (reader / file).is_file()
 
 
-def test_promote_can_be_asked_for_alone(reader):
-    assert "is champion" in obey(reader, "dvc repro -f -s promote")
+def test_mlflow_can_be_completed_at_any_time(reader):
+    assert "is champion" in obey(reader, "cxr sync")
 
 
 def test_make_ui_shows_the_runs(reader, port):

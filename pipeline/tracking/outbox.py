@@ -43,7 +43,7 @@ class Outbox:
         self._calls.put(None)
         self._thread.join(PATIENCE)
         if self._thread.is_alive() and not kind:
-            log.warning("MLflow did not take all of this run; dvc repro -f -s promote completes it")
+            log.warning("MLflow did not take all of this run; cxr sync completes it")
 
     def put(self, call: Callable[[SeedRun], None]) -> None:
         """Have `call` made on the run, after all that were put before."""
