@@ -37,9 +37,8 @@ def promote(model: str | None, because: str | None) -> None:
     decision = sync(config)
     path = Path("metrics/promotion.json")
     decisions = read_json(path)["decisions"] if path.exists() else []
-    if not decisions or decisions[-1] != decision:
-        decisions.append(decision)
-    write_json(path, {**decision, "decisions": decisions})
+    if not decisions or (decision["new"] and decision != decisions[-1]):
+        write_json(path, {**decision, "decisions": [*decisions, decision]})
     click.echo(said(config.model_name, decision))
 
 

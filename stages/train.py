@@ -25,7 +25,7 @@ def train(seed: int) -> None:
     from pipeline.models import classifier
     from pipeline.tracking import fingerprint
     from pipeline.tracking.outbox import Outbox
-    from pipeline.tracking.runs import SeedRun, parent_run
+    from pipeline.tracking.runs import SeedRun, parent_run, seed_name
     from pipeline.tracking.store import connect, root
     from pipeline.training import determinism, group
     from pipeline.training.checkpoint import Checkpoint
@@ -62,7 +62,8 @@ def train(seed: int) -> None:
             classifier.save(trained.network, folder / "model.safetensors")
             classifier.describe(trained.network, folder / "model.json", folder / "model.safetensors", facts)
             write_csv(folder / "history.csv", pd.DataFrame([epoch.row() for epoch in trained.history]))
-            write_json(folder / "metrics.json", {"epoch": trained.best.epoch, **trained.best.scores})
+            named = {"run": seed_name(config, seed, mark), "epoch": trained.best.epoch}  # so that DVC names the run
+            write_json(folder / "metrics.json", named | trained.best.scores)
             outbox.put(lambda run: run.finish(folder))
         checkpoint.remove()
 

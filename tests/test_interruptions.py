@@ -240,8 +240,5 @@ def test_a_server_that_stays_away_leaves_the_outs_and_a_run_that_promote_complet
     ):  # fmt: skip
         training = start(project, "python", "-m", "stages.train", "--seed", "0", MLFLOW_TRACKING_URI=uri)
     assert training.wait(150) == 0
-    assert (
-        "MLflow did not take all of this run; cxr sync completes it"
-        in (project / "train.log").read_text()
-    )
+    assert "MLflow did not take all of this run; cxr sync completes it" in (project / "train.log").read_text()
     assert set(outs(project)) == set(OUTS)

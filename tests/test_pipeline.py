@@ -208,7 +208,7 @@ def test_a_lost_tracking_store_is_completed_from_the_outs_without_training(built
         assert run_.data.tags["fingerprint"] == old.data.tags["fingerprint"]
         for key in ("best/f1", "validation/loss", "train/loss"):
             assert run_.data.metrics[key] == pytest.approx(old.data.metrics[key], rel=1e-6)
-    assert client.get_model_version_by_alias(NAME, "champion").tags["fingerprint"] == version.tags["fingerprint"]
+    assert client.get_model_version_by_alias(NAME, "champion").tags["identity"] == version.tags["identity"]
 
 
 def test_a_clone_with_the_outs_but_no_tracking_store_fills_its_own(built, tmp_path):

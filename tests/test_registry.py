@@ -62,7 +62,7 @@ def aliases(project: Path) -> dict[str, str]:
 
 def others() -> list[str]:
     """Return the versions that are not champion."""
-    champion = aliases(Path())["champion"]
+    champion = aliases(Path.cwd())["champion"]
     return [version for version in ("1", "2", "3") if version != champion]
 
 
@@ -262,7 +262,7 @@ def test_a_served_model_takes_pixels_and_names_its_version(radiographs):
     expected = pd.read_csv("predictions/test.csv")
     if best != "bag":
         assert found["probability"].to_numpy() == pytest.approx(expected[best].to_numpy(), abs=1e-6)
-    assert set(found["version"]) == {aliases(Path())["champion"]}
+    assert set(found["version"]) == {aliases(Path.cwd())["champion"]}
 
 
 def test_a_run_whose_process_is_gone_is_marked_killed_at_the_next_contact(promoted):

@@ -51,7 +51,11 @@ def parent_run(store: Store, config: Config) -> Run:
 
 
 def parent_name(config: Config, mark: str) -> str:
-    return f"{_backbone(config)} · {mark[:4]}"
+    return f"{config.active.train.backbone.removeprefix('timm/')} · {mark[:4]}"
+
+
+def seed_name(config: Config, seed: int, mark: str) -> str:
+    return f"seed-{seed} · {parent_name(config, mark)}"
 
 
 class SeedRun:
@@ -60,7 +64,7 @@ class SeedRun:
     def __init__(self, store: Store, config: Config, parent: Run, seed: int, mark: str) -> None:
         worker = {WORKER: _worker(psutil.Process())}
         of = {MLFLOW_PARENT_RUN_ID: parent.info.run_id}
-        run = _find_or_make(store, config, mark, f"seed-{seed} · {parent_name(config, mark)}", of | worker)
+        run = _find_or_make(store, config, mark, seed_name(config, seed, mark), of | worker)
         self.run_id = run.info.run_id
         self.finished = run.info.status == "FINISHED"
         self._client = store.client
@@ -127,6 +131,7 @@ class SeedRun:
         for name in SEED_FILES:
             self._client.log_artifact(self.run_id, str(folder / name), CHECKPOINT)
         best = read_json(folder / "metrics.json")
+        del best["run"]
         log_metrics(self._client, self.run_id, {f"best/{key}": value for key, value in best.items()}, best["epoch"])
         figures = "".join(
             f"| {key.replace('_', ' ')} | {value:.4g} |\n" for key, value in best.items() if value is not None
@@ -213,7 +218,3 @@ def _lives(process: str) -> bool:
     with suppress(psutil.NoSuchProcess):
         return _worker(psutil.Process(int(process.partition("@")[0]))).endswith(f" {process}")
     return False
-
-
-def _backbone(config: Config) -> str:
-    return config.active.train.backbone.removeprefix("timm/")

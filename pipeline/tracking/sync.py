@@ -29,6 +29,7 @@ BAG = "bag"
 class Decision(TypedDict):
     """How the best candidate fared against the champion; figures of a comparison that was not made are missing."""
 
+    new: bool  # not so when the candidate is champion already
     run: str  # the name of the parent run in MLflow
     candidate: str
     promoted: bool
@@ -60,7 +61,7 @@ def sync(config: Config) -> Decision:
         registry.settle(store, config.model_name)
         champion = registry.champion(store, config.model_name)
         decision = decide(config, judged, versions, best, champion)
-        if champion is None or champion.version != versions[best].version:
+        if decision["new"]:
             _write_down(store, versions[best], champion, decision)
             if decision["promoted"]:
                 registry.crown(store, config.model_name, versions[best], decision["why"])
@@ -162,13 +163,13 @@ def decide(
     params, scores = config.active.promote, judged.scores[best]
     error = calibration_error(judged.labels, judged.probabilities[best].to_numpy())
     decision: Decision = {
-        "run": parent_name(config, fingerprint.of_training(config)), "candidate": best, "promoted": False, "why": "",
-        "f1": scores["f1"], "champion_f1": None, "difference": None, "low": None, "high": None, "probability": None,
-        "calibration_error": error, "data": dvc_hash(MANIFEST),
+        "new": True, "run": parent_name(config, fingerprint.of_training(config)), "candidate": best,
+        "promoted": False, "why": "", "f1": scores["f1"], "champion_f1": None, "difference": None, "low": None,
+        "high": None, "probability": None, "calibration_error": error, "data": dvc_hash(MANIFEST),
     }  # fmt: skip
     figure = f"validation F1 {scores['f1']:.4f}"
     if champion and champion.version == versions[best].version:
-        return {**decision, "promoted": True, "champion_f1": scores["f1"], "why": f"{figure}; it is champion already"}
+        return {**decision, "new": False, "promoted": True, "why": f"{figure}; it is champion already"}
     required: list[tuple[str, Any, bool]] = [
         ("sensitivity", scores["recall"], (scores["recall"] or 0) >= params.min_sensitivity),
         ("specificity", scores["specificity"], (scores["specificity"] or 0) >= params.min_specificity),
