@@ -27,7 +27,7 @@ ui: .venv/run
 	esac
 
 test: .venv/test
-	pytest -n 3 --dist worksteal
+	pytest -n 2 --dist worksteal
 
 lint: .venv/test
 	ruff check

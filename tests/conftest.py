@@ -150,7 +150,7 @@ def environment(**changes: str) -> dict[str, str]:
 def run(project: Path, *command: str, **changes: str) -> subprocess.CompletedProcess[str]:
     """Run a command in the project and return it ended, with what it printed."""
     return subprocess.run(
-        command, cwd=project, env=environment(**changes), capture_output=True, text=True, check=False, timeout=300
+        command, cwd=project, env=environment(**changes), capture_output=True, text=True, check=False, timeout=900
     )
 
 
