@@ -122,7 +122,8 @@ def test_the_other_profiles_run_through_every_stage_also_in_a_copy_of_the_worksp
         obey(reader, command, archive)
         assert list(pd.read_csv(reader / "submissions/bag.csv")["File"]) == [f"t{index:03}.jpg" for index in range(4)]
     client = MlflowClient(f"sqlite:///{reader / 'mlflow.db'}")
-    seeds = client.search_runs([client.get_experiment_by_name(f"covid-xray-{profile}").experiment_id], "params.lr != ''")
+    experiment = client.get_experiment_by_name(f"covid-xray-{profile}").experiment_id
+    seeds = client.search_runs([experiment], "params.lr != ''")
     backbone = {"local": "timm/tf_efficientnet_lite0", "competition": "alexnet"}[profile]
     assert [found.data.params["backbone"] for found in seeds] == [backbone] * 2
     assert client.get_model_version_by_alias(f"covid-xray-{profile}", "champion")
