@@ -82,6 +82,7 @@ def test_mlflow_shows_one_parent_and_a_child_per_seed(built):
     (parent_id,) = {run.data.tags["mlflow.parentRunId"] for run in children}
     parent = client.get_run(parent_id)
     assert {run.info.status for run in [parent, *children]} == {"FINISHED"}
+    assert children[0].info.end_time < children[1].info.start_time  # registering its model does not prolong a run
     assert parent.data.tags["mlflow.note.content"] == (built / "report/table.md").read_text()
     assert "bag/f1" in parent.data.metrics
     assert "report/table.png" in [file.path for file in client.list_artifacts(parent_id, "report")]

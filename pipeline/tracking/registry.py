@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
-from mlflow.models import ModelSignature
+from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, Schema
 from mlflow.types.schema import AnyType
 from PIL import Image
@@ -212,12 +212,16 @@ def _log_model(run_id: str, folder: Path, example: np.ndarray) -> str:
     """Log the model to its run, and return its id."""
     stream = io.BytesIO()
     Image.fromarray(example).save(stream, "PNG")
-    with mlflow.start_run(run_id=run_id), warnings.catch_warnings():
+    with warnings.catch_warnings():
         # MLflow advises type hints, which cannot say "bytes or path", and warns that integers cannot be missing.
         warnings.simplefilter("ignore", UserWarning)
         logging.getLogger("mlflow").setLevel(logging.ERROR)
-        info = mlflow.pyfunc.log_model(
+        # Unlike mlflow.pyfunc.log_model, which needs the run to be active, this leaves the time when it ended.
+        info = Model.log(
+            artifact_path=None,
             name="model",
+            flavor=mlflow.pyfunc,
+            run_id=run_id,
             python_model=str(Path(__file__).with_name("served.py")),
             artifacts={FOLDER: str(folder)},
             code_paths=[str(Path(pipeline.__file__).parent)],
