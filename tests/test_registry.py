@@ -71,11 +71,17 @@ def disguise(project: Path, version: str) -> None:
     store(project).set_model_version_tag(NAME, version, registry.IDENTITY, "another model's")
 
 
+def logged_models(project: Path) -> list[mlflow.entities.LoggedModel]:
+    client = store(project)
+    return client.search_logged_models([found.experiment_id for found in client.search_experiments()])
+
+
 def test_every_seed_and_the_bag_is_a_version_that_belongs_to_its_run(promoted):
     found = {one.tags["candidate"]: one for one in registry.versions(connect(NAME), NAME)}
     assert list(found) == CANDIDATES
     assert [found[f"seed-{index}"].run_id for index in (0, 1)] == [run.info.run_id for run in seed_runs(promoted)]
     assert found["bag"].run_id == seed_runs(promoted)[0].data.tags["mlflow.parentRunId"]
+    assert {model.experiment_id for model in logged_models(promoted)} == {connect(NAME).experiment_id}
     assert all({"data", "mlflow.source.git.commit"} <= set(one.tags) for one in found.values())
 
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
-from mlflow.models import Model, ModelSignature
+from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, Schema
 from mlflow.types.schema import AnyType
 from PIL import Image
@@ -81,7 +81,7 @@ def register(
         known = store.client.search_model_versions(f"name = '{name}' AND tags.{IDENTITY} = '{mark}'")
         if known:
             return known[0]
-        model_id = _log_model(run_id, folder, example)
+        model_id = _log_model(store, run_id, folder, example)
         tags = {IDENTITY: mark, **tags}
         return store.client.create_model_version(name, f"models:/{model_id}", run_id, tags, model_id=model_id)
 
@@ -208,20 +208,17 @@ def files(known: ModelVersion) -> Iterator[Path]:
         yield folder
 
 
-def _log_model(run_id: str, folder: Path, example: np.ndarray) -> str:
+def _log_model(store: Store, run_id: str, folder: Path, example: np.ndarray) -> str:
     """Log the model to its run, and return its id."""
     stream = io.BytesIO()
     Image.fromarray(example).save(stream, "PNG")
-    with warnings.catch_warnings():
+    run = store.client.get_run(run_id)
+    with mlflow.start_run(run_id=run_id), warnings.catch_warnings():
         # MLflow advises type hints, which cannot say "bytes or path", and warns that integers cannot be missing.
         warnings.simplefilter("ignore", UserWarning)
         logging.getLogger("mlflow").setLevel(logging.ERROR)
-        # Unlike mlflow.pyfunc.log_model, which needs the run to be active, this leaves the time when it ended.
-        info = Model.log(
-            artifact_path=None,
+        info = mlflow.pyfunc.log_model(
             name="model",
-            flavor=mlflow.pyfunc,
-            run_id=run_id,
             python_model=str(Path(__file__).with_name("served.py")),
             artifacts={FOLDER: str(folder)},
             code_paths=[str(Path(pipeline.__file__).parent)],
@@ -229,4 +226,5 @@ def _log_model(run_id: str, folder: Path, example: np.ndarray) -> str:
             input_example={"image": [base64.b64encode(stream.getvalue()).decode()]},
             pip_requirements=[f"{name}=={version(name)}" for name in REQUIREMENTS],
         )
+    store.client.set_terminated(run_id, run.info.status, run.info.end_time)  # the run did not take longer for that
     return str(info.model_id)
