@@ -65,7 +65,7 @@ def with_passwords(tmp_path, port, monkeypatch) -> Iterator[str]:
 def postgresql(tmp_path, port) -> Iterator[str]:
     """A PostgreSQL database of its own."""
     places = os.pathsep.join(map(str, Path("/usr/lib/postgresql").glob("*/bin")))  # where Debian hides it
-    binaries = Path(shutil.which("initdb") or shutil.which("initdb", path=places) or "").parent
+    binaries = Path(shutil.which("initdb", path=places) or shutil.which("initdb") or "").parent
     if not binaries.name:
         pytest.skip("PostgreSQL is not installed")
     # PostgreSQL refuses to run as root.
