@@ -20,13 +20,18 @@ def main(jobs: str = "2", project: str = str(ROOT)) -> None:
     trainings = [f"train@{seed}" for seed in config.load(Path(project, "params.yaml")).seeds]
     with tempfile.TemporaryDirectory() as folder:
         clones = [Path(folder, side) for side in ("ours", "plain")]
-        run(Path(project), "git", "clone", "--quiet", ".", str(clones[0]))
-        run(clones[0], "dvc", "repro", "weights", "split")
+        clone_ready(Path(project), clones[0])
         shutil.copytree(*clones, symlinks=True)
         ours = seconds(lambda: run(clones[0], "cxr", "train-all", "--jobs", jobs))
         theirs = seconds(lambda: run(clones[1], "dvc", "repro", *trainings))
     figures = {"seeds": len(trainings), "jobs": int(jobs), "seconds": round(ours, 1), "plain_seconds": round(theirs, 1)}
     print(json.dumps(figures | {"ratio": round(theirs / ours, 2)}))
+
+
+def clone_ready(project: Path, clone: Path) -> None:
+    """Clone the project and run what comes before training."""
+    run(project, "git", "clone", "--quiet", ".", str(clone))
+    run(clone, "dvc", "repro", "weights", "split")
 
 
 def run(folder: Path, *command: str) -> None:

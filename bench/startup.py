@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from common import ROOT
-from seeds import run
+from seeds import clone_ready
 
 STOP_AT_FIRST_STEP = """
 import os, runpy, sys, time
@@ -25,8 +25,7 @@ runpy.run_module("stages.train", run_name="__main__")
 
 def main(project: str = str(ROOT), rounds: str = "5") -> None:
     with tempfile.TemporaryDirectory() as folder:
-        run(Path(project), "git", "clone", "--quiet", ".", folder)
-        run(Path(folder), "dvc", "repro", "weights", "split")
+        clone_ready(Path(project), Path(folder))
         # The first start makes the MLflow store and the compiled modules, and is reported apart.
         first, *later = [start(folder) for _ in range(1 + int(rounds))]
     print(json.dumps({"seconds": round(statistics.median(later), 2), "first_seconds": round(first, 2)}))

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from common import ROOT
-from seeds import run
+from seeds import clone_ready
 
 WATCHED = """
 import atexit, runpy, sys, time
@@ -38,8 +38,7 @@ runpy.run_module("stages.train", run_name="__main__")
 
 def main(project: str = str(ROOT)) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        run(Path(project), "git", "clone", "--quiet", ".", folder)
-        run(Path(folder), "dvc", "repro", "weights", "split")
+        clone_ready(Path(project), Path(folder))
         command = [sys.executable, "-c", WATCHED]
         printed = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
     logging, training = map(float, printed.split()[-2:])

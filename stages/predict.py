@@ -52,11 +52,10 @@ def _folder(model: str) -> Iterator[Path]:
     from pipeline.models import candidate
 
     config = load()
-    local = {f"seed-{seed}": [seed] for seed in config.seeds} | {"bag": config.members}
+    local, bag = candidate.members(config), config.active.bag
     if model in local:
         with tempfile.TemporaryDirectory() as scratch:
-            folders = {f"seed-{seed}": Path("models", f"seed-{seed}") for seed in local[model]}
-            candidate.assemble(Path(scratch), folders, config.active.bag.method, config.active.bag.tie)
+            candidate.assemble(Path(scratch), local[model], bag.method, bag.tie)
             yield Path(scratch)
     else:
         from pipeline.tracking import registry

@@ -15,6 +15,7 @@ def sync(prune: bool, yes: bool) -> None:
     from pipeline.config import load
     from pipeline.errors import UserError
     from pipeline.tracking import sync as tracking
+    from pipeline.tracking.runs import EXPERIMENT
 
     config = load()
     click.echo(tracking.said(config.model_name, tracking.sync(config)))
@@ -27,7 +28,7 @@ def sync(prune: bool, yes: bool) -> None:
         raise UserError(f"dvc exp list failed: {listed.stderr.strip()}")
     removed = tracking.removable(config, listed.stdout.split())
     for run in removed:
-        click.echo(f"{run.info.run_name}, of experiment {run.data.tags['dvc.experiment']}")
+        click.echo(f"{run.info.run_name}, of experiment {run.data.tags[EXPERIMENT]}")
     if not removed:
         click.echo("no run belongs to a removed experiment")
     elif yes or click.confirm(f"Delete these {len(removed)} runs and what is registered of them?"):

@@ -222,6 +222,17 @@ def server(project: Path, *command: str, answers_at: str, **changes: str) -> Ite
         started.wait(30)
 
 
+@contextmanager
+def mlflow_server(folder: Path, port: int, *options: str, store: str, **changes: str) -> Iterator[str]:
+    """Run an MLflow server on `store` while the block runs; what it is given to keep is in folder/kept."""
+    uri = f"http://127.0.0.1:{port}"
+    command = ["mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port)]
+    places = ["--backend-store-uri", store, "--artifacts-destination", str(folder / "kept")]
+    environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **changes}
+    with server(folder, *command, *places, *options, answers_at=f"{uri}/health", **environment):
+        yield uri
+
+
 def refusal(function: Callable[..., object], *arguments: object) -> str:
     """Return the one line with which the function refuses its arguments."""
     with pytest.raises(UserError) as caught:
@@ -247,9 +258,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def port() -> int:
-    """A port that was free a moment ago."""
+def free_port() -> int:
+    """Return a port that was free a moment ago."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def port() -> int:
+    return free_port()

@@ -12,7 +12,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
-from conftest import ROOT, environment, run, seed_runs, server, store
+from conftest import ROOT, environment, mlflow_server, run, seed_runs, store
 from killing import FAULTS
 
 pytestmark = pytest.mark.slow
@@ -204,19 +204,15 @@ def wait_for(training: subprocess.Popen[str], project: Path, text: str) -> None:
 
 def test_a_server_that_fails_hangs_and_dies_stops_no_training_and_is_told_all_when_it_is_back(ready, port):
     project, proxy = ready(epochs=40), Proxy(port)
-    mlflow_server = [
-        "mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port),
-        "--backend-store-uri", f"sqlite:///{project / 'mlflow.db'}", "--artifacts-destination", str(project / "kept"),
-    ]  # fmt: skip
-    options = {"answers_at": f"http://127.0.0.1:{port}/health", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with server(project, *mlflow_server, **options):
+    kept = f"sqlite:///{project / 'mlflow.db'}"
+    with mlflow_server(project, port, store=kept):
         training = start(project, "python", "-m", "stages.train", "--seed", "0", MLFLOW_TRACKING_URI=proxy.uri)
         for mood, until in {"broken": "epoch 10/40", "silent": "epoch 20/40", "well": "epoch 25/40"}.items():
             proxy.mood = mood
             wait_for(training, project, until)
     wait_for(training, project, "epoch 40/40")
     trained = time.time()
-    with server(project, *mlflow_server, **options):
+    with mlflow_server(project, port, store=kept):
         assert training.wait(300) == 0
     proxy.shutdown()
     said = (project / "train.log").read_text()
@@ -228,16 +224,12 @@ def test_a_server_that_fails_hangs_and_dies_stops_no_training_and_is_told_all_wh
     times = [metric.timestamp for metric in metrics]
     assert times == sorted(times)
     assert times[-1] <= trained * 1000
-    kept = {path.name for path in (project / "kept").rglob("checkpoint/*")}
-    assert kept == set(OUTS)
+    assert {path.name for path in (project / "kept").rglob("checkpoint/*")} == set(OUTS)
 
 
 def test_a_server_that_stays_away_leaves_the_outs_and_a_run_that_promote_completes(ready, port):
-    project, uri = ready(epochs=15), f"http://127.0.0.1:{port}"
-    with server(
-        project, "mlflow", "server", "--workers", "1", "--port", str(port), "--backend-store-uri",
-        f"sqlite:///{project / 'gone.db'}", answers_at=f"{uri}/health", MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false",
-    ):  # fmt: skip
+    project = ready(epochs=15)
+    with mlflow_server(project, port, store=f"sqlite:///{project / 'gone.db'}") as uri:
         training = start(project, "python", "-m", "stages.train", "--seed", "0", MLFLOW_TRACKING_URI=uri)
     assert training.wait(300) == 0
     assert "MLflow did not take all of this run; cxr sync completes it" in (project / "train.log").read_text()

@@ -137,9 +137,11 @@ def test_what_misses_a_floor_does_not_become_champion_even_where_there_is_none(p
         params["strict"] = params["demo"] | {"promote": {**profile.promote.model_dump(), floor: value}}
 
     edit_params(promoted, edit)
-    scores = json.loads(Path("metrics/evaluate.json").read_text())
-    if min(score["recall"] for score in scores.values()) == 1 or min(s["specificity"] for s in scores.values()) == 1:
-        pytest.skip("these tiny models leave nothing to miss")
+    predictions = pd.read_csv("predictions/validation.csv")
+    for label in (0, 1):  # every model is wrong once about each class
+        first = predictions.index[predictions["label"] == label][0]
+        predictions.loc[first, ["seed-0", "seed-1"]] = float(1 - label)
+    predictions.to_csv("predictions/validation.csv", index=False)
     assert f"{named} " in said("cxr sync")
     assert set(store(promoted).get_registered_model(name).aliases) == {"challenger"}
 

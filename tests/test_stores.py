@@ -4,16 +4,14 @@ import json
 import multiprocessing
 import os
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import mlflow
 import pytest
 from click.testing import CliRunner
-from conftest import copy, server
+from conftest import copy, free_port, mlflow_server
 
 from pipeline import config
 from pipeline.tracking import runs
@@ -31,16 +29,6 @@ def project(built, tmp_path, monkeypatch) -> Path:
     """A copy of the built project as the working directory."""
     monkeypatch.chdir(copy(built, tmp_path / "project"))
     return tmp_path / "project"
-
-
-@contextmanager
-def mlflow_server(folder: Path, port: int, *options: str, store: str, **changes: str) -> Iterator[str]:
-    uri = f"http://127.0.0.1:{port}"
-    command = ["mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port)]
-    places = ["--backend-store-uri", store, "--artifacts-destination", str(folder / "kept")]
-    environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **changes}
-    with server(folder, *command, *places, *options, answers_at=f"{uri}/health", **environment):
-        yield uri
 
 
 @pytest.fixture
@@ -92,10 +80,7 @@ def postgresql(tmp_path, port) -> Iterator[str]:
 @pytest.fixture
 def before_postgresql(tmp_path, postgresql) -> Iterator[str]:
     """A server that keeps its runs in PostgreSQL."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        own = probe.getsockname()[1]
-    with mlflow_server(tmp_path, own, store=postgresql) as uri:
+    with mlflow_server(tmp_path, free_port(), store=postgresql) as uri:
         yield uri
 
 

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from pipeline import ensemble
+from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.evaluation.metrics import THRESHOLD
 from pipeline.files import read_json, write_json
 from pipeline.models import classifier
 from pipeline.models.classifier import Classifier
 
+BAG = "bag"
 BATCH = 32  # images that all members see at once
 FILES = ["model.safetensors", "model.json"]  # of a member
 Tie = Literal["positive", "negative", "mean"]
@@ -51,15 +53,21 @@ class Candidate:
         return pd.DataFrame({"probability": combined["mean"].astype(float), "label": labels})
 
 
-def assemble(folder: Path, models: Mapping[str, Path], method: Literal["vote", "mean"], tie: Tie) -> str:
-    """Write a folder that `load` takes, from the folders of the members, and return the candidate's identity."""
+def members(config: Config) -> dict[str, dict[str, Path]]:
+    """Return, for every candidate by name, its members and their folders: a seed is its own, the bag has several."""
+    models = {f"seed-{seed}": Path("models", f"seed-{seed}") for seed in config.seeds}
+    seeds = {name: {name: folder} for name, folder in models.items()}
+    return {**seeds, BAG: {name: models[name] for name in (f"seed-{seed}" for seed in config.members)}}
+
+
+def assemble(folder: Path, models: Mapping[str, Path], method: Literal["vote", "mean"], tie: Tie) -> None:
+    """Write a folder that `load` takes, from the folders of the members."""
     for name, model in models.items():
         (folder / name).mkdir(parents=True)
         for file in FILES:
             shutil.copyfile(model / file, folder / name / file)
     rule = {"method": method, "tie": tie} if len(models) > 1 else {"method": "mean", "tie": "mean"}
     write_json(folder / "candidate.json", {"members": list(models), "threshold": THRESHOLD, **rule})
-    return identity(folder)
 
 
 def identity(folder: Path) -> str:

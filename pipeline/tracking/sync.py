@@ -19,11 +19,10 @@ from pipeline.evaluation.comparison import calibration_error, f1_difference
 from pipeline.evaluation.metrics import Scores, best_model, called, score
 from pipeline.files import dvc_hash, read_json
 from pipeline.models import candidate
+from pipeline.models.candidate import BAG
 from pipeline.tracking import fingerprint, registry
 from pipeline.tracking.runs import MANIFEST, SeedRun, finish_parent, origin, parent_name, parent_run, runs_of_others
 from pipeline.tracking.store import Store, connect
-
-BAG = "bag"
 
 
 class Decision(TypedDict):
@@ -101,9 +100,10 @@ def remove(config: Config, runs: Collection[Run]) -> None:
 def complete(store: Store, config: Config) -> dict[str, ModelVersion]:
     """Make the runs and the registered versions that are missing; return the version of every candidate by name."""
     parent = parent_run(store, config)
-    models = {f"seed-{seed}": Path("models", f"seed-{seed}") for seed in config.seeds}
-    runs = {BAG: parent.info.run_id}
-    for seed, (name, folder) in zip(config.seeds, models.items(), strict=True):
+    members, runs = candidate.members(config), {BAG: parent.info.run_id}
+    for seed in config.seeds:
+        name = f"seed-{seed}"
+        folder = members[name][name]
         # The environment is part of the fingerprint, and may have been another machine's.
         run = SeedRun(store, config, parent, seed, read_json(folder / "model.json")["fingerprint"])
         run.finish(folder)
@@ -111,17 +111,16 @@ def complete(store: Store, config: Config) -> dict[str, ModelVersion]:
     bag = config.active.bag
     finish_parent(store, parent, Path("report"), read_json(Path("metrics/bag.json"))[bag.method])
 
-    members = {name: {name: folder} for name, folder in models.items()}
-    members[BAG] = {f"seed-{seed}": models[f"seed-{seed}"] for seed in config.members}
     table = read_table(MANIFEST.parent)
     example = np.load("data/images.npy", mmap_mode="r")[table.index[table["subset"] == "validation"][0]]
-    versions = {}
+    versions, shared = {}, {"data": dvc_hash(MANIFEST), **origin()}
     for name, folders in members.items():
-        tags = {"candidate": name, "data": dvc_hash(MANIFEST), **origin()}
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch, registry.FOLDER)
             candidate.assemble(folder, folders, bag.method, bag.tie)
-            versions[name] = registry.register(store, config.model_name, runs[name], folder, example, tags)
+            versions[name] = registry.register(
+                store, config.model_name, runs[name], folder, example, {"candidate": name, **shared}
+            )
     return versions
 
 
