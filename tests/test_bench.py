@@ -24,8 +24,8 @@ def test_a_benchmark_prints_its_figures(command, arguments, lines):
     assert all(value > 0 for line in figures for key, value in line.items() if key.startswith(("ratio", "peak")))
 
 
-def test_the_benchmark_of_the_start_prints_its_figure(project):
-    (line,) = measured("python bench/startup.py", str(project), "1")
+def test_the_benchmark_of_the_start_prints_its_figure(built):
+    (line,) = measured("python bench/startup.py", str(built), "1")
     assert line["seconds"] > 0
 
 

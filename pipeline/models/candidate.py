@@ -17,7 +17,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.metrics import THRESHOLD
 from pipeline.files import read_json, write_json
 from pipeline.models import classifier
-from pipeline.models.classifier import Classifier
+from pipeline.models.classifier import Architecture, Classifier
 
 BAG = "bag"
 BATCH = 32  # images that all members see at once
@@ -71,10 +71,12 @@ def assemble(folder: Path, models: Mapping[str, Path], method: Literal["vote", "
 
 
 def identity(folder: Path) -> str:
-    """Return what tells a candidate from any other, 64 hexadecimal digits: a hash of its weights and its rule."""
+    """Return what tells a candidate from any other, 64 hexadecimal digits: a hash of its models and its rule."""
     facts = read_json(folder / "candidate.json")
-    weights = [read_json(folder / name / "model.json")["weights_sha256"] for name in facts.pop("members")]
-    return hashlib.sha256(json.dumps([sorted(weights), facts], sort_keys=True).encode()).hexdigest()
+    descriptions = [read_json(folder / name / "model.json") for name in facts.pop("members")]
+    models = [{key: one[key] for key in (*Architecture.__dataclass_fields__, "weights_sha256")} for one in descriptions]
+    models.sort(key=lambda model: str(model["weights_sha256"]))
+    return hashlib.sha256(json.dumps([models, facts], sort_keys=True).encode()).hexdigest()
 
 
 def load(folder: Path, device: torch.device) -> Candidate:

@@ -35,6 +35,14 @@ def of_training(config: Config, root: Path = Path(), **own: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def parent_name(config: Config, mark: str) -> str:
+    return f"{config.active.train.backbone.removeprefix('timm/')} · {mark[:4]}"
+
+
+def seed_name(config: Config, seed: int, mark: str) -> str:
+    return f"seed-{seed} · {parent_name(config, mark)}"
+
+
 def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]

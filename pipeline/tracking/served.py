@@ -60,7 +60,7 @@ def _pixels(image: Any, size: int) -> np.ndarray:
         if isinstance(image, np.ndarray | list):
             return images.stretch(np.asarray(image), size)
         return images.decode(image if isinstance(image, bytes) else _read(image), size)[0]
-    except (images.UnusableError, OSError) as reason:
+    except (images.UnusableError, OSError, TypeError, ValueError) as reason:
         raise MlflowException(f"not a usable radiograph: {reason}", INVALID_PARAMETER_VALUE) from None
 
 
