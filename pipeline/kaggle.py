@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 
 log = logging.getLogger(__name__)
 
-PAUSES = (1, 2, 4, 8)  # seconds before another try
+PAUSES = (2, 4, 8, 16, 32)  # seconds before another try
 TIMEOUT = (10, 60)  # seconds to connect, and between two bytes
 TOKEN = "create a token at https://www.kaggle.com/settings and put it into KAGGLE_API_TOKEN or ~/.kaggle/access_token"  # noqa: S105
 
@@ -98,13 +98,10 @@ def _credentials() -> KaggleApiCredentials:
         raise UserError(f"Kaggle: the credentials cannot be read ({reason}); {TOKEN}") from None
     if found is None:
         raise UserError(f"Kaggle: there are no credentials; {TOKEN}")
-    if not all(part.isascii() and part.isprintable() for part in _parts(found)):
+    parts = [part for part in (found.username, found.key, found.api_key) if part]
+    if not all(part.isascii() and part.isprintable() for part in parts):
         raise UserError(f"Kaggle: the credentials hold a line break or a letter that none can have; {TOKEN}")
     return found
-
-
-def _parts(credentials: KaggleApiCredentials) -> list[str]:
-    return [str(part) for part in (credentials.username, credentials.key, credentials.api_key) if part]
 
 
 def _refusal(response: Response, params: KaggleParams) -> str:
@@ -131,9 +128,10 @@ def _refusal(response: Response, params: KaggleParams) -> str:
 def _words(response: Response) -> str:
     """Return the message in Kaggle's answer, less any credentials it repeats."""
     try:
-        words = " ".join(str(response.json()["message"]).split())[:300]
+        words = " ".join(str(response.json()["message"]).split())
     except (ValueError, KeyError, TypeError):
         return ""
-    for part in _parts(_credentials()):
-        words = words.replace(part, "…")
-    return f": {words}"
+    found = _credentials()
+    for secret in filter(None, (found.key, found.api_key)):
+        words = words.replace(secret, "…")
+    return f": {words[:300]}"

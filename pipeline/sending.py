@@ -73,7 +73,7 @@ def public_score(client: KaggleClient, params: KaggleParams, number: int) -> flo
         for found in listed:
             if found.ref == number and found.status == SubmissionStatus.ERROR:
                 raise UserError(f"{where}: Kaggle cannot score it: {' '.join(found.error_description.split())}")
-            if found.ref == number and found.status == SubmissionStatus.COMPLETE:
+            if found.ref == number and found.status == SubmissionStatus.COMPLETE and found.public_score:
                 return float(found.public_score)
         time.sleep(POLL)
     raise UserError(f"{where} has no score yet; look there, nothing sends it again")
