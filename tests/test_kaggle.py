@@ -303,9 +303,10 @@ def test_the_shipped_competition_profile_downloads_with_nothing_but_credentials(
     assert [path.name for path in (project / "data").iterdir()] == ["raw.zip"]
 
 
-def test_no_stage_of_the_pipeline_sends():
+def test_no_stage_of_the_pipeline_sends_or_deletes_what_was_sent():
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     assert stages["submit"]["cmd"] == "python -m stages.submit"
+    assert not any(sending.LOG.is_relative_to(out) for out in stages["submit"]["outs"])  # which DVC deletes
 
 
 @pytest.fixture(scope="module")
