@@ -29,6 +29,7 @@ class Kaggle:
         self.faults: dict[str, list[int | str | tuple[int, str]]] = {}
         self.length = len(archive)  # as the header tells it
         self.hashed = True  # whether Kaggle's storage knows the hash
+        self.wanted: dict = {}  # the last question for a zip
         self.announced: dict = {}  # of the file that was uploaded
         self.uploaded = b""
         self.submissions: list[dict] = []
@@ -80,6 +81,7 @@ class Handler(BaseHTTPRequestHandler):
         kaggle = self.kaggle
         match service:
             case "DownloadDataFiles" | "DownloadDataset":
+                kaggle.wanted = body
                 self.answer(302, Location=f"{kaggle.storage}/archive.zip?X-Goog-Signature={SIGNATURE}")
             case "StartSubmissionUpload":
                 kaggle.announced = body

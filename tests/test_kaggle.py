@@ -1,6 +1,7 @@
 """Kaggle's own client against a server that speaks Kaggle's API and fails as told."""
 
 import json
+import random
 import shlex
 import traceback
 from collections.abc import Callable
@@ -42,7 +43,7 @@ def kaggle(tmp_path, monkeypatch) -> Kaggle:
     monkeypatch.setenv("KAGGLE_API_TOKEN", TOKEN)
     monkeypatch.setenv("KAGGLE_API_ENVIRONMENT", "LOCALHOST")
     monkeypatch.setattr(client, "PAUSES", (0, 0, 0, 0))
-    members = {"other.bin": bytes(3 * CHUNK), **archive_members()}  # its half is more than a chunk
+    members = {"other.bin": random.Random(0).randbytes(3 * CHUNK), **archive_members()}  # its half is more than a chunk
     archive = write_zip(tmp_path / "kaggle.zip", members).read_bytes()
     with serve(archive) as running:
         monkeypatch.setitem(kaggle_env._env_to_endpoint, kaggle_env.KaggleEnv.LOCAL, running.endpoint)
@@ -73,6 +74,7 @@ def test_the_zip_is_what_kaggle_has_and_nothing_else_is_left(kaggle, target):
 @pytest.mark.parametrize(("dataset", "version"), [(DATASET, None), (f"{DATASET}/versions/3", 3)])
 def test_a_data_set_is_fetched_in_the_same_way(kaggle, target, dataset, version):
     assert download(target, KaggleParams(source="kaggle", competition=None, dataset=dataset)) == kaggle.archive
+    assert kaggle.wanted.get("datasetVersionNumber") == version
 
 
 def write(name: str, content: str) -> None:
