@@ -39,6 +39,14 @@ class ArchiveParams(Section):
     path: Path | None
 
 
+class KaggleParams(Section):
+    """A competition of Kaggle, or a data set in the same layout; the other is None."""
+
+    source: Literal["kaggle"]
+    competition: Annotated[str, Field(pattern=r"^[\w-]+$")] | None
+    dataset: Annotated[str, Field(pattern=r"^[\w-]+/[\w-]+(/versions/[1-9]\d*)?$")] | None
+
+
 class WeightsParams(Section):
     """Where the backbone's first weights come from: ImageNet, nowhere (random), or a file or URL."""
 
@@ -108,7 +116,7 @@ class PromoteParams(Section):
 
 
 class Profile(Section):
-    download: Annotated[PhantomParams | ArchiveParams, Field(discriminator="source")]
+    download: Annotated[PhantomParams | ArchiveParams | KaggleParams, Field(discriminator="source")]
     weights: WeightsParams
     prepare: PrepareParams
     split: SplitParams
@@ -139,6 +147,9 @@ class Config(Section):
             members = profile.bag.members
             if members != "all" and (not members or len(set(members)) < len(members) or set(members) - set(self.seeds)):
                 raise ValueError(f"{name}.bag.members: {members}; write all, or name some of the seeds, each once")
+            source, section = profile.download, f"{name}.download"
+            if isinstance(source, KaggleParams) and (source.competition is None) == (source.dataset is None):
+                raise ValueError(f"{section}.competition, {section}.dataset: name one, and write null for the other")
         return self
 
     @property
@@ -179,7 +190,8 @@ def load(path: Path = Path("params.yaml")) -> Config:
 def _first(error: ValidationError) -> str:
     # An unknown key comes before the key that is missing because of the misspelling.
     found = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
-    where = [str(part) for part in found["loc"] if part not in ("profiles", "phantom", "archive", "list[int]")]
+    unseen = ("profiles", "phantom", "archive", "kaggle", "list[int]")
+    where = [str(part) for part in found["loc"] if part not in unseen]
     name = ".".join(where)
     if found["type"] == "extra_forbidden":
         return f"{name}: unknown key; {_near(where[-1], _keys(found['loc']))}"
@@ -193,9 +205,9 @@ def _first(error: ValidationError) -> str:
 def _keys(loc: tuple[int | str, ...]) -> list[str]:
     """Return the keys that the section at `loc` may have."""
     models: dict[str, type[Section]] = {
-        "phantom": PhantomParams, "archive": ArchiveParams, "weights": WeightsParams, "prepare": PrepareParams,
-        "split": SplitParams, "train": TrainParams, "evaluate": EvaluateParams, "bag": BagParams,
-        "promote": PromoteParams,
+        "phantom": PhantomParams, "archive": ArchiveParams, "kaggle": KaggleParams, "weights": WeightsParams,
+        "prepare": PrepareParams, "split": SplitParams, "train": TrainParams, "evaluate": EvaluateParams,
+        "bag": BagParams, "promote": PromoteParams,
     }  # fmt: skip
     return list(models.get(str(loc[-2]), Profile).model_fields)
 

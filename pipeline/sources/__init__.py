@@ -5,15 +5,19 @@ A new source is a module here, a section in `pipeline/config.py` and a line in `
 
 from pathlib import Path
 
-from pipeline.config import ArchiveParams, PhantomParams
+from pipeline.config import ArchiveParams, KaggleParams, PhantomParams
 
 
-def fetch(params: PhantomParams | ArchiveParams, target: Path) -> None:
+def fetch(params: PhantomParams | ArchiveParams | KaggleParams, target: Path) -> None:
     """Write the source's images, labels and sample submission to the zip `target`."""
     if isinstance(params, PhantomParams):
         from pipeline.sources import phantom
 
         phantom.write(params, target)
+    elif isinstance(params, KaggleParams):
+        from pipeline.sources import competition
+
+        competition.write(params, target)
     else:
         from pipeline.sources import archive
 

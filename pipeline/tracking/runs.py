@@ -171,11 +171,17 @@ def finish_parent(store: Store, run: Run, report: Path, bag: Mapping[str, Any]) 
     store.client.set_tag(run.info.run_id, "report", digest)  # last: from here on the run is complete
 
 
+def find(store: Store, mark: str) -> Run | None:
+    """Return the run with this fingerprint."""
+    found = store.client.search_runs([store.experiment_id], f"tags.{FINGERPRINT} = '{mark}'", max_results=1)
+    return found[0] if found else None
+
+
 def _find_or_make(store: Store, config: Config, mark: str, name: str, tags: dict[str, str]) -> Run:
     with store.lock:
-        found = store.client.search_runs([store.experiment_id], f"tags.{FINGERPRINT} = '{mark}'", max_results=1)
+        found = find(store, mark)
         if found:
-            return found[0]
+            return found
         facts = {FINGERPRINT: mark, "profile": config.profile, "data": dvc_hash(MANIFEST), WORKSPACE: _workspace()}
         tags = {**facts, **tags, **origin()}
         return store.client.create_run(store.experiment_id, tags=tags, run_name=name)
