@@ -13,8 +13,8 @@ from sklearn import metrics as sklearn
 from pipeline import ensemble, submission
 from pipeline.dataset import Pack
 from pipeline.errors import UserError
-from pipeline.evaluation import curves
-from pipeline.evaluation.comparison import calibration_error, f1_difference
+from pipeline.evaluation import calibration, curves
+from pipeline.evaluation.intervals import f1_difference
 from pipeline.evaluation.metrics import best_model, score
 from pipeline.evaluation.predictions import predict
 from pipeline.models.classifier import Architecture, Classifier
@@ -333,10 +333,10 @@ def test_the_calibration_error_is_the_mean_gap_of_its_bins(rows):
         inside = (probabilities * 10).astype(int).clip(max=9) == low
         if inside.any():
             gap += abs(probabilities[inside].mean() - labels[inside].mean()) * inside.sum() / len(labels)
-    assert calibration_error(labels, probabilities) == pytest.approx(gap)
+    assert calibration.error(labels, probabilities) == pytest.approx(gap)
 
 
 def test_the_calibration_error_is_0_for_certainty_that_is_right_and_1_for_one_that_is_wrong():
     labels = np.array([0, 1, 1])
-    assert calibration_error(labels, labels.astype(float)) == 0
-    assert calibration_error(labels, 1 - labels.astype(float)) == 1
+    assert calibration.error(labels, labels.astype(float)) == 0
+    assert calibration.error(labels, 1 - labels.astype(float)) == 1

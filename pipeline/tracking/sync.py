@@ -15,7 +15,8 @@ from mlflow.entities.model_registry import ModelVersion
 from pipeline import ensemble, layout
 from pipeline.config import Config
 from pipeline.dataset import read_table
-from pipeline.evaluation.comparison import calibration_error, f1_difference
+from pipeline.evaluation import calibration
+from pipeline.evaluation.intervals import f1_difference
 from pipeline.evaluation.metrics import Scores, best_model, called, score
 from pipeline.files import dvc_hash, read_json
 from pipeline.models import candidate
@@ -160,7 +161,7 @@ def decide(
 ) -> Decision:
     """Hold the best candidate against what is required, and against the champion on the same images."""
     params, scores = config.active.promote, judged.scores[best]
-    error = calibration_error(judged.labels, judged.probabilities[best].to_numpy())
+    error = calibration.error(judged.labels, judged.probabilities[best].to_numpy())
     decision: Decision = {
         "new": True, "run": parent_name(config, fingerprint.of_training(config)), "candidate": best,
         "promoted": False, "why": "", "f1": scores["f1"], "champion_f1": None, "difference": None, "low": None,
