@@ -1,6 +1,6 @@
 """Whether probabilities mean what they say, and what makes them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,11 @@ from scipy.special import expit, logit
 BINS = 10  # of equal width, into which probabilities are sorted
 SURE = 1e-7  # a float32 that says 1 is at least this far from it
 STEEPEST = 4.0  # of the logarithm of a temperature; probabilities that are never wrong would ask for 0
+
+
+def logits(probabilities: np.ndarray) -> np.ndarray:
+    """Return the log odds, finite also where a probability is rounded to 0 or 1."""
+    return np.asarray(logit(np.clip(np.asarray(probabilities, dtype=float), SURE, 1 - SURE)))
 
 
 def bins(probabilities: np.ndarray) -> np.ndarray:
@@ -50,17 +55,20 @@ class Calibration:
     bias: float = 0.0
 
     def __call__(self, probabilities: np.ndarray) -> np.ndarray:
-        return np.asarray(expit(_logit(probabilities) / self.temperature + self.bias))
+        return np.asarray(expit(logits(probabilities) / self.temperature + self.bias))
+
+
+Fit = Callable[[np.ndarray, np.ndarray], Calibration | None]
 
 
 def scaled(labels: np.ndarray, probabilities: np.ndarray) -> Calibration | None:
     """Fit a temperature (Guo, Pleiss, Sun and Weinberger 2017) by likelihood; None where there is one class only."""
     if _one_class(labels):
         return None
-    logits, signs = _logit(probabilities), 2 * np.asarray(labels, dtype=float) - 1
+    odds, signs = logits(probabilities), 2 * np.asarray(labels, dtype=float) - 1
 
     def loss(log_temperature: float) -> float:
-        return float(np.logaddexp(0, -signs * logits / np.exp(log_temperature)).mean())
+        return float(np.logaddexp(0, -signs * odds / np.exp(log_temperature)).mean())
 
     found = minimize_scalar(loss, bounds=(-STEEPEST, STEEPEST), method="bounded")
     return Calibration(float(np.exp(found.x)))
@@ -80,13 +88,9 @@ def corrected(labels: np.ndarray, probabilities: np.ndarray) -> Calibration | No
     if _one_class(labels):
         return None
     # The weak penalty keeps it finite where the classes do not overlap.
-    fitted = LogisticRegression(C=1e3).fit(_logit(probabilities)[:, None], labels)
+    fitted = LogisticRegression(C=1e3).fit(logits(probabilities)[:, None], labels)
     slope, bias = float(fitted.coef_[0, 0]), float(fitted.intercept_[0])
     return Calibration(1 / slope, bias) if slope > np.exp(-STEEPEST) else None
-
-
-def _logit(probabilities: np.ndarray) -> np.ndarray:
-    return np.asarray(logit(np.clip(np.asarray(probabilities, dtype=float), SURE, 1 - SURE)))
 
 
 def _one_class(labels: Sequence[int] | np.ndarray) -> bool:

@@ -66,8 +66,9 @@ def figures(
 def intervals(labels: np.ndarray, called: np.ndarray, groups: np.ndarray, samples: pd.DataFrame) -> pd.DataFrame:
     """Give every figure of one model its 95 % interval.
 
-    The interval is Wilson's (1927) for a proportion of images that each are their own group, and else lies between
-    the percentiles of the bootstrap, over those resamples in which the figure can be had.
+    The interval is Wilson's (1927) for a proportion of images that each are their own group, and, over the groups, for
+    one that is 0 or 1, which no resample can change. Else it lies between the percentiles of the bootstrap, over those
+    resamples in which the figure can be had.
 
     Args:
         labels: (N,), 0 or 1.
@@ -80,22 +81,25 @@ def intervals(labels: np.ndarray, called: np.ndarray, groups: np.ndarray, sample
         the `reason`.
     """
     rows, count = [], len(np.unique(groups))
-    labels, called = np.asarray(labels, dtype=bool), np.asarray(called, dtype=bool)
+    labels, called, groups = np.asarray(labels, dtype=bool), np.asarray(called, dtype=bool), np.asarray(groups)
     among = {"accuracy": labels | ~labels, "recall": labels, "specificity": ~labels, "precision": called}
     for metric, sample in samples.items():
         row = {"metric": metric, "value": sample[0], "low": np.nan, "high": np.nan, "method": "", "reason": ""}
         if np.isnan(sample[0]):
             row["reason"] = NEEDS[str(metric)]
-        elif metric in among and count == len(groups):
+        elif metric in among and (count == len(groups) or sample[0] in (0, 1)):
             inside = among[str(metric)]
-            right = int((labels == called)[inside].sum())
-            found = binomtest(right, int(inside.sum())).proportion_ci(LEVEL, method="wilson")
+            size = len(np.unique(groups[inside]))
+            found = binomtest(round(sample[0] * size), size).proportion_ci(LEVEL, method="wilson")
             row |= {"low": found.low, "high": found.high, "method": "wilson"}
         elif count < 2:
             row["reason"] = "one group only"
         else:
             low, high = percentiles(sample)
-            row |= {"low": low, "high": high, "method": "bootstrap"}
+            if low < high:
+                row |= {"low": low, "high": high, "method": "bootstrap"}
+            else:
+                row["reason"] = "no resample differs: too few errors for an interval"
         rows.append(row)
     return pd.DataFrame(rows)
 

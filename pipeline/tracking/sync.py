@@ -17,7 +17,7 @@ from pipeline.config import Config
 from pipeline.dataset import read_table
 from pipeline.evaluation import calibration
 from pipeline.evaluation.intervals import f1_difference
-from pipeline.evaluation.metrics import Scores, best_model, called, score
+from pipeline.evaluation.metrics import Scores, best_model, score
 from pipeline.files import dvc_hash, read_json
 from pipeline.models import candidate
 from pipeline.models.candidate import BAG
@@ -114,11 +114,11 @@ def complete(store: Store, config: Config) -> dict[str, ModelVersion]:
 
     table = read_table(MANIFEST.parent)
     example = np.load("data/images.npy", mmap_mode="r")[table.index[table["subset"] == "validation"][0]]
-    versions, shared = {}, {"data": dvc_hash(MANIFEST), **origin()}
+    rules, versions, shared = ensemble.read_rules(), {}, {"data": dvc_hash(MANIFEST), **origin()}
     for name, folders in members.items():
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch, registry.FOLDER)
-            candidate.assemble(folder, folders, bag.method, bag.tie)
+            candidate.assemble(folder, folders, rules[name])
             versions[name] = registry.register(
                 store, config.model_name, runs[name], folder, example, {"candidate": name, **shared}
             )
@@ -133,15 +133,18 @@ class Judged:
         table = read_table(MANIFEST.parent).set_index("file").loc[predictions["file"]]
         self.files, self.labels = predictions["file"], predictions["label"].to_numpy()
         self.groups = table["group"].to_numpy()
-        models = [f"seed-{seed}" for seed in config.seeds]
-        members = predictions[[f"seed-{seed}" for seed in config.members]]
-        method, tie = config.active.bag.method, config.active.bag.tie
-        bag = ensemble.combine(members, tie)
-        self.probabilities = predictions[models].assign(**{BAG: bag["mean"]})
-        self.called = called(self.probabilities).assign(**{BAG: ensemble.labels(bag, method)})
+        rules = ensemble.read_rules()
+        answers = {
+            name: ensemble.judge(predictions[list(members)], rules[name])
+            for name, members in candidate.members(config).items()
+        }
+        self.probabilities, self.called = (
+            pd.DataFrame({name: answer[column] for name, answer in answers.items()})
+            for column in ("probability", "label")
+        )
         self.scores: Mapping[str, Scores] = {
             name: score(self.labels, self.probabilities[name].to_numpy(), self.called[name].to_numpy())
-            for name in [*models, BAG]
+            for name in answers
         }
 
     def called_by(self, version: ModelVersion) -> np.ndarray:
