@@ -1,4 +1,5 @@
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 from pipeline import ensemble
 from pipeline.config import EvaluateParams
 from pipeline.ensemble import Rule
-from pipeline.models import soup
+from pipeline.files import write_json
+from pipeline.models import candidate, classifier, soup
 from pipeline.models.classifier import Architecture, Classifier
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -193,3 +195,49 @@ def test_weights_are_averaged_only_where_members_share_their_start():
     assert "hidden layers" in ensemble.no_soup("imagenet", [256], 10)
     assert "random weights" in ensemble.no_soup("none", [], 10)
     assert ensemble.no_soup("imagenet", [], 1) == "one member only"
+
+
+# Candidates
+
+
+@pytest.fixture
+def models(tmp_path) -> dict[str, Path]:
+    """Two models as training leaves them."""
+    folders = {f"seed-{seed}": tmp_path / f"models/seed-{seed}" for seed in (0, 1)}
+    for seed, folder in enumerate(folders.values()):
+        classifier.save(made := network(seed), folder / "model.safetensors")
+        classifier.describe(made, folder / "model.json", folder / "model.safetensors", {})
+    return folders
+
+
+def test_a_candidate_answers_by_the_rule_that_was_written_with_it(tmp_path, models):
+    pixels = torch.randint(0, 256, (5, 32, 32), dtype=torch.uint8)
+    each = pd.DataFrame({str(seed): network(seed).probabilities(pixels).numpy() for seed in (0, 1)})
+    own = Rule("greedy", "mean", float(each["1"].median()), [0.1, 0.2], [0.0, 1.0])
+    candidate.assemble(tmp_path / "bag", models, own)
+    found = candidate.load(tmp_path / "bag", torch.device("cpu")).judge(pixels)
+    assert found["probability"].to_numpy() == pytest.approx(each["1"].to_numpy(), abs=1e-6)
+    assert list(found["label"]) == list(ensemble.judge(each, own)["label"])
+    assert 0 < found["label"].sum() < 5
+
+
+def test_a_candidate_from_before_members_had_operating_points_of_their_own_still_loads(tmp_path, models):
+    candidate.assemble(tmp_path / "bag", models, rule(2))
+    older = {"members": list(models), "threshold": 0.4, "method": "vote", "tie": "negative"}
+    write_json(tmp_path / "bag/candidate.json", older)
+    assert candidate.load(tmp_path / "bag", torch.device("cpu")).rule == Rule(
+        "vote", "negative", 0.4, [0.4, 0.4], [0.5, 0.5]
+    )
+
+
+def test_candidates_that_differ_in_an_operating_point_alone_are_different_models(tmp_path, models):
+    for threshold in (0.4, 0.5):
+        candidate.assemble(tmp_path / str(threshold), models, replace(rule(2), threshold=threshold))
+    assert candidate.identity(tmp_path / "0.4") != candidate.identity(tmp_path / "0.5")
+
+
+def test_the_rules_of_all_candidates_are_read_as_they_were_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rules = {"seed-0": rule(1, method="mean"), "bag": rule(2)}
+    write_json(ensemble.RULES, {name: asdict(one) for name, one in rules.items()})
+    assert ensemble.read_rules() == rules

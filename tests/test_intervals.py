@@ -106,6 +106,14 @@ def test_a_proportion_of_independent_images_has_wilsons_interval():
     assert found.loc["f1", "method"] == "bootstrap"
 
 
+def test_a_perfect_share_of_grouped_images_is_as_sure_as_its_groups_and_no_surer():
+    labels, groups = np.ones(40, dtype=int), np.arange(40) // 4
+    found = intervals(labels, labels, groups, samples(labels, np.full(40, 0.9), groups)).set_index("metric")
+    assert found.loc["recall", ["low", "high"]].tolist() == pytest.approx([0.7225, 1], abs=5e-5)  # 10 of 10
+    assert found.loc["f1", "reason"] == "no resample differs: too few errors for an interval"
+    assert math.isnan(found.loc["f1", "low"])
+
+
 def test_the_bootstrap_of_a_mean_is_as_wide_as_theory_says():
     labels, probabilities, _ = radiographs(400)
     groups = np.repeat(np.arange(200), 2)

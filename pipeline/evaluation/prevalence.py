@@ -3,7 +3,6 @@
 from typing import TypedDict
 
 import numpy as np
-import pandas as pd
 
 GRID = [0.01, 0.02, 0.05, *(tenth / 10 for tenth in range(1, 10))]
 ROUNDS, ENOUGH = 1000, 1e-9
@@ -27,11 +26,6 @@ def carried(
     passed = np.multiply(np.subtract(1, prevalence), specificity)
     with np.errstate(invalid="ignore"):
         return {"accuracy": hit + passed, "ppv": hit / (hit + alarm), "npv": passed / (passed + missed)}
-
-
-def table(sensitivity: float, specificity: float) -> pd.DataFrame:
-    """Return a row per prevalence of `GRID`: `prevalence`, `accuracy`, `ppv`, `npv`."""
-    return pd.DataFrame({"prevalence": GRID, **carried(sensitivity, specificity, np.array(GRID))})
 
 
 class Shift(TypedDict):
