@@ -12,6 +12,8 @@ from pipeline.evaluation.calibration import BINS, bins
 LEVEL = 0.95
 CHUNK = 64  # resamples that are worked on at once, so that they stay in the processor's cache
 EPS = np.finfo(float).eps
+OF_CALLS = ["accuracy", "f1", "recall", "precision", "specificity", "balanced_accuracy"]
+OF_PROBABILITIES = ["loss", "auroc", "average_precision", "brier", "calibration_error"]
 NEEDS = {
     "recall": "no positive image",
     "specificity": "no negative image",
@@ -55,12 +57,12 @@ def figures(
     """
     parts = [weights[start : start + CHUNK].astype(float) for start in range(0, len(weights), CHUNK)]
     labels, called = np.asarray(labels, dtype=float), np.asarray(called, dtype=float)
-    table = pd.DataFrame(np.concatenate([_of_calls(labels, called, part) for part in parts]), columns=_CALLS)
+    table = pd.DataFrame(np.concatenate([_of_calls(labels, called, part) for part in parts]), columns=OF_CALLS)
     if probabilities is None:
         return table
     probabilities = np.asarray(probabilities, dtype=float)
     found = np.concatenate([_of_probabilities(labels, probabilities, part) for part in parts])
-    return pd.concat([table, pd.DataFrame(found, columns=_PROBABILITIES)], axis="columns")
+    return pd.concat([table, pd.DataFrame(found, columns=OF_PROBABILITIES)], axis="columns")
 
 
 def intervals(labels: np.ndarray, called: np.ndarray, groups: np.ndarray, samples: pd.DataFrame) -> pd.DataFrame:
@@ -159,10 +161,6 @@ def percentiles(sample: pd.Series) -> tuple[float, float]:
         return np.nan, np.nan
     low, high = np.quantile(had, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
-
-
-_CALLS = ["accuracy", "f1", "recall", "precision", "specificity", "balanced_accuracy"]
-_PROBABILITIES = ["loss", "auroc", "average_precision", "brier", "calibration_error"]
 
 
 def _of_calls(labels: np.ndarray, called: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,15 @@ import pandas as pd
 
 from pipeline.evaluation import calibration, prevalence
 from pipeline.evaluation.folds import cross_fit, folds
-from pipeline.evaluation.intervals import differences, figures, intervals, percentiles, resample
+from pipeline.evaluation.intervals import (
+    OF_CALLS,
+    OF_PROBABILITIES,
+    differences,
+    figures,
+    intervals,
+    percentiles,
+    resample,
+)
 
 SMALL = 10  # images of a class, below which a slice says little
 EDGES = {"below 512": 0, "512 to 1023": 512, "1024 to 2047": 1024, "2048 and more": 2048}  # shorter edge, pixels
@@ -42,7 +51,10 @@ class Validation:
         self.labels, self.groups = np.asarray(labels, dtype=int), np.asarray(groups)
         self.resamples = resamples
         self.weights = resample(self.groups, resamples)
-        self.folds = folds(self.labels, self.groups)
+
+    @cached_property
+    def folds(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        return folds(self.labels, self.groups)
 
     def samples(self, opinion: Opinion) -> pd.DataFrame:
         """Return the model's figures on every resample, as `intervals.figures` does; no rows where it is absent."""
@@ -58,14 +70,15 @@ def interval_table(
     validation: Validation, opinions: Mapping[str, Opinion], samples: Mapping[str, pd.DataFrame]
 ) -> pd.DataFrame:
     """Return a row per model and figure: `model`, `measured`, and what `intervals.intervals` gives."""
-    parts = []
+    parts, everything = [], [*OF_CALLS, *OF_PROBABILITIES]
     for name, opinion in opinions.items():
-        if opinion.reason:
-            found = pd.DataFrame({"metric": ["f1", "auroc"], "reason": opinion.reason})
-        else:
+        found = pd.DataFrame(columns=["metric", "reason"])
+        if not opinion.reason:
             found = intervals(validation.labels, opinion.called, validation.groups, samples[name])
-        parts.append(found.assign(model=name, measured=opinion.measured))
-    return pd.concat(parts)[COLUMNS]
+        found = found.set_index("metric").reindex(everything).rename_axis("metric").reset_index()
+        found["reason"] = found["reason"].fillna(opinion.reason or "a vote has no probability")
+        parts.append(found.assign(model=name, measured=opinion.measured).reindex(columns=COLUMNS))
+    return pd.concat(parts)
 
 
 def difference_table(samples: Mapping[str, pd.DataFrame], against: Iterable[str]) -> pd.DataFrame:
@@ -130,7 +143,8 @@ def prevalence_table(samples: Mapping[str, pd.DataFrame], expected: float | None
     """Carry every model to other prevalences, the expected one among them.
 
     Returns:
-        A row per model and prevalence: `accuracy`, `ppv` and `npv`, each with the ends of its interval.
+        A row per model and prevalence: `accuracy`, `ppv` and `npv`, each with the ends of its interval, which are
+        missing where no resample differs.
     """
     rows = []
     for name, sample in samples.items():
@@ -141,6 +155,8 @@ def prevalence_table(samples: Mapping[str, pd.DataFrame], expected: float | None
             carried = prevalence.carried(sample["recall"].to_numpy(), sample["specificity"].to_numpy(), share)
             for figure, values in carried.items():
                 low, high = percentiles(pd.Series(values))
+                if low == high:  # no resample has an error, which says nothing of how rare they are
+                    low = high = np.nan
                 row |= {figure: values[0], f"{figure}_low": low, f"{figure}_high": high}
             rows.append(row)
     return pd.DataFrame(rows)
