@@ -98,10 +98,14 @@ class TrainParams(Section):
 class EvaluateParams(Section):
     batch_size: Positive
     cpu_threads: Positive
+    operating_point: Literal["half", "best_f1", "youden", "sensitivity"]  # the rule that chooses the threshold
+    min_sensitivity: Share  # that the rule `sensitivity` keeps on the validation set
+    expected_prevalence: Annotated[float, Field(gt=0, lt=1)] | None  # where the models will be used
+    resamples: Positive  # of the bootstrap behind the intervals
 
 
 class BagParams(Section):
-    method: Literal["vote", "mean"]  # which of the two is the bag that is submitted
+    method: Literal["vote", "mean", "logits", "greedy"]  # how the bag that is submitted answers
     tie: Literal["positive", "negative", "mean"]  # who wins a vote with no majority
     members: Literal["all"] | list[int]  # seeds
 

@@ -12,7 +12,7 @@ from stages.common import stage
 @click.option("-m", "--message", metavar="TEXT", help="What Kaggle shows beside it.")
 @click.option("--yes", is_flag=True, help="Do not ask before sending.")
 def submit(send: str | None, message: str | None, yes: bool) -> None:
-    """Write submissions/best.csv, bag.csv and one file per seed.
+    """Write submissions/best.csv, bag.csv, both adapted to the test set's prevalence, and one file per seed.
 
     With --send, send one of them, wait for its public score, and log that to MLflow and to submissions.csv.
     """
@@ -33,11 +33,14 @@ def _write() -> None:
     from pipeline.files import read_json
 
     sample = layout.read(Path("data/raw.zip")).sample
-    test = pd.read_csv("predictions/test.csv", index_col="file")
-    bag = pd.read_csv("predictions/bag.csv", index_col="file").query("subset == 'test'")
-    labels = {name: called(test[name]) for name in test}
+    test, adapted = (pd.read_csv(f"predictions/{name}.csv", index_col="file") for name in ("test", "adapted"))
+    config, rules = load(), ensemble.read_rules()
+    seeds, members = ([f"seed-{seed}" for seed in numbers] for numbers in (config.seeds, config.members))
+    labels = {seed: ensemble.judge(test[[seed]], rules[seed])["label"] for seed in seeds}
     labels["best"] = labels[best_model(read_json(Path("metrics/evaluate.json")))]
-    labels["bag"] = ensemble.labels(bag, load().active.bag.method)
+    labels["bag"] = ensemble.judge(test[members], rules["bag"])["label"]
+    for role in adapted.dropna(axis="columns"):
+        labels[f"{role}-adapted"] = called(adapted[role])
     for name, column in labels.items():
         submission.write(Path(f"submissions/{name}.csv"), column, sample)
 
@@ -56,11 +59,14 @@ def _send(name: str, message: str, yes: bool) -> None:
     config = load()
     competition = sending.receiver(config)
     seeds = [f"seed-{seed}" for seed in config.seeds]
-    if name not in ["best", "bag", *seeds]:
-        raise UserError(f"--send {name}: there is no such file; choose one of best, bag, {', '.join(seeds)}")
+    names = ["best", "bag", "best-adapted", "bag-adapted", *seeds]
+    if name not in names:
+        raise UserError(f"--send {name}: there is no such file; choose one of {', '.join(names)}")
     file = Path(f"submissions/{name}.csv")
     digest = sha256(file)
-    model = best_model(read_json(Path("metrics/evaluate.json"))) if name == "best" else name
+    model = name.removesuffix("-adapted")
+    if model == "best":
+        model = best_model(read_json(Path("metrics/evaluate.json")))
     if model == "bag":
         mark = fingerprint.of_training(config)
     else:

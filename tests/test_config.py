@@ -164,7 +164,9 @@ def test_a_missing_key_is_named(tmp_path, path):
         ("demo.prepare.max_quarantined", -0.1, "greater than or equal to 0"),
         ("demo.split.folds", 1, "greater than or equal to 2"),
         ("demo.evaluate.batch_size", -1, "greater than 0"),
-        ("local.bag.method", "median", "'vote' or 'mean'"),
+        ("demo.evaluate.operating_point", "0.5", "'youden' or 'sensitivity'"),
+        ("demo.evaluate.expected_prevalence", 1, "less than 1"),
+        ("local.bag.method", "median", "'logits' or 'greedy'"),
     ],
 )
 def test_a_value_of_the_wrong_type_or_out_of_range_is_named_with_what_is_allowed(tmp_path, path, value, reason):

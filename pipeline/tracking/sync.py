@@ -17,8 +17,9 @@ from pipeline import ensemble, layout
 from pipeline.config import Config
 from pipeline.dataset import read_table
 from pipeline.errors import UserError
-from pipeline.evaluation.comparison import calibration_error, f1_difference
-from pipeline.evaluation.metrics import Scores, best_model, called, score
+from pipeline.evaluation import calibration
+from pipeline.evaluation.intervals import f1_difference
+from pipeline.evaluation.metrics import Scores, best_model, score
 from pipeline.files import dvc_hash, read_json, write_json
 from pipeline.models import candidate
 from pipeline.models.candidate import BAG
@@ -147,11 +148,11 @@ def complete(store: Store, config: Config) -> dict[str, ModelVersion]:
 
     table = read_table(MANIFEST.parent)
     example = np.load("data/images.npy", mmap_mode="r")[table.index[table["subset"] == "validation"][0]]
-    versions, shared = {}, {"data": dvc_hash(MANIFEST), **origin()}
+    rules, versions, shared = ensemble.read_rules(), {}, {"data": dvc_hash(MANIFEST), **origin()}
     for name, folders in members.items():
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch, registry.FOLDER)
-            candidate.assemble(folder, folders, bag.method, bag.tie)
+            candidate.assemble(folder, folders, rules[name])
             versions[name] = registry.register(
                 store, config.model_name, runs[name], folder, example, {"candidate": name, **shared}
             )
@@ -166,15 +167,18 @@ class Judged:
         table = read_table(MANIFEST.parent).set_index("file").loc[predictions["file"]]
         self.files, self.labels = predictions["file"], predictions["label"].to_numpy()
         self.groups = table["group"].to_numpy()
-        models = [f"seed-{seed}" for seed in config.seeds]
-        members = predictions[[f"seed-{seed}" for seed in config.members]]
-        method, tie = config.active.bag.method, config.active.bag.tie
-        bag = ensemble.combine(members, tie)
-        self.probabilities = predictions[models].assign(**{BAG: bag["mean"]})
-        self.called = called(self.probabilities).assign(**{BAG: ensemble.labels(bag, method)})
+        rules = ensemble.read_rules()
+        answers = {
+            name: ensemble.judge(predictions[list(members)], rules[name])
+            for name, members in candidate.members(config).items()
+        }
+        self.probabilities, self.called = (
+            pd.DataFrame({name: answer[column] for name, answer in answers.items()})
+            for column in ("probability", "label")
+        )
         self.scores: Mapping[str, Scores] = {
             name: score(self.labels, self.probabilities[name].to_numpy(), self.called[name].to_numpy())
-            for name in [*models, BAG]
+            for name in answers
         }
 
     def called_by(self, version: ModelVersion) -> np.ndarray:
@@ -194,7 +198,7 @@ def decide(
 ) -> Decision:
     """Hold the best candidate against what is required, and against the champion on the same images."""
     params, scores = config.active.promote, judged.scores[best]
-    error = calibration_error(judged.labels, judged.probabilities[best].to_numpy())
+    error = calibration.error(judged.labels, judged.probabilities[best].to_numpy())
     decision: Decision = {
         "run": fingerprint.parent_name(config, fingerprint.of_training(config)), "candidate": best,
         "version": str(versions[best].version), "promoted": False, "why": "", "f1": scores["f1"], "champion_f1": None,
