@@ -4,6 +4,7 @@ import re
 import shlex
 import shutil
 import sys
+import zipfile
 from pathlib import Path
 
 import browser
@@ -129,6 +130,28 @@ def test_the_other_profiles_run_through_every_stage_also_in_a_copy_of_the_worksp
     backbone = {"local": "timm/tf_efficientnet_lite0", "competition": "alexnet"}[profile]
     assert [found.data.params["backbone"] for found in seeds] == [backbone] * 2
     assert client.get_model_version_by_alias(f"covid-xray-{profile}", "champion")
+
+
+def test_ray_data_judges_a_folder_as_predict_does(reader):
+    (script,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/registry.md").read_text(), re.DOTALL)
+    with zipfile.ZipFile(reader / "data/raw.zip") as archive:
+        for name in archive.namelist():
+            if name.startswith("test/"):
+                path = reader / "radiographs" / Path(name).name
+                path.parent.mkdir(exist_ok=True)
+                path.write_bytes(archive.read(name))
+    (reader / "judge.py").write_text(script.replace("http://127.0.0.1:5000", f"sqlite:///{reader / 'mlflow.db'}"))
+    ended = run(reader, "python", "judge.py")
+    assert ended.returncode == 0, ended.stderr
+    judged = pd.concat(map(pd.read_csv, (reader / "judged").iterdir()))
+    judged["file"] = judged["file"].map(lambda path: Path(path).name)
+    assert run(reader, "cxr", "predict", "radiographs", "--csv", "judged.csv").returncode == 0
+    expected = pd.read_csv(reader / "judged.csv")
+    expected["file"] = expected["file"].map(lambda path: Path(path).name)
+    both = judged.merge(expected, on="file", suffixes=("", "_by_predict"), validate="one_to_one")
+    assert len(both) == len(expected) == 8
+    assert both["probability"].to_numpy() == pytest.approx(both["probability_by_predict"].to_numpy(), abs=1e-6)
+    shutil.rmtree(reader / "radiographs")
 
 
 def test_the_champion_is_served(reader, port):
