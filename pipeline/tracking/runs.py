@@ -36,6 +36,7 @@ FINGERPRINT = "fingerprint"
 EXPERIMENT = "dvc.experiment"
 WORKER = "worker"  # the machine and the process that trains
 MANIFEST = Path("data/manifest.csv")
+CARD = [Path("data/card.json"), Path("data/card.md")]
 CHECKPOINT = "checkpoint"  # where a run keeps its model's files
 SEED_FILES = ["model.safetensors", "model.json", "history.csv", "metrics.json"]
 
@@ -163,12 +164,14 @@ def log_metrics(
 
 
 def finish_parent(store: Store, run: Run, report: Path, bag: Mapping[str, Any]) -> None:
-    """Give the parent run the table of all models as its description, the bag's figures and the report's files."""
+    """Give the parent run the table of all models as its description, the bag's figures, report and data card."""
     digest = sha256(report / "table.csv")
     if run.data.tags.get("report") == digest:
         return
     for file in sorted(path for path in report.iterdir() if path.is_file()):
         store.client.log_artifact(run.info.run_id, str(file), "report")
+    for file in CARD:
+        store.client.log_artifact(run.info.run_id, str(file), "data")
     log_metrics(store.client, run.info.run_id, {f"bag/{key}": value for key, value in bag.items()})
     store.client.set_tag(run.info.run_id, MLFLOW_RUN_NOTE, (report / "table.md").read_text(encoding="utf-8"))
     store.client.set_tag(run.info.run_id, "report", digest)
