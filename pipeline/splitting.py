@@ -69,7 +69,8 @@ def check(manifest: pd.DataFrame, same: np.ndarray, table: pd.DataFrame) -> None
         UserError: they do.
     """
     patients = manifest["patient"].where(manifest["patient"] != "")
-    shared = {"patient": patients, "radiograph": manifest["file"].iloc[same].to_numpy(), "group": table["group"]}
+    radiographs = pd.Series(manifest["file"].to_numpy()[same])
+    shared: dict[str, pd.Series] = {"patient": patients, "radiograph": radiographs, "group": table["group"]}
     for kind, key in shared.items():
         folds = table["fold"].groupby(key).nunique()
         if (folds > 1).any():
@@ -87,4 +88,4 @@ def _groups(manifest: pd.DataFrame, same: np.ndarray) -> pd.Series:
     tied = DisjointSet(range(len(names) + len(same)))
     for one, radiograph in zip(number.tolist(), (len(names) + same).tolist(), strict=True):
         tied.merge(one, radiograph)
-    return patient.groupby(np.array([tied[one] for one in number.tolist()])).transform("first")
+    return patient.groupby([tied[one] for one in number.tolist()]).transform("first")
