@@ -93,6 +93,11 @@ class PrepareParams(Section):
 class SplitParams(Section):
     folds: Annotated[int, Field(ge=2)]  # equal parts, of which one validates
     seed: int
+    cross_validate: bool  # each seed on a fold of its own
+
+    def fold(self, seed: int) -> int:
+        """Return the fold on which a training seed validates."""
+        return seed % self.folds if self.cross_validate else 0
 
 
 class TrainParams(Section):

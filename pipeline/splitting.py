@@ -20,7 +20,7 @@ def split(manifest: pd.DataFrame, same: np.ndarray, params: SplitParams) -> pd.D
     Args:
         manifest: N rows.
         same: (N,), what `duplicates.find` gave.
-        params: how many folds, and the seed.
+        params: how many folds, the seed, and whether every fold must be fit to validate on, or one.
 
     Returns:
         Columns file, group, subset and fold (missing for the test set), in the order of the manifest.
@@ -47,12 +47,13 @@ def split(manifest: pd.DataFrame, same: np.ndarray, params: SplitParams) -> pd.D
             folder = StratifiedGroupKFold(params.folds, shuffle=True, random_state=params.seed)
             splits = list(folder.split(labels, labels, groups))
         both = [labels.iloc[t].nunique() == labels.iloc[v].nunique() == 2 for t, v in splits]
-        if any(both):
+        if all(both) or (any(both) and not params.cross_validate):
             folds = [validation for _, validation in splits]
             folds.insert(0, folds.pop(both.index(True)))
     if not folds:
+        which = "not every" if params.cross_validate else "no"
         raise UserError(
-            f"split.folds = {params.folds}: no fold has both classes with both left for training; "
+            f"split.folds = {params.folds}: {which} fold has both classes with both left for training; "
             "lower it in params.yaml or add images"
         )
     table["fold"] = pd.array([None] * len(table), dtype="Int64")

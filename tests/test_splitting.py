@@ -29,8 +29,8 @@ def split(rows: pd.DataFrame, params: SplitParams, duplicates: dict[int, int] | 
     return found
 
 
-def params(folds: int = 5, seed: int = 1) -> SplitParams:
-    return SplitParams(folds=folds, seed=seed)
+def params(folds: int = 5, seed: int = 1, cross_validate: bool = False) -> SplitParams:
+    return SplitParams(folds=folds, seed=seed, cross_validate=cross_validate)
 
 
 people = st.tuples(st.integers(0, 1), st.sampled_from(["", *"abcdefghijklmnop"]))
@@ -126,6 +126,20 @@ def test_folds_are_numbered_for_every_labelled_image_and_the_first_validates():
     assert ((found["subset"] == "validation") == (found["fold"] == 0).fillna(value=False)).all()
     for fold in range(4):
         assert rows.loc[found["fold"] == fold, "label"].nunique() == 2
+
+
+def test_in_cross_validation_every_fold_has_both_classes_or_it_is_refused():
+    rows = table([0] * 10 + [1] * 3)
+    assert (split(rows, params(4))["subset"] == "validation").any()
+    with pytest.raises(UserError, match=r"^split.folds = 4: not every fold has both classes"):
+        split(rows, params(4, cross_validate=True))
+    found = split(rows, params(3, cross_validate=True))
+    assert found.equals(split(rows, params(3)))
+
+
+def test_a_seed_validates_on_the_fold_of_its_number_only_in_cross_validation():
+    assert [params(4, cross_validate=True).fold(seed) for seed in range(6)] == [0, 1, 2, 3, 0, 1]
+    assert {params(4).fold(seed) for seed in range(6)} == {0}
 
 
 def test_a_radiograph_that_is_there_twice_goes_one_way_and_takes_its_patients_along():

@@ -74,7 +74,7 @@ class SeedRun:
             return
         history = self._client.get_metric_history(self.run_id, "validation/f1")
         self._last_epoch = max((metric.step for metric in history), default=0)
-        params = {"seed": seed, **config.active.train.model_dump()}
+        params = {"seed": seed, "fold": config.active.split.fold(seed), **config.active.train.model_dump()}
         self._client.log_batch(self.run_id, params=[Param(key, str(value)) for key, value in params.items()])
         self._log_dataset()
         self._client.set_tag(self.run_id, WORKER, worker[WORKER])
