@@ -80,17 +80,17 @@ def _guess_from_source(manifest: pd.DataFrame, subset: pd.Series) -> dict[str, f
     Sources are called positive in the order of their share of positives, as many as serve each figure best.
     """
     train, validation = (manifest[subset == name] for name in ("train", "validation"))
-    shares = train["label"].astype(float).groupby(train["source"]).mean().sort_values(ascending=False, kind="stable")
-    if len(shares) < 2:
+    known = train["label"].astype(int).groupby(train["source"]).agg(["sum", "count"])
+    if len(known) < 2:
         return None
-    guesses = [list(shares.index[:count]) for count in range(len(shares) + 1)]
-
-    def scored(part: pd.DataFrame, positive: list[str]) -> Mapping[str, Any]:
-        return score(part["label"].to_numpy(dtype=int), part["source"].isin(positive).to_numpy(dtype=float))
-
-    found = [scored(train, positive) for positive in guesses]
-    best = {name: max(range(len(guesses)), key=lambda index: found[index][name]) for name in ("accuracy", "f1")}
-    return {name: scored(validation, guesses[index])[name] for name, index in best.items()}
+    known = known.loc[(known["sum"] / known["count"]).sort_values(ascending=False, kind="stable").index]
+    hits, called = (np.append(0, known[name].cumsum()) for name in ("sum", "count"))
+    worth = {"accuracy": len(train) - hits[-1] + 2 * hits - called, "f1": 2 * hits / (called + hits[-1])}
+    found = {}
+    for name, by_count in worth.items():
+        guess = validation["source"].isin(known.index[: by_count.argmax()]).to_numpy(dtype=float)
+        found[name] = score(validation["label"].to_numpy(dtype=int), guess)[name]  # type: ignore[literal-required]
+    return found
 
 
 def _duplicates(manifest: pd.DataFrame, same: np.ndarray) -> list[dict[str, Any]]:
@@ -142,7 +142,7 @@ def _markdown(card: Mapping[str, Any]) -> str:
 
 
 def _table(name: str, counts: Mapping[str, Mapping[str, int]]) -> str:
-    rows = [[key, *map(str, row.values())] for key, row in counts.items()]
+    rows = [[key.replace("|", "\\|"), *map(str, row.values())] for key, row in counts.items()]
     more = [f"\n{len(rows) - LISTED} more are in card.json."] if len(rows) > LISTED else []
     lines = [[name, *COLUMNS], ["---", "---:", "---:", "---:"], *rows[:LISTED]]
     return "\n".join([f"## By {name}\n", *(f"| {' | '.join(line)} |" for line in lines), *more])

@@ -29,7 +29,7 @@ def perceptual_hash(pixels: np.ndarray) -> str:
     Returns:
         64 hexadecimal digits, a bit per frequency: whether it is above the median of all.
     """
-    # Whole pixels are averaged first, for a quarter of the time.
+    # Whole pixels are averaged first, for half the time.
     small = Image.fromarray(pixels).resize((32, 32), Image.Resampling.BILINEAR, reducing_gap=2.0)
     frequencies = dctn(np.asarray(small, dtype=np.float32))[:16, :16]
     return np.packbits(frequencies > np.median(frequencies)).tobytes().hex()
