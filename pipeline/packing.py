@@ -14,10 +14,12 @@ from joblib import cpu_count
 from numpy.lib.format import open_memmap, write_array_header_1_0
 from rich.progress import track
 
-from pipeline import images, layout
+from pipeline import duplicates, images, layout
 from pipeline.config import PrepareParams
 from pipeline.errors import UserError
 from pipeline.files import replacing, write_csv
+
+FACTS = ["width", "height", "sha256", "phash", "reason"]
 
 # Each worker process opens the zip and the array once.
 _archive: zipfile.ZipFile
@@ -29,8 +31,9 @@ def pack(raw: Path, params: PrepareParams, target: Path) -> None:
     """Write `images.npy`, `manifest.csv` and `quarantine.csv` into the folder `target`.
 
     The array is uint8 of shape (N, size, size). Row i of the manifest is image i: file, set, label, patient, source,
-    view, width and height (of the file, pixels) and the sha256 of its pixels, so that the manifest's own hash
-    stands for the array. Workers write their rows into the file themselves: memory does not grow with N.
+    view, licence, width and height (of the file, pixels), the sha256 of its pixels, so that the manifest's own hash
+    stands for the array, and their perceptual hash. Workers write their rows into the file themselves: memory does not
+    grow with N.
 
     Raises:
         UserError: a test image is not usable, or more labelled ones than `max_quarantined` allows.
@@ -40,7 +43,7 @@ def pack(raw: Path, params: PrepareParams, target: Path) -> None:
         start = _allocate(array_path, len(rows), params.size)
         with ProcessPoolExecutor(cpu_count(), initializer=_open, initargs=(raw, array_path, start)) as pool:
             jobs = pool.map(_decode, range(len(rows)), rows["member"], [params.size] * len(rows), chunksize=32)
-            facts = pd.DataFrame(track(jobs, "decoding", len(rows)), columns=["width", "height", "sha256", "reason"])
+            facts = pd.DataFrame(track(jobs, "decoding", len(rows)), columns=FACTS)
         rows = pd.concat([rows.drop(columns="member"), facts], axis="columns")
         bad = rows["reason"] != ""
         _check(rows[bad], len(rows[rows["set"] == "train"]), params.max_quarantined)
@@ -61,18 +64,18 @@ def _open(raw: Path, array: Path, start: int) -> None:
     _archive, _array, _start = zipfile.ZipFile(raw), os.open(array, os.O_WRONLY), start
 
 
-def _decode(row: int, member: str, size: int) -> tuple[int, int, str, str]:
+def _decode(row: int, member: str, size: int) -> tuple[int, int, str, str, str]:
     try:
         pixels, (width, height) = images.decode(_archive.read(member), size)
     except images.UnusableError as reason:
-        return 0, 0, "", str(reason)
+        return 0, 0, "", "", str(reason)
     except (zipfile.BadZipFile, zlib.error) as reason:
-        return 0, 0, "", f"damaged in the zip: {reason}"
+        return 0, 0, "", "", f"damaged in the zip: {reason}"
     data = pixels.tobytes()
     # Writing, unlike a memory map, says so when the disk is full.
     if os.pwrite(_array, data, _start + row * len(data)) < len(data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    return width, height, hashlib.sha256(data).hexdigest(), ""
+    return width, height, hashlib.sha256(data).hexdigest(), duplicates.perceptual_hash(pixels), ""
 
 
 def _check(bad: pd.DataFrame, labelled: int, allowed: float) -> None:

@@ -16,6 +16,7 @@ def evaluate() -> None:
     from pipeline import ensemble
     from pipeline.config import load
     from pipeline.dataset import Pack, read_table
+    from pipeline.errors import UserError
     from pipeline.evaluation import curves, operating, shortcuts
     from pipeline.evaluation.metrics import best_model, score
     from pipeline.evaluation.predictions import predict
@@ -25,6 +26,11 @@ def evaluate() -> None:
 
     config = load()
     params = config.active.evaluate
+    if config.active.split.cross_validate:
+        raise UserError(
+            f"{config.profile}.split.cross_validate: no image validates all seeds, so that they cannot be compared or "
+            "combined; their scores are in dvc metrics show. Set it to false to go on"
+        )
     determinism.make_deterministic(params.cpu_threads)
     device = determinism.device()
     folders = {f"seed-{seed}": Path(f"models/seed-{seed}") for seed in config.seeds}

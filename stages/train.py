@@ -40,7 +40,8 @@ def train(seed: int) -> None:
         environment = determinism.environment(processes.count)
         mark = fingerprint.of_training(config, seed=seed, environment=environment)
         checkpoint = Checkpoint(address.root() / "checkpoints", mark)
-        training = Training(params, seed, read_table(data), pack, data / "weights", processes)
+        table = read_table(data, config.active.split.fold(seed))
+        training = Training(params, seed, table, pack, data / "weights", processes)
         if not processes.leads:
             training.run(checkpoint, lambda *_: None, stop)
             return

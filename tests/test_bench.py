@@ -12,6 +12,7 @@ pytestmark = pytest.mark.slow
     ("command", "arguments", "lines"),
     [
         ("python bench/prepare.py", ["20"], 1),
+        ("python bench/duplicates.py", ["300"], 1),
         ("python bench/input.py", ["64", "16"], 1),
         ("python bench/training.py", ["16", "1"], 2),
         ("python bench/memory.py", ["150", "200"], 1),

@@ -440,7 +440,10 @@ def test_a_submission_without_a_score_is_in_the_log_all_the_same(send, kaggle, f
 
 
 def test_what_cannot_be_sent_is_refused_before_anything_is(send, kaggle, finished, monkeypatch):
-    assert "choose one of best, bag, best-adapted, bag-adapted, seed-0, seed-1" in send("--send", "seed-7", "-m", "x", "--yes").stderr
+    assert (
+        "choose one of best, bag, best-adapted, bag-adapted, seed-0, seed-1"
+        in send("--send", "seed-7", "-m", "x", "--yes").stderr
+    )
     assert "give both" in send("--send", "bag").stderr
     assert "give both" in send("-m", "x").stderr
     (finished / "data/split.csv").write_text("other\n")

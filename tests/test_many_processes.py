@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
@@ -165,9 +166,9 @@ def training_worker() -> psutil.Process | None:
     return None
 
 
-def ray_node(project: Path, *place: str) -> AbstractContextManager[None]:
+def ray_node(project: Path, *place: str, **changes: str) -> AbstractContextManager[None]:
     command = ["ray", "start", "--block", "--num-cpus=1", "--disable-usage-stats", *place]
-    return background(project, *command, ready=lambda printed: "Ray runtime started" in printed)
+    return background(project, *command, ready=lambda printed: "Ray runtime started" in printed, **changes)
 
 
 def test_a_ray_cluster_of_two_nodes_trains_all_seeds_though_a_worker_is_killed(ready, port):
@@ -179,12 +180,13 @@ def test_a_ray_cluster_of_two_nodes_trains_all_seeds_though_a_worker_is_killed(r
     run(project, "dvc", "remote", "add", "-d", "shared", str(project.parent / "remote"))
     commit(project)
     with (
-        ray_node(project, "--head", f"--port={port}", "--include-dashboard=false"),
-        ray_node(project, f"--address=127.0.0.1:{port}"),
+        tempfile.TemporaryDirectory(prefix="ray-") as apart,  # from other clusters of this machine
+        ray_node(project, "--head", f"--port={port}", "--include-dashboard=false", RAY_TMPDIR=apart),
+        ray_node(project, f"--address=127.0.0.1:{port}", RAY_TMPDIR=apart),
         (project / "train.log").open("w") as out,
     ):
-        command = "cxr train-all --ray auto"
-        training = subprocess.Popen(command.split(), cwd=project, env=environment(), stdout=out, stderr=out)
+        command, own = "cxr train-all --ray auto", environment(RAY_TMPDIR=apart)
+        training = subprocess.Popen(command.split(), cwd=project, env=own, stdout=out, stderr=out)
         while not (worker := training_worker()):
             assert training.poll() is None, (project / "train.log").read_text()
             time.sleep(0.2)

@@ -1,7 +1,6 @@
 """The whole pipeline, run by DVC in a clone of the project, on few and small phantoms."""
 
 import base64
-import hashlib
 import json
 import shutil
 import socket
@@ -39,9 +38,11 @@ def locked(project: Path) -> dict[str, str]:
 
 def test_every_stage_leaves_its_files_with_their_columns(built):
     columns = {
-        "data/manifest.csv": ["file", "set", "label", "patient", "source", "view", "width", "height", "sha256"],
+        "data/manifest.csv": [
+            *("file", "set", "label", "patient", "source", "view", "licence", "width", "height", "sha256", "phash")
+        ],
         "data/quarantine.csv": ["file", "set", "label", "reason"],
-        "data/split.csv": ["file", "group", "subset"],
+        "data/split.csv": ["file", "group", "subset", "fold"],
         "predictions/validation.csv": ["file", "label", "seed-0", "seed-1"],
         "predictions/test.csv": ["file", "seed-0", "seed-1"],
         "predictions/soup.csv": ["subset", "file", "label", "soup"],
@@ -90,6 +91,7 @@ def test_mlflow_shows_one_parent_and_a_child_per_seed(built):
     assert parent.data.tags["mlflow.note.content"] == (built / "report/table.md").read_text()
     assert "bag/f1" in parent.data.metrics
     assert "report/table.png" in [file.path for file in client.list_artifacts(parent_id, "report")]
+    assert [file.path for file in client.list_artifacts(parent_id, "data")] == ["data/card.json", "data/card.md"]
 
 
 def test_a_childs_metrics_are_those_of_its_history_file(built):
@@ -106,8 +108,7 @@ def test_a_child_holds_parameters_data_and_its_checkpoint(built):
     run_ = seed_runs(built)[1]
     assert run_.data.params["lr"] == "0.002"
     (data,) = run_.inputs.dataset_inputs
-    manifest = (built / "data/manifest.csv").read_bytes()
-    assert data.dataset.digest == hashlib.md5(manifest, usedforsecurity=False).hexdigest()
+    assert data.dataset.digest == locked(built)["prepare: data/manifest.csv"]
     stored = client.download_artifacts(run_.info.run_id, "checkpoint/model.safetensors")
     assert Path(stored).read_bytes() == (built / "models/seed-1/model.safetensors").read_bytes()
 

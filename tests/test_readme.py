@@ -4,6 +4,7 @@ import re
 import shlex
 import shutil
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -141,7 +142,8 @@ def test_ray_data_judges_a_folder_as_predict_does(reader):
                 path.parent.mkdir(exist_ok=True)
                 path.write_bytes(archive.read(name))
     (reader / "judge.py").write_text(script.replace("http://127.0.0.1:5000", f"sqlite:///{reader / 'mlflow.db'}"))
-    ended = run(reader, "python", "judge.py")
+    with tempfile.TemporaryDirectory(prefix="ray-") as apart:  # from clusters that run here, or did
+        ended = run(reader, "python", "judge.py", RAY_TMPDIR=apart)
     assert ended.returncode == 0, ended.stderr
     judged = pd.concat(map(pd.read_csv, (reader / "judged").iterdir()))
     judged["file"] = judged["file"].map(lambda path: Path(path).name)

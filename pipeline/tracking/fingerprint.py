@@ -29,6 +29,7 @@ def of_training(config: Config, root: Path = Path(), **own: Any) -> str:
     files = {STOOD_FOR.get(dep, dep) for dep in deps}
     content = {
         "params": config.active.train.model_dump(),
+        "cross_validate": config.active.split.cross_validate,
         "files": {str(path.relative_to(root)): sha256(path) for name in files for path in _files(root / name)},
         **own,
     }

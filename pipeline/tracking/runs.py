@@ -40,6 +40,7 @@ EXPERIMENT = "dvc.experiment"
 WORKER = "worker"  # the machine and the process that trains
 WORKSPACE = "workspace"  # the machine and the folder whose DVC experiments a run may be of
 MANIFEST = Path("data/manifest.csv")
+CARD = [Path("data/card.json"), Path("data/card.md")]
 CHECKPOINT = "checkpoint"  # where a run keeps its model's files
 SEED_FILES = ["model.safetensors", "model.json", "history.csv", "metrics.json"]
 
@@ -69,7 +70,7 @@ class SeedRun:
             return
         history = self._client.get_metric_history(self.run_id, "validation/f1")
         self._last_epoch = max((metric.step for metric in history), default=0)
-        params = {"seed": seed, **config.active.train.model_dump()}
+        params = {"seed": seed, "fold": config.active.split.fold(seed), **config.active.train.model_dump()}
         self._client.log_batch(self.run_id, params=[Param(key, str(value)) for key, value in params.items()])
         with store.lock:  # MLflow fails where two runs bring the same dataset at once
             self._log_dataset()
@@ -159,12 +160,14 @@ def log_metrics(
 
 
 def finish_parent(store: Store, run: Run, report: Path, bag: Mapping[str, Any]) -> None:
-    """Give the parent run the table of all models as its description, the bag's figures and the report's files."""
+    """Give the parent run the table of all models as its description, the bag's figures, report and data card."""
     digest = hashlib.sha256(json.dumps([sha256(report / "table.csv"), bag]).encode()).hexdigest()
     if run.data.tags.get("report") == digest:
         return
     for file in sorted(path for path in report.iterdir() if path.is_file()):
         store.client.log_artifact(run.info.run_id, str(file), "report")
+    for file in CARD:
+        store.client.log_artifact(run.info.run_id, str(file), "data")
     log_metrics(store.client, run.info.run_id, {f"bag/{key}": value for key, value in bag.items()})
     store.client.set_tag(run.info.run_id, MLFLOW_RUN_NOTE, (report / "table.md").read_text(encoding="utf-8"))
     store.client.set_terminated(run.info.run_id, "FINISHED")
