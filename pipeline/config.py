@@ -13,6 +13,7 @@ from pipeline.errors import UserError
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 Weight = Annotated[float, Field(gt=0)]
+Resize = Literal["stretch", "pad"]
 
 
 class Section(BaseModel):
@@ -47,6 +48,7 @@ class WeightsParams(Section):
 
 class PrepareParams(Section):
     size: Annotated[int, Field(ge=16, le=2048)]  # edge of the square images in the pack, pixels
+    resize: Resize  # how an image becomes square
     max_quarantined: Share  # share of the labelled images that may be unusable
 
 

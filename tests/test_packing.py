@@ -1,4 +1,3 @@
-import hashlib
 import os
 import zipfile
 
@@ -6,6 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import archive_members, write_zip
+from xxhash import xxh3_128_hexdigest
 
 from pipeline import images, layout, manifest, packing
 from pipeline.config import PrepareParams
@@ -14,8 +14,8 @@ from pipeline.errors import UserError
 BROKEN, SHORT = "train/train/a004.jpg", "train/train/a007.jpg"
 
 
-def params(size: int = 40, max_quarantined: float = 0.1) -> PrepareParams:
-    return PrepareParams(size=size, max_quarantined=max_quarantined)
+def params(size: int = 40, max_quarantined: float = 0.1, resize: str = "stretch") -> PrepareParams:
+    return PrepareParams(size=size, resize=resize, max_quarantined=max_quarantined)
 
 
 def archive(tmp_path, **changed: bytes):
@@ -26,7 +26,7 @@ def archive(tmp_path, **changed: bytes):
 
 def expected(raw, member: str, size: int = 40) -> np.ndarray:
     with zipfile.ZipFile(raw) as content:
-        return images.decode(content.read(member), size)[0]
+        return images.decode(content.read(member), size, "stretch")[0]
 
 
 def assert_rows_are_images(raw, folder, size: int = 40) -> None:
@@ -34,9 +34,9 @@ def assert_rows_are_images(raw, folder, size: int = 40) -> None:
     members = layout.read(raw).images.set_index("file")["member"]
     assert array.shape == (len(table), size, size)
     assert array.dtype == np.uint8
-    for row, (file, digest) in enumerate(zip(table["file"], table["sha256"], strict=True)):
+    for row, (file, digest) in enumerate(zip(table["file"], table["xxh128"], strict=True)):
         assert (array[row] == expected(raw, members[file], size)).all()
-        assert hashlib.sha256(array[row].tobytes()).hexdigest() == digest
+        assert xxh3_128_hexdigest(array[row].tobytes()) == digest
 
 
 def test_row_i_of_the_array_is_image_i_of_the_manifest(raw, tmp_path):
@@ -50,7 +50,7 @@ def test_the_manifest_lists_every_image_with_its_label_and_shape(raw, tmp_path):
     known = ["file", "set", "label", "patient", "source", "view"]
     pd.testing.assert_frame_equal(table[known], rows[known])
     assert (table[["width", "height"]] == 64).all(axis=None)
-    assert list(table.columns) == [*known, "width", "height", "sha256"]
+    assert list(table.columns) == [*known, "width", "height", "xxh128"]
 
 
 def test_metadata_are_kept_and_a_patient_named_na_stays_one(tmp_path):

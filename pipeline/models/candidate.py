@@ -34,7 +34,8 @@ class Candidate:
         self.members, self.threshold = members, threshold
         self._method: Literal["vote", "mean"] = method
         self._tie: Tie = tie
-        (self.packed_size,) = {network.architecture.packed_size for network in members.values()}
+        architectures = [network.architecture for network in members.values()]
+        ((self.packed_size, self.resize),) = {(one.packed_size, one.resize) for one in architectures}
 
     def judge(self, pixels: Tensor) -> pd.DataFrame:
         """Judge grey images (N, packed_size, packed_size), uint8.
