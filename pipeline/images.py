@@ -65,7 +65,7 @@ def square(grey: np.ndarray, size: int, resize: Resize) -> np.ndarray:
     if grey.ndim != 2 or grey.dtype.kind not in "ui" or grey.min(initial=0) < 0 or grey.max(initial=0) > 255:
         raise UnusableError("not grey pixels (height, width) with whole values of 0 to 255")
     _check_shape(grey.shape[1], grey.shape[0])
-    step = max(1, min(grey.shape) // 32)
+    step = min(grey.shape) // 32 | 1  # odd, for patterns are mostly even
     levels = np.sort(grey[::step, ::step], axis=None).astype(int)
     _check_contrast(levels[-(len(levels) // 100) - 1] - levels[len(levels) // 100])
     if grey.shape == (size, size):
@@ -104,7 +104,7 @@ def _picture(data: bytes) -> np.ndarray:
         return _grey(ImageOps.exif_transpose(image))
     except UnidentifiedImageError:
         raise UnusableError("not an image in a known format") from None
-    except (OSError, RuntimeError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, MemoryError, RuntimeError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UnusableError(f"broken image: {_line(error)}") from None
 
 
@@ -123,9 +123,10 @@ def _grey_jpeg(data: bytes) -> np.ndarray | None:
         if data[scan + 4] != {"Gray": 1, "YCbCr": 3}.get(colours):  # not all in this scan
             return None
         if colours == "YCbCr":
-            # Flat parts take few bytes, so an eighth of the bytes is an eighth of what there is to see.
+            # Flat parts take few bytes, so an eighth of the bytes is an eighth of what there is to see; no camera makes
+            # so much of a photograph exactly grey.
             beginning = decode_jpeg(
-                data[: len(data) // 8], "RGB", min_factor=8, min_width=1, min_height=1, strict=False
+                data[: scan + len(data) // 8], "RGB", min_factor=8, min_width=1, min_height=1, strict=False
             )
             red, green, blue = np.moveaxis(beginning, 2, 0)
             if (red != green).any() or (green != blue).any():
@@ -158,7 +159,9 @@ def _check_colour(image: Image.Image) -> None:
 
 
 def _scaled(values: np.ndarray) -> np.ndarray:
-    """Scale by the range that the values use, not by the one that they could use."""
+    """Scale by the range that the values use, not by the one that they could use; 8 bits stay as they are."""
+    if values.dtype == np.uint8:
+        return values
     scaled = values.astype(np.float64)
     low, high = scaled.min(), scaled.max()
     if not np.isfinite([low, high]).all():
