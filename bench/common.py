@@ -39,6 +39,7 @@ def write_folder_and_pack(folder: Path, count: int, size: int) -> pd.DataFrame:
         path.write_bytes(jpegs[index % DRAWN])
         images[index] = np.asarray(Image.open(path).convert("L").resize((size, size), Image.Resampling.BILINEAR))
     np.save(folder / "images.npy", images)
+    (folder / "images.json").write_text('{"resize": "stretch"}')
     (folder / "origin.json").write_text('{"source": "none"}')
     subset = ["validation"] * 8 + ["train"] * (count - 8)
     return pd.DataFrame({"label": [index % 2 for index in range(count)], "subset": subset})

@@ -22,7 +22,7 @@ def main(count: int) -> None:
     pack[::10] = pack[1::10][: len(pack[::10])]
     pack[::10, 0, 0] ^= 1  # not the same bytes
     table = pd.DataFrame({
-        "sha256": [str(row) for row in range(count)],
+        "xxh128": [str(row) for row in range(count)],
         "phash": [duplicates.perceptual_hash(pixels) for pixels in pack],
     })  # fmt: skip
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -36,7 +36,7 @@ def main(count: int) -> None:
 def chests(count: int) -> np.ndarray:
     """Mix drawn radiographs in twos, with light and shade of their own: a little more alike than real ones are."""
     rng = np.random.default_rng(1)
-    drawn = np.stack([images.decode(data, SIZE)[0] for data in radiographs()]).astype(np.float32)
+    drawn = np.stack([images.decode(data, SIZE, "stretch")[0] for data in radiographs()]).astype(np.float32)
     pack = np.empty((count, SIZE, SIZE), np.uint8)
     for row in range(count):
         first, second = drawn[rng.choice(DRAWN, 2, replace=False)]

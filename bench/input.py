@@ -30,7 +30,7 @@ def main(size: int = 512, count: int = 512) -> None:
         folder = Path(name)
         write_folder_and_pack(folder, count, size)
         pack = Pack(folder / "images.npy", torch.device("cpu"))
-        network = Classifier(Architecture("squeezenet1_1", [], 0, size, "none", size))
+        network = Classifier(Architecture("squeezenet1_1", [], 0, size, "none", size, "stretch"))
         batches = torch.randperm(count, generator=generator(0, "order")).split(BATCH)
 
         def packed() -> None:

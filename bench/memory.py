@@ -40,6 +40,7 @@ def train(count: int) -> None:
         folder = Path(name)
         # A file of nothing but zeros, which takes no place on the disk, but is read like any other.
         np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, (count, 512, 512))
+        (folder / "images.json").write_text('{"resize": "stretch"}')
         (folder / "origin.json").write_text('{"source": "none"}')
         subset = ["validation"] * 100 + ["train"] * (count - 100)
         table = pd.DataFrame({"label": [index % 2 for index in range(count)], "subset": subset})

@@ -25,7 +25,7 @@ def main(count: int = 8, backbone: str = "alexnet", size: int = 224) -> None:
         folder = Path(name)
         models = {f"seed-{index}": folder / "models" / str(index) for index in range(MEMBERS)}
         for model in models.values():
-            network = Classifier(Architecture(backbone, [256, 128], 0, size, "none", packed_size=size))
+            network = Classifier(Architecture(backbone, [256, 128], 0, size, "none", size, "stretch"))
             classifier.save(network, model / "model.safetensors")
             classifier.describe(network, model / "model.json", model / "model.safetensors", {})
         rule = Rule("mean", "mean", 0.5, [0.5] * MEMBERS, [1 / MEMBERS] * MEMBERS)
@@ -40,7 +40,7 @@ def main(count: int = 8, backbone: str = "alexnet", size: int = 224) -> None:
 
         def plain() -> float:
             def judge(file: Path) -> None:
-                pixels = torch.from_numpy(images.decode(file.read_bytes(), size)[0].copy())[None]
+                pixels = torch.from_numpy(images.decode(file.read_bytes(), size, "stretch")[0].copy())[None]
                 for model in models.values():
                     classifier.load(model / "model.safetensors", model / "model.json", cpu).probabilities(pixels)
 

@@ -88,7 +88,7 @@ def compare(params: TrainParams, folder: Path, count: int, rounds: int) -> dict[
 
 def new(params: TrainParams) -> Classifier:
     return Classifier(
-        Architecture(params.backbone, params.hidden, 0, params.size, params.normalisation, packed_size=params.size)
+        Architecture(params.backbone, params.hidden, 0, params.size, params.normalisation, params.size, "stretch")
     )
 
 

@@ -98,7 +98,7 @@ def _duplicates(manifest: pd.DataFrame, same: np.ndarray) -> list[dict[str, Any]
     return [
         {
             "files": list(rows["file"]),
-            "equal": len(set(rows["sha256"])) == 1,  # pixel for pixel
+            "equal": len(set(rows["xxh128"])) == 1,  # pixel for pixel
             "labels": sorted({int(label) for label in rows["label"].dropna()}),
             "sets": sorted(set(rows["set"])),
         }

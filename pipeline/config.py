@@ -14,6 +14,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 Weight = Annotated[float, Field(gt=0)]
 Held = Annotated[float, Field(gt=0, lt=1)]
+Resize = Literal["stretch", "pad"]
 
 
 class Section(BaseModel):
@@ -95,6 +96,7 @@ class WeightsParams(Section):
 
 class PrepareParams(Section):
     size: Annotated[int, Field(ge=16, le=2048)]  # edge of the square images in the pack, pixels
+    resize: Resize  # how an image becomes square
     max_quarantined: Share  # share of the labelled images that may be unusable
 
 

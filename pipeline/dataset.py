@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from pipeline import manifest
+from pipeline.config import Resize
 from pipeline.errors import UserError
+from pipeline.files import read_json
 
 
 def read_table(data: Path, fold: int = 0) -> pd.DataFrame:
@@ -32,6 +34,7 @@ class Pack:
     """All images, uint8 (N, S, S): on the CUDA device when half its free memory holds them, else mapped from disk."""
 
     def __init__(self, path: Path, device: torch.device) -> None:
+        self._path = path
         # Copy-on-write gives torch the writable array it asks for; nothing is ever written.
         self.images = torch.from_numpy(np.load(path, mmap_mode="c"))
         self.device = device
@@ -42,6 +45,12 @@ class Pack:
     def size(self) -> int:
         """Edge of the images, pixels."""
         return self.images.shape[-1]
+
+    @property
+    def resize(self) -> Resize:
+        """How the images became square."""
+        how: Resize = read_json(self._path.with_suffix(".json"))["resize"]
+        return how
 
     def pixels(self, rows: Tensor) -> Tensor:
         """Gather the given rows (B,) on the device: uint8 (B, S, S)."""

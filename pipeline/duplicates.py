@@ -39,13 +39,13 @@ def find(manifest: pd.DataFrame, images: np.ndarray) -> np.ndarray:
     """Find images that show the same radiograph.
 
     Args:
-        manifest: its columns sha256 and phash, N rows.
+        manifest: its columns xxh128 and phash, N rows.
         images: the pack, uint8 (N, S, S); only candidates are read.
 
     Returns:
         int (N,): per image the row of the first that shows the same, its own if there is none before it.
     """
-    first = np.flatnonzero(~manifest["sha256"].duplicated())  # of equal pixels one is enough
+    first = np.flatnonzero(~manifest["xxh128"].duplicated())  # of equal pixels one is enough
     hashes = np.frombuffer(bytes.fromhex("".join(manifest["phash"].iloc[first])), np.uint64).reshape(-1, 4).T.copy()
     patterns: dict[int, np.ndarray] = {}
     same = np.arange(len(first))
@@ -61,7 +61,7 @@ def find(manifest: pd.DataFrame, images: np.ndarray) -> np.ndarray:
             likely = some[likeness(patterns[place], np.array([patterns[one] for one in some])) >= LEAST_LIKENESS]
             joined = np.isin(same, same[[place, *likely]])
             same[joined] = same[joined].min()
-    return manifest["sha256"].map(pd.Series(first[same], manifest["sha256"].iloc[first])).to_numpy()
+    return manifest["xxh128"].map(pd.Series(first[same], manifest["xxh128"].iloc[first])).to_numpy()
 
 
 def likeness(pattern: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from joblib import Parallel, delayed
 from rich.progress import track
 
 from pipeline import images
+from pipeline.config import Resize
 from pipeline.errors import UserError
 from pipeline.models.candidate import BATCH, Candidate
 
@@ -40,7 +41,7 @@ def judge(candidate: Candidate, paths: list[Path]) -> pd.DataFrame:
         is not a usable radiograph, in which case the two are missing.
     """
     decoded = Parallel(n_jobs=-1, prefer="threads", return_as="generator")(
-        delayed(_decode)(path, candidate.packed_size) for path in paths
+        delayed(_decode)(path, candidate.packed_size, candidate.resize) for path in paths
     )
     left, rows = iter(track(decoded, "judging", len(paths))), []
     while part := list(islice(left, BATCH)):
@@ -60,8 +61,8 @@ def _matching(pattern: str) -> list[Path]:
     return list(root.glob(str(path.relative_to(path.anchor)))) if any(sign in pattern for sign in "*?[") else []
 
 
-def _decode(path: Path, size: int) -> np.ndarray | str:
+def _decode(path: Path, size: int, resize: Resize) -> np.ndarray | str:
     try:
-        return images.decode(path.read_bytes(), size)[0]
+        return images.decode(path.read_bytes(), size, resize)[0]
     except (images.UnusableError, OSError) as reason:
         return str(reason)

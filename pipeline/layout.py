@@ -7,9 +7,11 @@ sample_submission.csv                File,Label with the test images in the orde
 metadata.csv                         optional: File,patient,source,view and, where known, licence
 """
 
+import stat
 import zipfile
+from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import pandas as pd
 
@@ -17,14 +19,17 @@ from pipeline.errors import UserError
 
 METADATA = ["patient", "source", "view"]
 LICENCE = "licence"  # of the image, a column that metadata.csv need not have
+LARGEST = 2**28  # bytes of a member once unpacked
+DENSEST = 200  # times what it is packed into, for what is above BOMB bytes; no radiograph comes near
+BOMB = 2**20
 
 
 @dataclass(frozen=True)
 class Layout:
     """`images` has one row per image, labelled ones first.
 
-    Its columns are file, set (train or test), member (the name inside the zip), label (0, 1 or missing for the
-    test set), patient, source, view and licence (empty where not known).
+    Its columns are file, set (train or test), member (the name inside the zip, empty where a labelled image is
+    missing), label (0, 1 or missing for the test set), patient, source, view and licence (empty where not known).
     """
 
     images: pd.DataFrame
@@ -35,10 +40,11 @@ def read(path: Path) -> Layout:
     """Read the tables of the zip and match them with its images; no image is opened.
 
     Raises:
-        UserError: a table or an image is missing, or a label is not 0 or 1.
+        UserError: a table or a test image is missing, a label is not 0 or 1, or the zip has a member that no honest
+            archive of radiographs has.
     """
     with _open(path) as archive:
-        names = [PurePosixPath(name) for name in archive.namelist()]
+        labelled, judged = _members(archive, path, "train"), _members(archive, path, "test")
         labels = _table(archive, path, "train_labels.csv", ["File", "Label"])
         sample = _table(archive, path, "sample_submission.csv", ["File", "Label"])
         known = "metadata.csv" in archive.namelist()
@@ -49,9 +55,15 @@ def read(path: Path) -> Layout:
             f"{path}: train_labels.csv line {wrong.index[0] + 2}: the label of {wrong['File'].iloc[0]} is "
             f"{wrong['Label'].iloc[0]!r}; it must be 0 (negative) or 1 (COVID-19)"
         )
-    train = _match(path, "train_labels.csv", labels["File"], _members(names, "train"), "train")
-    test = _match(path, "sample_submission.csv", sample["File"], _members(names, "test"), "test")
-    unlabelled = sorted(set(_members(names, "train")) - set(labels["File"]))
+    train = _match(path, "train_labels.csv", labels["File"], labelled, "train")
+    test = _match(path, "sample_submission.csv", sample["File"], judged, "test")
+    absent = test[test["member"] == ""]
+    if len(absent):
+        raise UserError(
+            f"{path}: sample_submission.csv line {absent.index[0] + 2}: there is no image {absent['file'].iloc[0]} in "
+            f"test/ ({len(absent)} missing in all); a submission needs every test image, so add it"
+        )
+    unlabelled = sorted(set(labelled) - set(labels["File"]))
     if unlabelled:
         raise UserError(
             f"{path}: {len(unlabelled)} training images have no label, the first is {unlabelled[0]}; "
@@ -64,9 +76,29 @@ def read(path: Path) -> Layout:
 
 def _open(path: Path) -> zipfile.ZipFile:
     try:
-        return zipfile.ZipFile(path)
+        archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
         raise UserError(f"{path}: a damaged zip ({error}); fetch it again") from None
+    names = Counter(archive.namelist())
+    for member in archive.infolist():
+        wrong = "is in it twice" if names[member.filename] > 1 else _wrong(member)
+        if wrong:
+            raise UserError(f"{path}: {member.filename!r} {wrong}; make the zip anew without it")
+    return archive
+
+
+def _wrong(member: zipfile.ZipInfo) -> str:
+    """Say why an archive with this member is not to be trusted; nothing where all is well."""
+    name, packed, unpacked = PureWindowsPath(member.filename), member.compress_size, member.file_size
+    checks = {
+        "has an absolute name": name.anchor != "",
+        "leads out of the archive": ".." in name.parts,
+        "is a symbolic link": stat.S_ISLNK(member.external_attr >> 16),
+        "is encrypted": member.flag_bits & 1,
+        "is neither stored nor deflated": member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED),
+        f"is a decompression bomb ({packed} to {unpacked} bytes)": unpacked > min(LARGEST, BOMB + DENSEST * packed),
+    }
+    return next((fault for fault, found in checks.items() if found), "")
 
 
 def _table(archive: zipfile.ZipFile, path: Path, name: str, columns: list[str], optional: str = "") -> pd.DataFrame:
@@ -89,25 +121,22 @@ def _table(archive: zipfile.ZipFile, path: Path, name: str, columns: list[str], 
     return table[[*columns, *table.columns.intersection([optional])]]
 
 
-def _members(names: list[PurePosixPath], folder: str) -> dict[str, str]:
+def _members(archive: zipfile.ZipFile, path: Path, folder: str) -> dict[str, str]:
     """Map file names to names inside the zip, for both nestings."""
-    return {
-        name.name: str(name)
-        for name in names
-        if name.parts[:-1] in ((folder,), (folder, folder)) and "." in name.name and not name.name.startswith(".")
-    }
+    members: dict[str, str] = {}
+    for member in archive.namelist():
+        name = PurePosixPath(member)
+        if name.parts[:-1] in ((folder,), (folder, folder)) and "." in name.name and not name.name.startswith("."):
+            if name.name in members:
+                raise UserError(f"{path}: {member!r} and {members[name.name]!r} have one name; leave one of them in it")
+            members[name.name] = member
+    return members
 
 
 def _match(path: Path, table: str, files: pd.Series, members: dict[str, str], subset: str) -> pd.DataFrame:
-    absent = files[~files.isin(list(members))]
-    if len(absent):
-        raise UserError(
-            f"{path}: {table} line {absent.index[0] + 2}: there is no image {absent.iloc[0]} in {subset}/ "
-            f"({len(absent)} missing in all); add the image or delete the line"
-        )
     if files.empty:
         raise UserError(f"{path}: {table} lists no image; it needs at least one")
-    return pd.DataFrame({"file": files, "set": subset, "member": files.map(members)})
+    return pd.DataFrame({"file": files, "set": subset, "member": files.map(members).fillna("")})
 
 
 def _with_metadata(path: Path, images: pd.DataFrame, metadata: pd.DataFrame | None) -> pd.DataFrame:

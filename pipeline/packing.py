@@ -1,11 +1,12 @@
 """Every image of the zip, decoded once, as one array on disk and a table of what each row is."""
 
 import errno
-import hashlib
 import os
+import warnings
 import zipfile
 import zlib
 from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,14 @@ import pandas as pd
 from joblib import cpu_count
 from numpy.lib.format import open_memmap, write_array_header_1_0
 from rich.progress import track
+from xxhash import xxh3_128_hexdigest
 
 from pipeline import duplicates, images, layout
 from pipeline.config import PrepareParams
 from pipeline.errors import UserError
-from pipeline.files import replacing, write_csv
+from pipeline.files import replacing, write_csv, write_json
 
-FACTS = ["width", "height", "sha256", "phash", "reason"]
+FACTS = ["width", "height", "xxh128", "phash", "reason"]
 
 # Each worker process opens the zip and the array once.
 _archive: zipfile.ZipFile
@@ -28,12 +30,12 @@ _start: int
 
 
 def pack(raw: Path, params: PrepareParams, target: Path) -> None:
-    """Write `images.npy`, `manifest.csv` and `quarantine.csv` into the folder `target`.
+    """Write `images.npy`, `images.json`, `manifest.csv` and `quarantine.csv` into the folder `target`.
 
     The array is uint8 of shape (N, size, size). Row i of the manifest is image i: file, set, label, patient, source,
-    view, licence, width and height (of the file, pixels), the sha256 of its pixels, so that the manifest's own hash
+    view, licence, width and height (of the file, pixels), the XXH3 hash of its pixels, so that the manifest's own hash
     stands for the array, and their perceptual hash. Workers write their rows into the file themselves: memory does not
-    grow with N.
+    grow with N. The JSON says how the images became square, which a model must know to do the same.
 
     Raises:
         UserError: a test image is not usable, or more labelled ones than `max_quarantined` allows.
@@ -42,13 +44,14 @@ def pack(raw: Path, params: PrepareParams, target: Path) -> None:
     with replacing(target / "images.npy") as array_path:
         start = _allocate(array_path, len(rows), params.size)
         with ProcessPoolExecutor(cpu_count(), initializer=_open, initargs=(raw, array_path, start)) as pool:
-            jobs = pool.map(_decode, range(len(rows)), rows["member"], [params.size] * len(rows), chunksize=32)
+            jobs = pool.map(_decode, range(len(rows)), rows["member"], repeat(params), chunksize=32)
             facts = pd.DataFrame(track(jobs, "decoding", len(rows)), columns=FACTS)
         rows = pd.concat([rows.drop(columns="member"), facts], axis="columns")
         bad = rows["reason"] != ""
         _check(rows[bad], len(rows[rows["set"] == "train"]), params.max_quarantined)
         if bad.any():
             _keep(array_path, np.flatnonzero(~bad))
+        write_json(target / "images.json", {"resize": params.resize})
         write_csv(target / "manifest.csv", rows[~bad].drop(columns="reason"))
         write_csv(target / "quarantine.csv", rows.loc[bad, ["file", "set", "label", "reason"]])
 
@@ -61,21 +64,23 @@ def _allocate(path: Path, count: int, size: int) -> int:
 
 def _open(raw: Path, array: Path, start: int) -> None:
     global _archive, _array, _start
+    warnings.simplefilter("ignore")  # decoders warn of what is odd; what matters becomes a reason
     _archive, _array, _start = zipfile.ZipFile(raw), os.open(array, os.O_WRONLY), start
 
 
-def _decode(row: int, member: str, size: int) -> tuple[int, int, str, str, str]:
+def _decode(row: int, member: str, params: PrepareParams) -> tuple[int, int, str, str, str]:
+    if not member:
+        return 0, 0, "", "", "no such image in the archive"
     try:
-        pixels, (width, height) = images.decode(_archive.read(member), size)
+        pixels, (width, height) = images.decode(_archive.read(member), params.size, params.resize)
     except images.UnusableError as reason:
         return 0, 0, "", "", str(reason)
-    except (zipfile.BadZipFile, zlib.error) as reason:
+    except (zipfile.BadZipFile, zlib.error, EOFError) as reason:
         return 0, 0, "", "", f"damaged in the zip: {reason}"
-    data = pixels.tobytes()
     # Writing, unlike a memory map, says so when the disk is full.
-    if os.pwrite(_array, data, _start + row * len(data)) < len(data):
+    if os.pwrite(_array, pixels.data, _start + row * pixels.nbytes) < pixels.nbytes:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    return width, height, hashlib.sha256(data).hexdigest(), duplicates.perceptual_hash(pixels), ""
+    return width, height, xxh3_128_hexdigest(pixels.data), duplicates.perceptual_hash(pixels), ""
 
 
 def _check(bad: pd.DataFrame, labelled: int, allowed: float) -> None:

@@ -14,7 +14,7 @@ def table(**columns: list) -> pd.DataFrame:
         "file": [f"{index}.jpg" for index in range(count)],
         "set": ["train"] * 8 + ["test"] * 2,
         "label": pd.array([0, 0, 0, 0, 1, 1, 1, 1, None, None], dtype="Int64"),
-        "sha256": [f"{index:02}" for index in range(count)],
+        "xxh128": [f"{index:02}" for index in range(count)],
         **{name: [""] * count for name in ("patient", "source", "view", "licence")},
         **dict.fromkeys(("width", "height"), 512),
     }
@@ -58,7 +58,7 @@ def test_one_source_or_none_gives_no_guess():
 
 
 def test_duplicates_are_listed_with_their_labels_and_sets():
-    manifest = table(sha256=["00", "00", *(f"{index:02}" for index in range(2, 10))])
+    manifest = table(xxh128=["00", "00", *(f"{index:02}" for index in range(2, 10))])
     assert described(manifest, {1: 0, 6: 3, 9: 2})["duplicates"] == [
         {"files": ["0.jpg", "1.jpg"], "equal": True, "labels": [0], "sets": ["train"]},
         {"files": ["2.jpg", "9.jpg"], "equal": False, "labels": [0], "sets": ["test", "train"]},

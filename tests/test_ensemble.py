@@ -175,7 +175,7 @@ def test_thresholds_of_members_and_bag_are_chosen_by_the_rule():
 
 def network(seed: int, backbone_of: Classifier | None = None) -> Classifier:
     torch.manual_seed(seed)
-    made = Classifier(Architecture("squeezenet1_1", [], 0.0, 32, "imagenet", 32)).eval()
+    made = Classifier(Architecture("squeezenet1_1", [], 0.0, 32, "imagenet", 32, "stretch")).eval()
     if backbone_of:
         made.backbone.load_state_dict(backbone_of.backbone.state_dict())
     return made
@@ -219,15 +219,6 @@ def test_a_candidate_answers_by_the_rule_that_was_written_with_it(tmp_path, mode
     assert found["probability"].to_numpy() == pytest.approx(each["1"].to_numpy(), abs=1e-6)
     assert list(found["label"]) == list(ensemble.judge(each, own)["label"])
     assert 0 < found["label"].sum() < 5
-
-
-def test_a_candidate_from_before_members_had_operating_points_of_their_own_still_loads(tmp_path, models):
-    candidate.assemble(tmp_path / "bag", models, rule(2))
-    older = {"members": list(models), "threshold": 0.4, "method": "vote", "tie": "negative"}
-    write_json(tmp_path / "bag/candidate.json", older)
-    assert candidate.load(tmp_path / "bag", torch.device("cpu")).rule == Rule(
-        "vote", "negative", 0.4, [0.4, 0.4], [0.5, 0.5]
-    )
 
 
 def test_candidates_that_differ_in_an_operating_point_alone_are_different_models(tmp_path, models):

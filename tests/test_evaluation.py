@@ -110,7 +110,7 @@ def test_the_best_model_has_the_highest_f1_then_the_lowest_loss_then_comes_first
 def test_predictions_have_a_column_per_network_and_a_row_per_image_in_the_order_asked_for(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (7, 40, 40)).astype(np.uint8)
     np.save(tmp_path / "images.npy", images)
-    facts = {"hidden": [], "dropout": 0.2, "size": 40, "normalisation": "none", "packed_size": 40}
+    facts = {"hidden": [], "dropout": 0.2, "size": 40, "normalisation": "none", "packed_size": 40, "resize": "stretch"}
     networks = {name: Classifier(Architecture("squeezenet1_1", **facts)).eval() for name in ("seed-3", "seed-1")}
     rows = [6, 0, 3, 2, 5]
     found = predict(networks, Pack(tmp_path / "images.npy", torch.device("cpu")), rows, batch_size=2)

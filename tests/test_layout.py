@@ -1,5 +1,6 @@
 import io
 import os
+import warnings
 import zipfile
 from functools import partial
 
@@ -85,14 +86,15 @@ def test_a_label_that_is_not_0_or_1_is_named_with_its_line_and_file(tmp_path, la
     assert message.startswith(f"{LABELS} line 5: the label of a003.jpg is {label!r}; it must be 0")
 
 
-def test_a_label_without_an_image_is_named_with_its_line(tmp_path):
-    message = refusal(zipped(tmp_path, train_labels=labels(*good(), "a100.jpg,0", "a101.jpg,1")))
-    assert message.startswith(f"{LABELS} line 8: there is no image a100.jpg in train/ (2 missing in all)")
+def test_a_label_without_an_image_has_no_member(tmp_path):
+    images = layout.read(zipped(tmp_path, train_labels=labels(*good(), "a100.jpg,0", "a101.jpg,1"))).images
+    assert list(images.loc[images["member"] == "", "file"]) == ["a100.jpg", "a101.jpg"]
+    assert len(images) == 11
 
 
 def test_a_line_of_the_sample_without_an_image_is_named(tmp_path):
     message = refusal(zipped(tmp_path, test__test__t001=None))
-    assert message.startswith(f"{SAMPLE} line 3: there is no image t001.jpg in test/ (1 missing in all)")
+    assert message.startswith(f"{SAMPLE} line 3: there is no image t001.jpg in test/ (1 missing in all); a submission")
 
 
 def test_an_image_without_a_label_is_named(tmp_path):
@@ -220,6 +222,82 @@ def test_what_is_no_zip_not_found_or_not_named_is_refused(tmp_path):
         assert str(caught.value).startswith(reason)
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "raw.zip").exists()
+
+
+def with_member(path, name: str, data: bytes = b"x", **facts):
+    """Add a member with these facts to a small archive."""
+    write_zip(path, archive_members(train=6, test=3))
+    member = zipfile.ZipInfo(name)
+    member.compress_type = facts.pop("compress_type", zipfile.ZIP_STORED)
+    for fact, value in facts.items():
+        setattr(member, fact, value)
+    with zipfile.ZipFile(path, "a") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a name that is there twice
+        archive.writestr(member, data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "facts", "wrong"),
+    [
+        ("train/train/../../../../etc/passwd", {}, "leads out of the archive"),
+        ("train\\..\\..\\passwd", {}, "leads out of the archive"),
+        ("/etc/passwd", {}, "has an absolute name"),
+        ("\\\\host\\share\\x.jpg", {}, "has an absolute name"),
+        ("C:\\x.jpg", {}, "has an absolute name"),
+        ("train/train/a001.jpg", {}, "is in it twice"),
+        ("train/train/link.jpg", {"external_attr": 0o120777 << 16}, "is a symbolic link"),
+        ("train/train/new.jpg", {"compress_type": zipfile.ZIP_LZMA}, "is neither stored nor deflated"),
+        ("bomb.bin", {"compress_type": zipfile.ZIP_DEFLATED, "data": bytes(2**24)}, "is a decompression bomb"),
+    ],
+)
+def test_an_archive_with_a_member_that_is_not_to_be_trusted_is_refused(tmp_path, name, facts, wrong):
+    message = refusal(with_member(tmp_path / "raw.zip", name, **facts))
+    assert message.startswith(f"{name!r} {wrong}")
+    assert message.endswith("; make the zip anew without it")
+
+
+def test_an_encrypted_archive_is_refused(tmp_path):
+    path = zipped(tmp_path)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"PK\x01\x02")  # the first entry of the directory, which has the flags at 8
+    data[at + 8] |= 1
+    path.write_bytes(data)
+    assert refusal(path) == "'train/train/a000.jpg' is encrypted; make the zip anew without it"
+
+
+def test_a_member_that_says_it_is_huge_is_refused_unread(tmp_path):
+    path = zipped(tmp_path)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"PK\x01\x02") + 24  # where the size is
+    data[at : at + 4] = (2**31).to_bytes(4, "little")
+    path.write_bytes(data)
+    assert refusal(path).startswith("'train/train/a000.jpg' is a decompression bomb (")
+
+
+def test_one_image_in_both_nestings_is_refused(tmp_path):
+    message = refusal(with_member(tmp_path / "raw.zip", "train/a001.jpg"))
+    assert message == ("'train/a001.jpg' and 'train/train/a001.jpg' have one name; leave one of them in it")
+
+
+def test_names_that_begin_with_the_folder_itself_are_found(tmp_path):
+    members = {f"./{name}" if "/" in name else name: data for name, data in archive_members(6, 3).items()}
+    found = layout.read(write_zip(tmp_path / "raw.zip", members))
+    with zipfile.ZipFile(tmp_path / "raw.zip") as archive:
+        assert all(archive.read(member) for member in found.images["member"])
+
+
+@pytest.mark.parametrize("target", ["/etc/passwd", "../secret.jpg", "/etc"])
+def test_a_link_that_leaves_the_folder_is_refused_and_one_inside_is_followed(tmp_path, target):
+    (tmp_path / "secret.jpg").write_bytes(b"secret")
+    source = folder(tmp_path)
+    (source / "train/train/inside.jpg").symlink_to("a001.jpg")
+    archive.write(ArchiveParams(source="archive", path=source), tmp_path / "raw.zip")
+    with zipfile.ZipFile(tmp_path / "raw.zip") as content:
+        assert content.read("train/train/inside.jpg") == content.read("train/train/a001.jpg")
+    (source / "link.jpg").symlink_to(target)
+    with pytest.raises(UserError, match=f"^{source}/link.jpg: a symbolic link that leaves {source}; put the file"):
+        archive.write(ArchiveParams(source="archive", path=source), tmp_path / "raw.zip")
 
 
 def test_the_sample_is_kept_as_it_is(tmp_path):

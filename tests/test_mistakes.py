@@ -57,11 +57,16 @@ def test_a_label_that_is_neither_0_nor_1_is_named_with_its_line(project, tmp_pat
     assert "line 3: the label of a001.jpg is 'maybe'; it must be 0 (negative) or 1" in refusal(project, "download")
 
 
-def test_a_label_without_an_image_is_named(project, tmp_path):
+def test_a_submission_without_an_image_is_named(project, tmp_path):
     members = archive_members()
-    del members["train/train/a005.jpg"]
+    del members["test/test/t001.jpg"]
     use_archive(project, write_zip(tmp_path / "raw.zip", members))
-    assert "there is no image a005.jpg in train/ (1 missing in all)" in refusal(project, "download")
+    assert "there is no image t001.jpg in test/ (1 missing in all)" in refusal(project, "download")
+
+
+def test_an_archive_that_leads_out_of_itself_is_refused(project, tmp_path):
+    use_archive(project, write_zip(tmp_path / "raw.zip", archive_members() | {"../../passwd": b"x"}))
+    assert "'../../passwd' leads out of the archive; make the zip anew without it" in refusal(project, "download")
 
 
 def test_a_damaged_zip_is_refused(project, tmp_path):

@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 
 
 def architecture(backbone: str = SMALL, size: int = 64, **changes) -> Architecture:
-    facts = {"hidden": [], "dropout": 0.2, "normalisation": "imagenet", "packed_size": size}
+    facts = {"hidden": [], "dropout": 0.2, "normalisation": "imagenet", "packed_size": size, "resize": "stretch"}
     return Architecture(backbone=backbone, size=size, **{**facts, **changes})
 
 

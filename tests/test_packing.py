@@ -1,11 +1,15 @@
-import hashlib
+import json
 import os
 import zipfile
 
 import numpy as np
 import pandas as pd
 import pytest
+import sklearn.datasets
 from conftest import archive_members, write_zip
+from odd_files import chest, dicom, encoded, formats
+from PIL import Image
+from xxhash import xxh3_128_hexdigest
 
 from pipeline import images, layout, manifest, packing
 from pipeline.config import PrepareParams
@@ -14,8 +18,8 @@ from pipeline.errors import UserError
 BROKEN, SHORT = "train/train/a004.jpg", "train/train/a007.jpg"
 
 
-def params(size: int = 40, max_quarantined: float = 0.1) -> PrepareParams:
-    return PrepareParams(size=size, max_quarantined=max_quarantined)
+def params(size: int = 40, max_quarantined: float = 0.1, resize: str = "stretch") -> PrepareParams:
+    return PrepareParams(size=size, resize=resize, max_quarantined=max_quarantined)
 
 
 def archive(tmp_path, **changed: bytes):
@@ -26,7 +30,7 @@ def archive(tmp_path, **changed: bytes):
 
 def expected(raw, member: str, size: int = 40) -> np.ndarray:
     with zipfile.ZipFile(raw) as content:
-        return images.decode(content.read(member), size)[0]
+        return images.decode(content.read(member), size, "stretch")[0]
 
 
 def assert_rows_are_images(raw, folder, size: int = 40) -> None:
@@ -34,9 +38,9 @@ def assert_rows_are_images(raw, folder, size: int = 40) -> None:
     members = layout.read(raw).images.set_index("file")["member"]
     assert array.shape == (len(table), size, size)
     assert array.dtype == np.uint8
-    for row, (file, digest) in enumerate(zip(table["file"], table["sha256"], strict=True)):
+    for row, (file, digest) in enumerate(zip(table["file"], table["xxh128"], strict=True)):
         assert (array[row] == expected(raw, members[file], size)).all()
-        assert hashlib.sha256(array[row].tobytes()).hexdigest() == digest
+        assert xxh3_128_hexdigest(array[row].tobytes()) == digest
 
 
 def test_row_i_of_the_array_is_image_i_of_the_manifest(raw, tmp_path):
@@ -50,7 +54,7 @@ def test_the_manifest_lists_every_image_with_its_label_and_shape(raw, tmp_path):
     known = ["file", "set", "label", "patient", "source", "view", "licence"]
     pd.testing.assert_frame_equal(table[known], rows[known])
     assert (table[["width", "height"]] == 64).all(axis=None)
-    assert list(table.columns) == [*known, "width", "height", "sha256", "phash"]
+    assert list(table.columns) == [*known, "width", "height", "xxh128", "phash"]
 
 
 def test_metadata_are_kept_and_a_patient_named_na_stays_one(tmp_path):
@@ -101,6 +105,53 @@ def test_an_image_damaged_inside_the_zip_goes_to_quarantine(tmp_path):
     aside = pd.read_csv(tmp_path / "data" / "quarantine.csv")
     assert list(aside["file"]) == ["a004.jpg"]
     assert aside["reason"][0].startswith("damaged in the zip: ")
+
+
+def test_a_label_without_an_image_goes_to_quarantine_and_counts(tmp_path):
+    members = archive_members()
+    del members[BROKEN], members[SHORT]
+    raw = write_zip(tmp_path / "raw.zip", members)
+    packing.pack(raw, params(max_quarantined=2 / 24), tmp_path / "data")
+    aside = pd.read_csv(tmp_path / "data" / "quarantine.csv")
+    assert list(aside["file"]) == ["a004.jpg", "a007.jpg"]
+    assert set(aside["reason"]) == {"no such image in the archive"}
+    with pytest.raises(UserError, match=r"2 of 24 labelled images .* 2 × no such image in the archive"):
+        packing.pack(raw, params(max_quarantined=1 / 24), tmp_path / "data")
+
+
+def test_every_reason_stands_in_the_quarantine_and_the_rest_is_packed(tmp_path):
+    broken = {
+        "a001.jpg": encoded(Image.new("L", (64, 64), 7)),
+        "a002.jpg": encoded(Image.new("L", (20, 64))),
+        "a003.jpg": encoded(Image.fromarray(sklearn.datasets.load_sample_image("flower.jpg"))),
+        "a005.jpg": dicom(chest(), Modality="CT"),
+    }
+    raw = archive(tmp_path, **{f"train/train/{name}": data for name, data in broken.items()})
+    packing.pack(raw, params(max_quarantined=1), tmp_path / "data")
+    aside = pd.read_csv(tmp_path / "data" / "quarantine.csv", index_col="file")
+    assert aside["reason"].to_dict() == {
+        "a001.jpg": "blank or nearly so",
+        "a002.jpg": "too small: 20×64 pixels",
+        "a003.jpg": "a colour photograph or drawing",
+        "a005.jpg": "no radiograph: a DICOM of modality CT",
+    }
+    assert_rows_are_images(raw, tmp_path / "data")
+
+
+def test_images_of_any_format_are_packed_whatever_their_names_end_in(tmp_path):
+    found = list(formats().values())
+    raw = archive(tmp_path, **{f"train/train/a{row:03}.jpg": data for row, data in enumerate(found[:24])})
+    packing.pack(raw, params(max_quarantined=0), tmp_path)
+    assert len(manifest.read(tmp_path)) == 28
+
+
+def test_how_images_became_square_stands_beside_the_pack(tmp_path):
+    wide = encoded(Image.fromarray(chest(80)[:40]))
+    packing.pack(archive(tmp_path, **{"train/train/a000.jpg": wide}), params(resize="pad"), tmp_path)
+    assert json.loads((tmp_path / "images.json").read_text()) == {"resize": "pad"}
+    first = np.load(tmp_path / "images.npy")[0]
+    assert not first[:10].any()
+    assert first[10:30].any()
 
 
 def test_exactly_as_many_as_allowed_may_be_quarantined(tmp_path):

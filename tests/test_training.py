@@ -65,6 +65,7 @@ def pack(tmp_path_factory):
     images[1::2, 8:24, 8:24] += 120
     path = tmp_path_factory.mktemp("pack") / "images.npy"
     np.save(path, images)
+    path.with_suffix(".json").write_text('{"resize": "stretch"}')
     return Pack(path, torch.device("cpu"))
 
 
@@ -88,7 +89,7 @@ def initial(seed=0, **changes) -> Classifier:
     recipe = params(**changes)
     determinism.reseed(seed, "initial weights")
     facts = (recipe.backbone, recipe.hidden, recipe.dropout, recipe.size, recipe.normalisation)
-    return Classifier(Architecture(*facts, packed_size=32))
+    return Classifier(Architecture(*facts, packed_size=32, resize="stretch"))
 
 
 def data(network: Classifier) -> bytes:
@@ -434,7 +435,7 @@ def test_on_cuda_a_seed_repeats_its_bytes_and_is_near_the_cpu(pack, weights, tmp
 
 def write_tables(folder, split: str) -> None:
     (folder / "manifest.csv").write_text(
-        "file,set,label,patient,source,view,licence,width,height,sha256,phash\n"
+        "file,set,label,patient,source,view,licence,width,height,xxh128,phash\n"
         "a.jpg,train,1,NA,,PA,,64,64,aa,00\nb.jpg,train,0,,,,,64,64,bb,00\nt.jpg,test,,,,,,64,64,cc,00\n"
     )
     (folder / "split.csv").write_text(split)

@@ -30,7 +30,8 @@ class Candidate:
 
     def __init__(self, members: Mapping[str, Classifier], rule: Rule) -> None:
         self.members, self.rule = members, rule
-        (self.packed_size,) = {network.architecture.packed_size for network in members.values()}
+        architectures = [network.architecture for network in members.values()]
+        ((self.packed_size, self.resize),) = {(one.packed_size, one.resize) for one in architectures}
 
     def judge(self, pixels: Tensor) -> pd.DataFrame:
         """Judge grey images (N, packed_size, packed_size), uint8.
@@ -86,7 +87,4 @@ def load(folder: Path, device: torch.device) -> Candidate:
         }
     except FileNotFoundError as error:
         raise UserError(f"{error.filename}: not found; this is no whole model of this pipeline") from None
-    # Models that were registered before members had operating points of their own vote at the common one.
-    count = len(members)
-    older = {"thresholds": [facts["threshold"]] * count, "weights": [1 / count] * count}
-    return Candidate(members, Rule(**older | facts))
+    return Candidate(members, Rule(**facts))

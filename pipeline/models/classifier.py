@@ -12,6 +12,7 @@ from safetensors.torch import save as save_tensors
 from torch import Generator, Tensor, nn
 from torch.nn.functional import interpolate
 
+from pipeline.config import Resize
 from pipeline.errors import UserError
 from pipeline.files import read_json, replacing, sha256, write_json
 from pipeline.models import backbones
@@ -30,6 +31,7 @@ class Architecture:
     size: int  # edge of the images the backbone sees, pixels
     normalisation: str
     packed_size: int  # edge of the images in the pack, which come first when a file is read
+    resize: Resize  # how a file's image becomes as square as they are
 
 
 class Classifier(nn.Module):

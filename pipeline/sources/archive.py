@@ -14,7 +14,7 @@ def write(params: ArchiveParams, target: Path) -> None:
     """Copy the zip as it is, or zip the folder in the order of its names.
 
     Raises:
-        UserError: no path is given, or there is neither a zip nor a folder.
+        UserError: no path is given, there is neither a zip nor a folder, or the folder has a link that leaves it.
     """
     if params.path is None:
         raise UserError(
@@ -33,6 +33,9 @@ def write(params: ArchiveParams, target: Path) -> None:
 
 
 def _zip(folder: Path, target: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{path}: a symbolic link that leaves {folder}; put the file itself there")
     with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
             member = zipfile.ZipInfo(file.relative_to(folder).as_posix(), EPOCH)

@@ -38,7 +38,10 @@ IDENTITY = "identity"
 CHAMPION, CHALLENGER = "champion", "challenger"
 REIGN = "champion."  # the tags of the registered model that hold its champions, champion.0001.… and so on
 FOLDER = "candidate"  # of a version's artifacts, as it was called where it was assembled
-REQUIREMENTS = ["mlflow", "numpy", "pandas", "pillow", "safetensors", "scikit-learn", "timm", "torch", "torchvision"]
+REQUIREMENTS = [
+    "mlflow", "numpy", "pandas", "pillow", "pydicom", "safetensors", "scikit-learn", "simplejpeg", "timm", "torch",
+    "torchvision",
+]  # fmt: skip
 DESCRIPTION = """Tells COVID-19 positive chest radiographs from negative ones. For research and teaching, no diagnosis.
 
 `champion` is the version to use, `challenger` the best one of the last run. `cxr history` shows who was champion, from

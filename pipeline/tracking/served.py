@@ -18,6 +18,7 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from pipeline import images
+from pipeline.config import Resize
 from pipeline.models import candidate
 
 
@@ -50,16 +51,16 @@ class ServedModel(PythonModel):
         Raises:
             MlflowException: an image is not usable (HTTP 400 where served).
         """
-        size = self._candidate.packed_size
-        pixels = torch.from_numpy(np.stack([_pixels(image, size) for image in model_input["image"]]))
+        form = self._candidate.packed_size, self._candidate.resize
+        pixels = torch.from_numpy(np.stack([_pixels(image, *form) for image in model_input["image"]]))
         return self._candidate.judge(pixels).assign(version=self._version)
 
 
-def _pixels(image: Any, size: int) -> np.ndarray:
+def _pixels(image: Any, size: int, resize: Resize) -> np.ndarray:
     try:
         if isinstance(image, np.ndarray | list):
-            return images.stretch(np.asarray(image), size)
-        return images.decode(image if isinstance(image, bytes) else _read(image), size)[0]
+            return images.square(np.asarray(image), size, resize)
+        return images.decode(image if isinstance(image, bytes) else _read(image), size, resize)[0]
     except (images.UnusableError, OSError, TypeError, ValueError) as reason:
         raise MlflowException(f"not a usable radiograph: {reason}", INVALID_PARAMETER_VALUE) from None
 

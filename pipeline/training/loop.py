@@ -82,7 +82,13 @@ class Training:
         reseed(seed, "initial weights")
         self.network = Classifier(
             Architecture(
-                params.backbone, params.hidden, params.dropout, params.size, params.normalisation, packed_size=pack.size
+                params.backbone,
+                params.hidden,
+                params.dropout,
+                params.size,
+                params.normalisation,
+                packed_size=pack.size,
+                resize=pack.resize,
             )
         )
         load_pretrained(self.network, weights)

@@ -1,0 +1,68 @@
+"""One way from a file to a probability: training, evaluation, predict and the served model."""
+
+import base64
+import zipfile
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import torch
+from conftest import write_zip
+from odd_files import chest, encoded, formats
+from PIL import Image
+
+from pipeline import inference, manifest, packing
+from pipeline.config import PrepareParams
+from pipeline.dataset import Pack
+from pipeline.ensemble import Rule
+from pipeline.evaluation.predictions import predict
+from pipeline.models import candidate, classifier
+from pipeline.models.classifier import Architecture, Classifier
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("resize", ["stretch", "pad"])
+def test_a_file_has_the_probability_it_had_in_evaluate_however_it_is_judged(tmp_path, resize):
+    from pipeline.tracking.served import ServedModel
+
+    wide = {
+        "wide.png": encoded(Image.fromarray(chest(90)[:50])),
+        "tall.jpg": encoded(Image.fromarray(chest(90)[:, :40]), "JPEG"),
+    }
+    files = formats(72) | wide
+    lines = "".join(f"{name},0\n" for name in files)
+    labelled = {"train/a.png": wide["wide.png"], "train_labels.csv": b"File,Label\na.png,0\n"}
+    members = {f"test/{name}": data for name, data in files.items()} | labelled
+    raw = write_zip(tmp_path / "raw.zip", members | {"sample_submission.csv": f"File,Label\n{lines}".encode()})
+    packing.pack(raw, PrepareParams(size=48, resize=resize, max_quarantined=0), tmp_path)
+    pack, rows = Pack(tmp_path / "images.npy", CPU), manifest.read(tmp_path)
+
+    torch.manual_seed(0)
+    facts = {"hidden": [], "dropout": 0.0, "size": 40, "normalisation": "imagenet"}
+    network = Classifier(Architecture("squeezenet1_1", **facts, packed_size=pack.size, resize=pack.resize)).eval()
+    weights = tmp_path / "model.safetensors"
+    classifier.save(network, weights)
+    classifier.describe(network, tmp_path / "model.json", weights, {})
+    candidate.assemble(tmp_path / "candidate", {"seed-0": tmp_path}, Rule("mean", "mean", 0.5, [0.5], [1.0]))
+    expected = predict({"seed-0": network}, pack, list(rows.index), batch_size=4)["seed-0"].to_numpy()[1:]
+    assert list(rows["file"][1:]) == list(files)
+    assert len(set(expected.round(6))) > 3
+
+    with zipfile.ZipFile(raw) as archive:
+        archive.extractall(tmp_path)
+    paths = [tmp_path / "test" / name for name in files]
+    judged = inference.judge(candidate.load(tmp_path / "candidate", CPU), paths)
+    assert judged["probability"].to_numpy() == pytest.approx(expected, abs=1e-6)
+
+    served = ServedModel()
+    served.load_context(SimpleNamespace(artifacts={"candidate": str(tmp_path / "candidate")}))
+    for sent in (
+        list(files.values()),
+        [base64.b64encode(data).decode() for data in files.values()],
+        list(map(str, paths)),
+    ):
+        answer = served.predict(None, pd.DataFrame({"image": sent}))
+        assert answer["probability"].to_numpy() == pytest.approx(expected, abs=1e-6)
