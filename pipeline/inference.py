@@ -50,7 +50,7 @@ def judge(candidate: Candidate, paths: list[Path]) -> pd.DataFrame:
         rows += [next(judged) if isinstance(pixels, np.ndarray) else {"reason": pixels} for pixels in part]
     table = pd.DataFrame(rows, columns=["probability", "label", "reason"])
     table.insert(0, "file", [str(path) for path in paths])
-    return table.assign(label=table["label"].astype("Int64"), reason=table["reason"].astype(object).fillna(""))
+    return table.assign(label=table["label"].astype("Int64"), reason=table["reason"].fillna(""))
 
 
 def _matching(pattern: str) -> list[Path]:
