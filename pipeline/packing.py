@@ -92,7 +92,8 @@ def _check(bad: pd.DataFrame, labelled: int, allowed: float) -> None:
             "a submission needs every test image, so replace it"
         )
     if len(bad) > allowed * labelled:
-        worst = ", ".join(f"{count} × {reason}" for reason, count in bad["reason"].value_counts().head(3).items())
+        kinds = bad["reason"].str.split(":").str[0].value_counts()
+        worst = ", ".join(f"{count} × {kind}" for kind, count in kinds.head(3).items())
         raise UserError(
             f"{len(bad)} of {labelled} labelled images are unusable, more than prepare.max_quarantined = {allowed:g} "
             f"allows: {worst}; mend them or raise it"

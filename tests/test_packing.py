@@ -161,12 +161,13 @@ def test_exactly_as_many_as_allowed_may_be_quarantined(tmp_path):
 
 
 def test_too_many_quarantined_are_refused_with_their_reasons_counted_and_nothing_is_left(tmp_path):
-    raw = archive(tmp_path, **{BROKEN: b"", SHORT: b"", "train/train/a001.jpg": b"text"})
+    small = [encoded(Image.new("L", (width, 64))) for width in (20, 21)]
+    raw = archive(tmp_path, **dict(zip([BROKEN, SHORT, "train/train/a001.jpg"], [*small, b"text"], strict=True)))
     with pytest.raises(UserError) as caught:
         packing.pack(raw, params(), tmp_path / "data")
     assert str(caught.value) == (
         "3 of 24 labelled images are unusable, more than prepare.max_quarantined = 0.1 allows: "
-        "2 × empty file, 1 × not an image in a known format; mend them or raise it"
+        "2 × too small, 1 × not an image in a known format; mend them or raise it"
     )
     assert list((tmp_path / "data").iterdir()) == []
 
