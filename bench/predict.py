@@ -12,6 +12,7 @@ import torch
 from common import DRAWN, alternate, radiographs, seconds
 
 from pipeline import images, inference
+from pipeline.ensemble import Rule
 from pipeline.models import candidate, classifier
 from pipeline.models.classifier import Architecture, Classifier
 
@@ -27,7 +28,8 @@ def main(count: int = 8, backbone: str = "alexnet", size: int = 224) -> None:
             network = Classifier(Architecture(backbone, [256, 128], 0, size, "none", size, "stretch"))
             classifier.save(network, model / "model.safetensors")
             classifier.describe(network, model / "model.json", model / "model.safetensors", {})
-        candidate.assemble(folder / "bag", models, "mean", "mean")
+        rule = Rule("mean", "mean", 0.5, [0.5] * MEMBERS, [1 / MEMBERS] * MEMBERS)
+        candidate.assemble(folder / "bag", models, rule)
         files = [folder / f"{index}.jpg" for index in range(count)]
         for index, file in enumerate(files):
             file.write_bytes(drawn[index % DRAWN])

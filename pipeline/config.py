@@ -14,6 +14,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 Weight = Annotated[float, Field(gt=0)]
 Resize = Literal["stretch", "pad"]
+Held = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -40,6 +41,53 @@ class ArchiveParams(Section):
     path: Path | None
 
 
+class KaggleParams(Section):
+    """A competition of Kaggle, or a data set in the same layout; the other is None."""
+
+    source: Literal["kaggle"]
+    competition: Annotated[str, Field(pattern=r"^[\w-]+$")] | None
+    dataset: Annotated[str, Field(pattern=r"^[\w-]+/[\w-]+(/versions/[1-9]\d*)?$")] | None
+
+
+class CovidxParams(Section):
+    """The folder of COVIDx, with its lists of training and test images."""
+
+    source: Literal["covidx"]
+    path: Path | None
+
+
+class CohenParams(Section):
+    """A checkout of github.com/ieee8023/covid-chestxray-dataset."""
+
+    source: Literal["cohen"]
+    path: Path | None
+    test_share: Held  # of the patients
+
+
+class ColumnsParams(Section):
+    """What the columns of a CSV are called; None is not there."""
+
+    file: str  # path of the image, from the folder
+    label: str
+    patient: str | None
+    source: str | None
+    view: str | None
+    licence: str | None
+    set: str | None  # whose values are train and test
+
+
+class TableParams(Section):
+    """A folder of images and a CSV."""
+
+    source: Literal["table"]
+    path: Path | None
+    labels: Path  # of the CSV, from the folder
+    columns: ColumnsParams
+    positive: Annotated[list[str], Field(min_length=1)]  # values of the column `label`
+    negative: Annotated[list[str], Field(min_length=1)]
+    test_share: Held  # of the patients, if no column says it
+
+
 class WeightsParams(Section):
     """Where the backbone's first weights come from: ImageNet, nowhere (random), or a file or URL."""
 
@@ -55,6 +103,11 @@ class PrepareParams(Section):
 class SplitParams(Section):
     folds: Annotated[int, Field(ge=2)]  # equal parts, of which one validates
     seed: int
+    cross_validate: bool  # each seed on a fold of its own
+
+    def fold(self, seed: int) -> int:
+        """Return the fold on which a training seed validates."""
+        return seed % self.folds if self.cross_validate else 0
 
 
 class TrainParams(Section):
@@ -92,10 +145,14 @@ class TrainParams(Section):
 class EvaluateParams(Section):
     batch_size: Positive
     cpu_threads: Positive
+    operating_point: Literal["half", "best_f1", "youden", "sensitivity"]  # the rule that chooses the threshold
+    min_sensitivity: Share  # that the rule `sensitivity` keeps on the validation set
+    expected_prevalence: Annotated[float, Field(gt=0, lt=1)] | None  # where the models will be used
+    resamples: Positive  # of the bootstrap behind the intervals
 
 
 class BagParams(Section):
-    method: Literal["vote", "mean"]  # which of the two is the bag that is submitted
+    method: Literal["vote", "mean", "logits", "greedy"]  # how the bag that is submitted answers
     tie: Literal["positive", "negative", "mean"]  # who wins a vote with no majority
     members: Literal["all"] | list[int]  # seeds
 
@@ -109,8 +166,12 @@ class PromoteParams(Section):
     max_calibration_error: Share
 
 
+DownloadParams = PhantomParams | ArchiveParams | KaggleParams | CovidxParams | CohenParams | TableParams
+SOURCES = ["phantom", "archive", "kaggle", "covidx", "cohen", "table"]
+
+
 class Profile(Section):
-    download: Annotated[PhantomParams | ArchiveParams, Field(discriminator="source")]
+    download: Annotated[DownloadParams, Field(discriminator="source")]
     weights: WeightsParams
     prepare: PrepareParams
     split: SplitParams
@@ -141,6 +202,9 @@ class Config(Section):
             members = profile.bag.members
             if members != "all" and (not members or len(set(members)) < len(members) or set(members) - set(self.seeds)):
                 raise ValueError(f"{name}.bag.members: {members}; write all, or name some of the seeds, each once")
+            source, section = profile.download, f"{name}.download"
+            if isinstance(source, KaggleParams) and (source.competition is None) == (source.dataset is None):
+                raise ValueError(f"{section}.competition, {section}.dataset: name one, and write null for the other")
         return self
 
     @property
@@ -181,7 +245,7 @@ def load(path: Path = Path("params.yaml")) -> Config:
 def _first(error: ValidationError) -> str:
     # An unknown key comes before the key that is missing because of the misspelling.
     found = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
-    where = [str(part) for part in found["loc"] if part not in ("profiles", "phantom", "archive", "list[int]")]
+    where = [str(part) for part in found["loc"] if part not in ("profiles", *SOURCES, "list[int]")]
     name = ".".join(where)
     if found["type"] == "extra_forbidden":
         return f"{name}: unknown key; {_near(where[-1], _keys(found['loc']))}"
@@ -195,9 +259,10 @@ def _first(error: ValidationError) -> str:
 def _keys(loc: tuple[int | str, ...]) -> list[str]:
     """Return the keys that the section at `loc` may have."""
     models: dict[str, type[Section]] = {
-        "phantom": PhantomParams, "archive": ArchiveParams, "weights": WeightsParams, "prepare": PrepareParams,
-        "split": SplitParams, "train": TrainParams, "evaluate": EvaluateParams, "bag": BagParams,
-        "promote": PromoteParams,
+        "phantom": PhantomParams, "archive": ArchiveParams, "kaggle": KaggleParams, "covidx": CovidxParams,
+        "cohen": CohenParams, "table": TableParams, "columns": ColumnsParams, "weights": WeightsParams,
+        "prepare": PrepareParams, "split": SplitParams, "train": TrainParams, "evaluate": EvaluateParams,
+        "bag": BagParams, "promote": PromoteParams,
     }  # fmt: skip
     return list(models.get(str(loc[-2]), Profile).model_fields)
 

@@ -16,8 +16,8 @@ from pipeline.errors import UserError
 from pipeline.files import read_json
 
 
-def read_table(data: Path) -> pd.DataFrame:
-    """Join manifest and split: row i describes image i of the pack.
+def read_table(data: Path, fold: int = 0) -> pd.DataFrame:
+    """Join manifest and split: row i describes image i of the pack. Of the labelled images, those of `fold` validate.
 
     Raises:
         UserError: the two do not list the same images.
@@ -26,7 +26,8 @@ def read_table(data: Path) -> pd.DataFrame:
     split = pd.read_csv(data / "split.csv", dtype=str, keep_default_na=False)
     if list(rows["file"]) != list(split["file"]):
         raise UserError(f"{data}: manifest.csv and split.csv list different images; run: dvc repro split")
-    return rows.assign(group=split["group"], subset=split["subset"])
+    validates = split["fold"].eq(str(fold)).map({True: "validation", False: "train"})
+    return rows.assign(group=split["group"], subset=validates.where(rows["set"] == "train", "test"))
 
 
 class Pack:

@@ -47,10 +47,12 @@ def judge(candidate: Candidate, paths: list[Path]) -> pd.DataFrame:
     while part := list(islice(left, BATCH)):
         usable = [pixels for pixels in part if isinstance(pixels, np.ndarray)]
         judged = iter(candidate.judge(torch.from_numpy(np.stack(usable))).to_dict("records") if usable else [])
-        rows += [next(judged) if isinstance(pixels, np.ndarray) else {"reason": pixels} for pixels in part]
+        rows += [
+            {**next(judged), "reason": ""} if isinstance(pixels, np.ndarray) else {"reason": pixels} for pixels in part
+        ]
     table = pd.DataFrame(rows, columns=["probability", "label", "reason"])
     table.insert(0, "file", [str(path) for path in paths])
-    return table.assign(label=table["label"].astype("Int64"), reason=table["reason"].fillna(""))
+    return table.astype({"label": "Int64"})
 
 
 def _matching(pattern: str) -> list[Path]:

@@ -4,7 +4,7 @@ train/train/*.jpg or train/*.jpg     labelled images
 test/test/*.jpg or test/*.jpg        images to be judged
 train_labels.csv                     File,Label with Label 0 (negative) or 1 (COVID-19)
 sample_submission.csv                File,Label with the test images in the order of the submission
-metadata.csv                         optional: File,patient,source,view
+metadata.csv                         optional: File,patient,source,view and, where known, licence
 """
 
 import stat
@@ -18,6 +18,7 @@ import pandas as pd
 from pipeline.errors import UserError
 
 METADATA = ["patient", "source", "view"]
+LICENCE = "licence"  # of the image, a column that metadata.csv need not have
 LARGEST = 2**28  # bytes of a member once unpacked
 DENSEST = 200  # times what it is packed into, for what is above BOMB bytes; no radiograph comes near
 BOMB = 2**20
@@ -28,7 +29,7 @@ class Layout:
     """`images` has one row per image, labelled ones first.
 
     Its columns are file, set (train or test), member (the name inside the zip, empty where a labelled image is
-    missing), label (0, 1 or missing for the test set), patient, source and view (empty where not known).
+    missing), label (0, 1 or missing for the test set), patient, source, view and licence (empty where not known).
     """
 
     images: pd.DataFrame
@@ -47,7 +48,7 @@ def read(path: Path) -> Layout:
         labels = _table(archive, path, "train_labels.csv", ["File", "Label"])
         sample = _table(archive, path, "sample_submission.csv", ["File", "Label"])
         known = "metadata.csv" in archive.namelist()
-        metadata = _table(archive, path, "metadata.csv", ["File", *METADATA]) if known else None
+        metadata = _table(archive, path, "metadata.csv", ["File", *METADATA], LICENCE) if known else None
     wrong = labels[~labels["Label"].isin(["0", "1"])]
     if len(wrong):
         raise UserError(
@@ -100,7 +101,7 @@ def _wrong(member: zipfile.ZipInfo) -> str:
     return next((fault for fault, found in checks.items() if found), "")
 
 
-def _table(archive: zipfile.ZipFile, path: Path, name: str, columns: list[str]) -> pd.DataFrame:
+def _table(archive: zipfile.ZipFile, path: Path, name: str, columns: list[str], optional: str = "") -> pd.DataFrame:
     try:
         with archive.open(name) as stream:
             # Blank lines are kept, so that a row's index tells its line.
@@ -117,7 +118,7 @@ def _table(archive: zipfile.ZipFile, path: Path, name: str, columns: list[str]) 
     twice = table["File"][table["File"].duplicated()]
     if len(twice):
         raise UserError(f"{path}: {name} line {twice.index[0] + 2}: {twice.iloc[0]} is listed twice; keep one line")
-    return table[columns]
+    return table[[*columns, *table.columns.intersection([optional])]]
 
 
 def _members(archive: zipfile.ZipFile, path: Path, folder: str) -> dict[str, str]:
@@ -143,7 +144,6 @@ def _with_metadata(path: Path, images: pd.DataFrame, metadata: pd.DataFrame | No
         name = images["file"][images["file"].duplicated()].iloc[0]
         raise UserError(f"{path}: {name} is in train and in test; give every image its own name")
     if metadata is None:
-        return images.assign(**dict.fromkeys(METADATA, ""))
-    merged = images.merge(metadata.rename(columns={"File": "file"}), on="file", how="left", validate="one_to_one")
-    merged[METADATA] = merged[METADATA].fillna("")
-    return merged
+        metadata = pd.DataFrame(columns=["File"])
+    known = metadata.set_index("File").reindex(index=images["file"], columns=[*METADATA, LICENCE], fill_value="")
+    return images.join(known.astype("str"), on="file")

@@ -2,26 +2,33 @@
 
 import warnings
 
+import numpy as np
 import pandas as pd
+from scipy.cluster.hierarchy import DisjointSet
 from sklearn.model_selection import StratifiedGroupKFold
 
 from pipeline.config import SplitParams
 from pipeline.errors import UserError
 
 
-def split(manifest: pd.DataFrame, params: SplitParams) -> pd.DataFrame:
-    """Assign every image of the manifest to train, validation or test.
+def split(manifest: pd.DataFrame, same: np.ndarray, params: SplitParams) -> pd.DataFrame:
+    """Assign every image of the manifest to train, validation or test, and every labelled one to a fold.
 
-    All images of a group go the same way. A group is a patient, or the image itself where the patient is not known.
-    Both classes keep their share: the validation set is one of the folds of scikit-learn's StratifiedGroupKFold.
+    All images of a group go the same way: those of a patient, and those of all patients who share a radiograph. Both
+    classes keep their share: the folds are those of scikit-learn's StratifiedGroupKFold, and fold 0 validates.
+
+    Args:
+        manifest: N rows.
+        same: (N,), what `duplicates.find` gave.
+        params: how many folds, the seed, and whether every fold must be fit to validate on, or one.
 
     Returns:
-        Columns file, group and subset, in the order of the manifest.
+        Columns file, group, subset and fold (missing for the test set), in the order of the manifest.
 
     Raises:
         UserError: a class has too few groups to be in both parts.
     """
-    group = manifest["patient"].where(manifest["patient"] != "", "image:" + manifest["file"])
+    group = _groups(manifest, same)
     table = pd.DataFrame({"file": manifest["file"], "group": group, "subset": manifest["set"]})
     labelled = manifest["set"] == "train"
     labels, groups = manifest.loc[labelled, "label"], group[labelled]
@@ -32,20 +39,54 @@ def split(manifest: pd.DataFrame, params: SplitParams) -> pd.DataFrame:
                 f"only {count} group(s) of images with label {label}: training and validation need one each; "
                 "add images or patients"
             )
-    validation = None
+    folds: list[np.ndarray] = []
     if params.folds <= min(labels.value_counts().max(), groups.nunique()):  # scikit-learn makes no more
         with warnings.catch_warnings():
             # Fewer members than folds leaves some folds without the class; one that has both is chosen.
             warnings.filterwarnings("ignore", "The least populated class", UserWarning)
-            splits = StratifiedGroupKFold(params.folds, shuffle=True, random_state=params.seed).split(
-                labels, labels, groups
-            )
-            both = (v for t, v in splits if labels.iloc[t].nunique() == labels.iloc[v].nunique() == 2)
-            validation = next(both, None)
-    if validation is None:
+            folder = StratifiedGroupKFold(params.folds, shuffle=True, random_state=params.seed)
+            splits = list(folder.split(labels, labels, groups))
+        both = [labels.iloc[t].nunique() == labels.iloc[v].nunique() == 2 for t, v in splits]
+        if all(both) or (any(both) and not params.cross_validate):
+            folds = [validation for _, validation in splits]
+            folds.insert(0, folds.pop(both.index(True)))
+    if not folds:
+        which = "not every" if params.cross_validate else "no"
         raise UserError(
-            f"split.folds = {params.folds}: no fold has both classes with both left for training; "
+            f"split.folds = {params.folds}: {which} fold has both classes with both left for training; "
             "lower it in params.yaml or add images"
         )
-    table.loc[labels.index[validation], "subset"] = "validation"
+    table["fold"] = pd.array([None] * len(table), dtype="Int64")
+    for fold, rows in enumerate(folds):
+        table.loc[labels.index[rows], "fold"] = fold
+    table.loc[table["fold"] == 0, "subset"] = "validation"
     return table
+
+
+def check(manifest: pd.DataFrame, same: np.ndarray, table: pd.DataFrame) -> None:
+    """Prove that what is trained on and what validates share no patient, no radiograph and no group.
+
+    Raises:
+        UserError: they do.
+    """
+    patients = manifest["patient"].where(manifest["patient"] != "")
+    radiographs = pd.Series(manifest["file"].to_numpy()[same])
+    shared: dict[str, pd.Series] = {"patient": patients, "radiograph": radiographs, "group": table["group"]}
+    for kind, key in shared.items():
+        folds = table["fold"].groupby(key).nunique()
+        if (folds > 1).any():
+            raise UserError(
+                f"data/split.csv: the {kind} {folds.idxmax()} is in {folds.max()} folds, so that validation would see "
+                "what was trained on; do not use this split, run: dvc repro -f split"
+            )
+
+
+def _groups(manifest: pd.DataFrame, same: np.ndarray) -> pd.Series:
+    """Name for each image the first patient of its group; an image of no known patient is one by itself."""
+    patient = manifest["patient"].where(manifest["patient"] != "", "image:" + manifest["file"])
+    number, names = pd.factorize(patient)
+    # Patients are tied to the radiographs that they have, and so to one another.
+    tied = DisjointSet(range(len(names) + len(same)))
+    for one, radiograph in zip(number.tolist(), (len(names) + same).tolist(), strict=True):
+        tied.merge(one, radiograph)
+    return patient.groupby([tied[one] for one in number.tolist()]).transform("first")

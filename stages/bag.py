@@ -1,4 +1,4 @@
-"""Combine the models."""
+"""Combine the models, and say what each of them and the bag is worth."""
 
 from pathlib import Path
 
@@ -7,45 +7,63 @@ from stages.common import stage
 
 @stage
 def bag() -> None:
-    """Write predictions/bag.csv, metrics/bag.json, the bag's curves and the table of all models."""
+    """Write the bag, the rule of every candidate, their figures with intervals, and the table of all models."""
+    from dataclasses import asdict
+
     import pandas as pd
 
-    from pipeline import ensemble
+    from pipeline import ensemble, manifest
     from pipeline.config import load
-    from pipeline.evaluation import curves
-    from pipeline.evaluation.metrics import Scores, score
+    from pipeline.evaluation import curves, findings
+    from pipeline.evaluation.metrics import score
     from pipeline.files import read_json, write_csv, write_json
     from pipeline.report import table
 
     config = load()
     params = config.active.bag
-    members = [f"seed-{seed}" for seed in config.members]
-    subsets = {}
-    for subset in ("validation", "test"):
-        predictions = pd.read_csv(f"predictions/{subset}.csv")
-        combined = ensemble.combine(predictions[members], params.tie)
-        subsets[subset] = pd.concat([predictions.filter(["file", "label"]), combined], axis="columns")
-    write_csv(Path("predictions/bag.csv"), pd.concat(subsets, names=["subset"]).reset_index("subset"))
+    seeds, members = ([f"seed-{seed}" for seed in numbers] for numbers in (config.seeds, config.members))
+    subsets = {subset: pd.read_csv(f"predictions/{subset}.csv") for subset in ("validation", "test")}
+    validation = subsets["validation"]
+    labels = validation["label"].to_numpy()
 
-    judged = subsets["validation"]
-    labels, mean = judged["label"].to_numpy(), judged["mean"].to_numpy()
-    vote: Scores = {
-        **score(labels, mean, judged["vote"].to_numpy()),
-        "loss": None,
-        "auroc": None,
-        "average_precision": None,
+    rules = {seed: ensemble.fit(labels, validation[[seed]], "mean", "mean", config.active.evaluate) for seed in seeds}
+    bags = {
+        way: ensemble.fit(labels, validation[members], way, params.tie, config.active.evaluate)
+        for way in ensemble.METHODS
     }
-    scores = {"vote": vote, "mean": score(labels, mean)}
+    chosen = bags[params.method]
+    write_json(ensemble.RULES, {name: asdict(rule) for name, rule in {**rules, "bag": chosen}.items()})
+
+    combined = {}
+    for subset, predictions in subsets.items():
+        ways = ensemble.combine(predictions[members], chosen)
+        ways["greedy"] = ensemble.combine(predictions[members], bags["greedy"])["greedy"]
+        combined[subset] = pd.concat([predictions.filter(["file", "label"]), ways], axis="columns")
+    write_csv(Path("predictions/bag.csv"), pd.concat(combined, names=["subset"]).reset_index("subset"))
+
+    scores = {}
+    for way, rule in bags.items():
+        answer = ensemble.judge(validation[members], rule)
+        scores[way] = score(labels, answer["probability"].to_numpy(), answer["label"].to_numpy())
+    scores["vote"] |= {"loss": None, "auroc": None, "average_precision": None}
     write_json(Path("metrics/bag.json"), scores)
-    write_csv(Path("plots/bag_roc.csv"), curves.roc_table(labels, mean))
-    write_csv(Path("plots/bag_precision_recall.csv"), curves.precision_recall_table(labels, mean))
-    called = ensemble.labels(judged, params.method)
-    confusion = pd.DataFrame({"actual": judged["label"], "predicted": called}).replace({0: "negative", 1: "positive"})
+    singles = read_json(Path("metrics/evaluate.json"))
+    shown = {f"bag ({way})": scores[way] for way in dict.fromkeys(["vote", "mean", params.method])}
+    table.write(Path("report"), table.tabulate({**singles, **shown}))
+
+    answer = ensemble.judge(validation[members], chosen)
+    probability = answer["probability"].to_numpy()
+    write_csv(Path("plots/bag_roc.csv"), curves.roc_table(labels, probability))
+    write_csv(Path("plots/bag_precision_recall.csv"), curves.precision_recall_table(labels, probability))
+    confusion = pd.DataFrame({"actual": labels, "predicted": answer["label"]}).replace({0: "negative", 1: "positive"})
     write_csv(Path("plots/bag_confusion.csv"), confusion)
-    table.write(
-        Path("report"),
-        table.tabulate({**read_json(Path("metrics/evaluate.json")), "bag (vote)": vote, "bag (mean)": scores["mean"]}),
-    )
+
+    split = pd.read_csv("data/split.csv", dtype=str, keep_default_na=False)
+    facts = manifest.read(Path("data")).merge(split, on="file").set_index("file")
+    found = findings.find(config, subsets, facts, Path("predictions"), Path("metrics"))
+    for path, content in found.tables.items():
+        write_csv(Path(path), content)
+    write_json(Path("metrics/summary.json"), found.summary)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from pipeline.errors import Interrupted, UserError
+from pipeline.errors import Interrupted, UserError, first_line
 
 
 class Refusal(click.ClickException):
@@ -31,7 +31,7 @@ def stage(function: Callable[..., None]) -> click.Command:
             sys.exit(128 + error.signal)
         except KeyboardInterrupt:
             sys.exit(128 + signal.SIGINT)
-        except (UserError, OSError) as error:
+        except Exception as error:
             line = _line(error)
             if debug or not line:
                 raise
@@ -40,8 +40,10 @@ def stage(function: Callable[..., None]) -> click.Command:
     return click.command()(click.option("--debug", is_flag=True, help="Show where an error comes from.")(run))
 
 
-def _line(error: UserError | OSError) -> str:
+def _line(error: Exception) -> str:
     """Say what is wrong and what to do; nothing for what no user can mend."""
+    if type(error).__name__ == "MlflowException":  # known by its name, for importing MLflow takes seconds
+        return f"MLflow cannot do it: {first_line(error)}; look at the server that MLFLOW_TRACKING_URI names"
     match error:
         case UserError():
             return str(error)

@@ -4,23 +4,33 @@ from pathlib import Path
 
 from stages.common import stage
 
+SOUP = "soup"  # the average of the members' weights
+
 
 @stage
 def evaluate() -> None:
-    """Write predictions/, metrics/evaluate.json and pictures of curves."""
+    """Write predictions/ of the models, their average and what needs no radiology, scores and pictures of curves."""
+    import numpy as np
     import pandas as pd
 
+    from pipeline import ensemble
     from pipeline.config import load
     from pipeline.dataset import Pack, read_table
-    from pipeline.evaluation import curves
-    from pipeline.evaluation.metrics import best_model, called, score
+    from pipeline.errors import UserError
+    from pipeline.evaluation import curves, operating, shortcuts
+    from pipeline.evaluation.metrics import best_model, score
     from pipeline.evaluation.predictions import predict
     from pipeline.files import write_csv, write_json
-    from pipeline.models import classifier
+    from pipeline.models import classifier, soup
     from pipeline.training import determinism
 
     config = load()
     params = config.active.evaluate
+    if config.active.split.cross_validate:
+        raise UserError(
+            f"{config.profile}.split.cross_validate: no image validates all seeds, so that they cannot be compared or "
+            "combined; their scores are in dvc metrics show. Set it to false to go on"
+        )
     determinism.make_deterministic(params.cpu_threads)
     device = determinism.device()
     folders = {f"seed-{seed}": Path(f"models/seed-{seed}") for seed in config.seeds}
@@ -28,23 +38,33 @@ def evaluate() -> None:
         name: classifier.load(folder / "model.safetensors", folder / "model.json", device)
         for name, folder in folders.items()
     }
+    averaged = [networks[f"seed-{seed}"] for seed in config.members]
+    no_soup = ensemble.no_soup(config.active.weights.source, config.active.train.hidden, len(averaged))
+    judges = networks if no_soup else {**networks, SOUP: soup.average(averaged)}
     table = read_table(Path("data"))
     used = table[table["subset"].isin(["validation", "test"])]
     pack = Pack(Path("data/images.npy"), device)
-    found = predict(networks, pack, list(used.index), params.batch_size).set_index(used.index)
+    found = predict(judges, pack, list(used.index), params.batch_size).set_index(used.index)
 
     judged = used["subset"] == "validation"
+    average = used[["subset", "file", "label"]].assign(**{SOUP: np.nan if no_soup else found[SOUP]})
+    write_csv(Path("predictions/soup.csv"), average)
+    found = found[list(networks)]
     validation = pd.concat([used.loc[judged, ["file", "label"]], found[judged]], axis="columns")
     write_csv(Path("predictions/validation.csv"), validation)
     write_csv(Path("predictions/test.csv"), pd.concat([used.loc[~judged, ["file"]], found[~judged]], axis="columns"))
+    shortcut, facts = shortcuts.judge(table, np.load("data/images.npy", mmap_mode="r"))
+    write_csv(Path("predictions/shortcuts.csv"), pd.concat([validation[["file", "label"]], shortcut], axis="columns"))
+    write_json(Path("metrics/shortcuts.json"), facts)
 
     labels, models = validation["label"].to_numpy(dtype=int), found[judged]
-    scores = {name: score(labels, models[name].to_numpy()) for name in networks}
+    calls = (models >= operating.thresholds(labels, models, params)).astype(int)
+    scores = {name: score(labels, models[name].to_numpy(), calls[name].to_numpy()) for name in networks}
     write_json(Path("metrics/evaluate.json"), scores)
     plots, best = Path("plots"), best_model(scores)
     curves.draw_roc(plots / "roc.png", labels, models)
     curves.draw_precision_recall(plots / "precision_recall.png", labels, models)
-    curves.draw_confusion(plots / "confusion.png", labels, called(models[best]).to_numpy(), f"{best}, validation set")
+    curves.draw_confusion(plots / "confusion.png", labels, calls[best].to_numpy(), f"{best}, validation set")
     curves.draw_training(
         plots / "training.png", {name: pd.read_csv(folder / "history.csv") for name, folder in folders.items()}
     )

@@ -13,7 +13,7 @@ import ray
 from ray.exceptions import RayError
 
 from pipeline.config import Config
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line, redacted
 from pipeline.tracking.runs import parent_run
 from pipeline.tracking.store import connect
 
@@ -45,11 +45,17 @@ def train(address: str, config: Config) -> dict[int, str]:
             socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError, OverflowError, RuntimeError, RayError) as error:
-        raise UserError(f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"no Ray cluster answers at {address}: {first_line(error)}") from None
+    cores = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
+    if cores < config.active.train.cpu_threads:
+        raise UserError(
+            f"no node at {address} has train.cpu_threads = {config.active.train.cpu_threads} cores, the largest has "
+            f"{cores:g}; start nodes with more (ray start --num-cpus N)"
+        )
     parent_run(
         connect(config.model_name), config
     )  # made once, here; tasks that look for it at once would each make one
-    gpus = int(ray.cluster_resources().get("GPU", 0) > 0)  # type: ignore[no-untyped-call]
+    gpus = int(ray.cluster_resources().get("GPU", 0) > 0)
     task = ray.remote(num_cpus=config.active.train.cpu_threads, num_gpus=gpus, max_retries=RETRIES)(_train)
     source = _said("git", "config", "remote.origin.url") or str(Path.cwd())
     given = source, _said("git", "rev-parse", "HEAD"), os.environ.get("MLFLOW_TRACKING_URI", "")
@@ -86,7 +92,7 @@ def _run(folder: Path, *command: str) -> None:
     ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if ended.returncode:
         lines = [line for line in (ended.stdout + ended.stderr).splitlines() if "error: " in line.lower()]
-        raise UserError(f"{' '.join(command)}: {lines[0] if lines else ended.stderr.strip()}")
+        raise UserError(redacted(f"{' '.join(command)}: {lines[0] if lines else ended.stderr.strip()}"))
 
 
 def _said(*command: str) -> str:

@@ -48,14 +48,15 @@ def _folder(model: str) -> Iterator[Path]:
     """Bring the candidate of this name into a folder while the block runs."""
     import tempfile
 
+    from pipeline import ensemble
     from pipeline.config import load
     from pipeline.models import candidate
 
     config = load()
-    local, bag = candidate.members(config), config.active.bag
+    local = candidate.members(config)
     if model in local:
         with tempfile.TemporaryDirectory() as scratch:
-            candidate.assemble(Path(scratch), local[model], bag.method, bag.tie)
+            candidate.assemble(Path(scratch), local[model], ensemble.read_rules()[model])
             yield Path(scratch)
     else:
         from pipeline.tracking import registry

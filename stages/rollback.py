@@ -10,15 +10,13 @@ from stages.common import stage
 def rollback(because: str) -> None:
     """Make the champion before the present one champion again; a second time goes back further."""
     from pipeline.config import load
-    from pipeline.tracking import registry
+    from pipeline.tracking import registry, sync
     from pipeline.tracking.store import connect
 
-    name = load().model_name
-    store = connect(name)
-    with store.lock:
-        last = registry.before(registry.history(store, name))
-        registry.crown(store, name, registry.find(store, name, last.version), because, rollback=True)
-    click.echo(f"{name}: version {last.version} is champion again: {because}")
+    config = load()
+    last = registry.before(registry.history(connect(config.model_name), config.model_name))
+    decision = sync.crown(config, last.version, because, rollback=True)
+    click.echo(sync.said(config.model_name, decision))
 
 
 if __name__ == "__main__":

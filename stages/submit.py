@@ -1,13 +1,30 @@
-"""Write the competition's submission files."""
+"""Write the competition's submission files, and send one when asked."""
 
 from pathlib import Path
+
+import click
 
 from stages.common import stage
 
 
 @stage
-def submit() -> None:
-    """Write submissions/best.csv, bag.csv and one file per seed."""
+@click.option("--send", metavar="NAME", help="Write nothing, but send Kaggle best, bag or seed-K as it was written.")
+@click.option("-m", "--message", metavar="TEXT", help="What Kaggle shows beside it.")
+@click.option("--yes", is_flag=True, help="Do not ask before sending.")
+def submit(send: str | None, message: str | None, yes: bool) -> None:
+    """Write submissions/best.csv, bag.csv, both adapted to the test set's prevalence, and one file per seed.
+
+    With --send, send one of them, wait for its public score, and log that to MLflow and to submissions.csv.
+    """
+    if (send is None) != (message is None):
+        raise click.UsageError('give both: --send NAME -m "TEXT"')
+    if send is not None and message is not None:
+        _send(send, message, yes)
+    else:
+        _write()
+
+
+def _write() -> None:
     import pandas as pd
 
     from pipeline import ensemble, layout, submission
@@ -16,13 +33,65 @@ def submit() -> None:
     from pipeline.files import read_json
 
     sample = layout.read(Path("data/raw.zip")).sample
-    test = pd.read_csv("predictions/test.csv", index_col="file")
-    bag = pd.read_csv("predictions/bag.csv", index_col="file").query("subset == 'test'")
-    labels = {name: called(test[name]) for name in test}
+    test, adapted = (pd.read_csv(f"predictions/{name}.csv", index_col="file") for name in ("test", "adapted"))
+    config, rules = load(), ensemble.read_rules()
+    seeds, members = ([f"seed-{seed}" for seed in numbers] for numbers in (config.seeds, config.members))
+    labels = {seed: ensemble.judge(test[[seed]], rules[seed])["label"] for seed in seeds}
     labels["best"] = labels[best_model(read_json(Path("metrics/evaluate.json")))]
-    labels["bag"] = ensemble.labels(bag, load().active.bag.method)
+    labels["bag"] = ensemble.judge(test[members], rules["bag"])["label"]
+    for role in adapted.dropna(axis="columns"):
+        labels[f"{role}-adapted"] = called(adapted[role])
     for name, column in labels.items():
         submission.write(Path(f"submissions/{name}.csv"), column, sample)
+
+
+def _send(name: str, message: str, yes: bool) -> None:
+    from datetime import UTC, datetime
+
+    from pipeline import kaggle, sending
+    from pipeline.config import load
+    from pipeline.errors import UserError
+    from pipeline.evaluation.metrics import best_model
+    from pipeline.files import read_json, sha256
+    from pipeline.tracking import fingerprint, runs
+    from pipeline.tracking.store import connect
+
+    config = load()
+    competition = sending.receiver(config)
+    seeds = [f"seed-{seed}" for seed in config.seeds]
+    names = ["best", "bag", "best-adapted", "bag-adapted", *seeds]
+    if name not in names:
+        raise UserError(f"--send {name}: there is no such file; choose one of {', '.join(names)}")
+    file = Path(f"submissions/{name}.csv")
+    digest = sha256(file)
+    model = name.removesuffix("-adapted")
+    if model == "best":
+        model = best_model(read_json(Path("metrics/evaluate.json")))
+    if model == "bag":
+        mark = fingerprint.of_training(config)
+    else:
+        mark = read_json(Path("models", model, "model.json"))["fingerprint"]
+    store = connect(config.model_name)
+    run = runs.find(store, mark)
+    if run is None:
+        raise UserError(f"MLflow has no run of {model} to log the score to; run: cxr sync")
+    with kaggle.client() as client:
+        if not yes and not click.confirm(f"Send {file} to {competition.competition}?"):
+            click.echo("nothing is sent")
+            return
+        sent = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        number = sending.send(client, competition, file, message)
+        click.echo(f"submission {number} is sent, and waits for its public score")
+        score = None
+        try:
+            score = sending.public_score(client, competition, number)
+        finally:
+            sending.record({
+                "sent": sent, "competition": competition.competition, "file": name, "model": model, "message": message,
+                "sha256": digest, "submission": number, "public_score": score,
+            })  # fmt: skip
+    runs.log_metrics(store.client, run.info.run_id, {"kaggle/public_score": score})
+    click.echo(f"{competition.competition}: {name} has public score {score}; logged to MLflow and {sending.LOG}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from stages.common import stage
 
 if TYPE_CHECKING:
     from pipeline.models.classifier import Classifier
+    from pipeline.tracking.runs import SeedRun
     from pipeline.training.loop import Epoch
 
 
@@ -23,10 +24,8 @@ def train(seed: int) -> None:
     from pipeline.dataset import Pack, read_table
     from pipeline.files import write_csv, write_json
     from pipeline.models import classifier
-    from pipeline.tracking import fingerprint
+    from pipeline.tracking import address, fingerprint
     from pipeline.tracking.outbox import Outbox
-    from pipeline.tracking.runs import SeedRun, parent_run, seed_name
-    from pipeline.tracking.store import connect, root
     from pipeline.training import determinism, group
     from pipeline.training.checkpoint import Checkpoint
     from pipeline.training.interruption import Interruption
@@ -40,30 +39,41 @@ def train(seed: int) -> None:
         pack = Pack(data / "images.npy", determinism.device())
         environment = determinism.environment(processes.count)
         mark = fingerprint.of_training(config, seed=seed, environment=environment)
-        checkpoint = Checkpoint(root() / "checkpoints", mark)
-        training = Training(params, seed, read_table(data), pack, data / "weights", processes)
+        checkpoint = Checkpoint(address.root() / "checkpoints", mark)
+        table = read_table(data, config.active.split.fold(seed))
+        training = Training(params, seed, table, pack, data / "weights", processes)
         if not processes.leads:
             training.run(checkpoint, lambda *_: None, stop)
             return
 
-        store = connect(config.model_name)
-        run = SeedRun(store, config, parent_run(store, config), seed, mark).watch()
-        with tempfile.TemporaryDirectory() as scratch, Outbox(run) as outbox:
+        def open_run() -> "SeedRun":
+            from pipeline.tracking.runs import SeedRun, parent_run
+            from pipeline.tracking.store import connect
+
+            store = connect(config.model_name)
+            return SeedRun(store, config, parent_run(store, config), seed, mark).watch()
+
+        address.check_reachable()
+        with checkpoint.alone(), tempfile.TemporaryDirectory() as scratch, Outbox(open_run) as outbox:
+
+            def asked_to_stop() -> int:
+                outbox.check()
+                return stop()
 
             def log(epoch: "Epoch", best: "Classifier | None") -> None:
                 outbox.put(lambda run: run.log_epoch(epoch.row(), epoch.ended, epoch.images_per_second))
                 if best:
-                    weights = Path(scratch, str(epoch.epoch), "model.safetensors")
-                    classifier.save(best, weights)
+                    weights = Path(scratch, "model.safetensors")
+                    classifier.save(best, weights)  # while MLflow is away, over what it has not yet taken
                     outbox.put(lambda run: run.take_checkpoint(weights))
 
-            trained = training.run(checkpoint, log, stop)
+            trained = training.run(checkpoint, log, asked_to_stop)
             facts = {"fingerprint": mark, "environment": environment}
             classifier.save(trained.network, folder / "model.safetensors")
             classifier.describe(trained.network, folder / "model.json", folder / "model.safetensors", facts)
             write_csv(folder / "history.csv", pd.DataFrame([epoch.row() for epoch in trained.history]))
-            named = {"run": seed_name(config, seed, mark), "epoch": trained.best.epoch}  # so that DVC names the run
-            write_json(folder / "metrics.json", named | trained.best.scores)
+            name = fingerprint.seed_name(config, seed, mark)  # by which DVC's figures name the MLflow run
+            write_json(folder / "metrics.json", {"run": name, "epoch": trained.best.epoch, **trained.best.scores})
             outbox.put(lambda run: run.finish(folder))
         checkpoint.remove()
 

@@ -9,7 +9,7 @@ import time
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -202,24 +202,33 @@ def ready(built, empty_store, tmp_path_factory) -> Callable[..., Path]:
 
 
 @contextmanager
-def server(project: Path, *command: str, answers_at: str, **changes: str) -> Iterator[None]:
-    """Run a server while the block runs, from when it answers."""
-    log = project / "server.log"
+def background(project: Path, *command: str, ready: Callable[[str], bool], **changes: str) -> Iterator[None]:
+    """Run a command and all that it starts while the block runs, from when it is ready by what it printed."""
+    log = project / f"{command[0]}-{time.monotonic_ns()}.log"
     with log.open("w") as out:
         started = subprocess.Popen(
             command, cwd=project, env=environment(**changes), stdout=out, stderr=out, start_new_session=True
         )
     try:
-        while True:
-            with suppress(OSError):
-                urllib.request.urlopen(answers_at, timeout=5).close()
-                break
+        while not ready(log.read_text()):
             assert started.poll() is None, log.read_text()
             time.sleep(0.3)
         yield
     finally:
         subprocess.run(["pkill", "-TERM", "-s", str(started.pid)], check=False)
         started.wait(30)
+
+
+def server(project: Path, *command: str, answers_at: str, **changes: str) -> AbstractContextManager[None]:
+    """Run a server while the block runs, from when it answers."""
+
+    def answers(_: str) -> bool:
+        with suppress(OSError):
+            urllib.request.urlopen(answers_at, timeout=5).close()
+            return True
+        return False
+
+    return background(project, *command, ready=answers, **changes)
 
 
 @contextmanager

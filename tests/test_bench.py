@@ -12,9 +12,11 @@ pytestmark = pytest.mark.slow
     ("command", "arguments", "lines"),
     [
         ("python bench/prepare.py", ["20"], 1),
+        ("python bench/duplicates.py", ["300"], 1),
         ("python bench/input.py", ["64", "16"], 1),
         ("python bench/training.py", ["16", "1"], 2),
         ("python bench/memory.py", ["150", "200"], 1),
+        ("python bench/intervals.py", ["20"], 1),
         ("python bench/predict.py", ["1", "squeezenet1_1", "64"], 1),
     ],
 )
@@ -24,8 +26,8 @@ def test_a_benchmark_prints_its_figures(command, arguments, lines):
     assert all(value > 0 for line in figures for key, value in line.items() if key.startswith(("ratio", "peak")))
 
 
-def test_the_benchmark_of_the_start_prints_its_figure(project):
-    (line,) = measured("python bench/startup.py", str(project), "1")
+def test_the_benchmark_of_the_start_prints_its_figure(built):
+    (line,) = measured("python bench/startup.py", str(built), "1")
     assert line["seconds"] > 0
 
 

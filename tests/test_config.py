@@ -14,13 +14,13 @@ from pipeline import config
 refusal = partial(refusal_of_file, config.load)
 SHIPPED = yaml.safe_load((ROOT / "params.yaml").read_text())
 SECTIONS = {
-    "phantom": config.PhantomParams, "archive": config.ArchiveParams, "weights": config.WeightsParams,
-    "prepare": config.PrepareParams, "split": config.SplitParams, "train": config.TrainParams,
-    "evaluate": config.EvaluateParams, "bag": config.BagParams,
+    "phantom": config.PhantomParams, "archive": config.ArchiveParams, "kaggle": config.KaggleParams,
+    "weights": config.WeightsParams, "prepare": config.PrepareParams, "split": config.SplitParams,
+    "train": config.TrainParams, "evaluate": config.EvaluateParams, "bag": config.BagParams,
 }  # fmt: skip
 FIELDS = [
     (section, field) for section, model in SECTIONS.items() for field in model.model_fields
-    if (section, field) not in {("phantom", "source"), ("archive", "source")}
+    if (section, field) not in {(source, "source") for source in ("phantom", "archive", "kaggle")}
 ]  # fmt: skip
 
 
@@ -92,7 +92,8 @@ def test_a_misspelt_profile_section_is_named_as_the_near_one(tmp_path):
         ("local.evaluate", "evalute"),
         ("demo.download", "downlaod"),
         ("demo.download.prevalence", "prevalance"),
-        ("competition.download.path", "pth"),
+        ("local.download.path", "pth"),
+        ("competition.download.competition", "competiton"),
         ("demo.weights.source", "sorce"),
         ("demo.prepare.max_quarantined", "max_quarantine"),
         ("demo.split.folds", "flods"),
@@ -124,7 +125,7 @@ def test_a_download_without_a_known_source_says_which_there_are(tmp_path, sectio
         message = refusal(write(tmp_path, params))
         assert message.startswith(f"{section}")
         assert "source" in message
-    assert "'phantom', 'archive'" in message
+    assert "'phantom', 'archive', 'kaggle'" in message
 
 
 @pytest.mark.parametrize(
@@ -163,7 +164,9 @@ def test_a_missing_key_is_named(tmp_path, path):
         ("demo.prepare.max_quarantined", -0.1, "greater than or equal to 0"),
         ("demo.split.folds", 1, "greater than or equal to 2"),
         ("demo.evaluate.batch_size", -1, "greater than 0"),
-        ("local.bag.method", "median", "'vote' or 'mean'"),
+        ("demo.evaluate.operating_point", "0.5", "'youden' or 'sensitivity'"),
+        ("demo.evaluate.expected_prevalence", 1, "less than 1"),
+        ("local.bag.method", "median", "'logits' or 'greedy'"),
     ],
 )
 def test_a_value_of_the_wrong_type_or_out_of_range_is_named_with_what_is_allowed(tmp_path, path, value, reason):
@@ -186,6 +189,19 @@ def test_a_learning_rate_is_finite(tmp_path, rate):
 def test_the_section_that_is_not_in_use_is_checked_too(tmp_path):
     assert SHIPPED["profile"] == "demo"
     assert refusal(write(tmp_path, edited("competition.train.lr", -1))).startswith("competition.train.lr: ")
+
+
+@pytest.mark.parametrize("key", ["competition", "dataset"])
+def test_a_name_of_kaggles_may_not_hold_what_no_name_has(tmp_path, key):
+    message = refusal(write(tmp_path, edited(f"competition.download.{key}", "https://www.kaggle.com/c/x")))
+    assert message.startswith(f"competition.download.{key}: string should match pattern")
+
+
+def test_kaggle_is_asked_for_a_competition_or_a_data_set_not_both(tmp_path):
+    for key, value in (("competition", None), ("dataset", "owner/name")):
+        assert refusal(write(tmp_path, edited(f"competition.download.{key}", value))) == (
+            "competition.download.competition, competition.download.dataset: name one, and write null for the other"
+        )
 
 
 def test_a_seed_listed_twice_is_refused(tmp_path):
@@ -240,8 +256,8 @@ def test_a_file_without_sections_is_refused(tmp_path, text):
 @given(st.sampled_from(FIELDS), st.one_of(st.none(), st.booleans(), st.integers(), st.text(), st.lists(st.integers())))
 def test_any_value_either_loads_or_is_refused_in_one_line(field, value):
     section, name = field
-    profile = "local" if section == "archive" else "demo"
-    folder = {"phantom": "download", "archive": "download"}.get(section, section)
+    profile = {"archive": "local", "kaggle": "competition"}.get(section, "demo")
+    folder = "download" if section in ("phantom", "archive", "kaggle") else section
     try:
         config.Config.model_validate(edited(f"{profile}.{folder}.{name}", value))
     except config.ValidationError as error:

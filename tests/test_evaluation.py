@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn import metrics as sklearn
 
-from pipeline import ensemble, submission
+from pipeline import submission
 from pipeline.dataset import Pack
 from pipeline.errors import UserError
-from pipeline.evaluation import curves
-from pipeline.evaluation.comparison import calibration_error, f1_difference
+from pipeline.evaluation import calibration, curves
+from pipeline.evaluation.intervals import f1_difference
 from pipeline.evaluation.metrics import best_model, score
 from pipeline.evaluation.predictions import predict
 from pipeline.models.classifier import Architecture, Classifier
@@ -118,55 +118,6 @@ def test_predictions_have_a_column_per_network_and_a_row_per_image_in_the_order_
     for name, network in networks.items():
         expected = [network.probabilities(torch.from_numpy(images[row : row + 1])).item() for row in rows]
         assert found[name].to_numpy() == pytest.approx(expected, abs=1e-5)
-
-
-# Ensemble
-
-
-@pytest.mark.parametrize(("tie", "low", "high"), [("positive", 1, 1), ("negative", 0, 0), ("mean", 0, 1)])
-def test_an_even_vote_goes_to_who_wins_ties(tie, low, high):
-    members = pd.DataFrame({"a": [0.1, 0.45], "b": [0.6, 0.9]})
-    assert list(ensemble.combine(members, tie)["vote"]) == [low, high]
-
-
-def test_a_mean_of_exactly_half_wins_the_tie_for_the_positives():
-    assert ensemble.combine(pd.DataFrame({"a": [0.25], "b": [0.75]}), "mean")["vote"][0] == 1
-
-
-members = st.integers(1, 7).flatmap(
-    lambda width: st.lists(st.lists(probabilities, min_size=width, max_size=width), min_size=1, max_size=6)
-)
-
-
-@settings(max_examples=60, deadline=None)
-@given(members, st.sampled_from(["positive", "negative", "mean"]))
-def test_the_majority_wins_whoever_wins_ties(rows, tie):
-    found = ensemble.combine(pd.DataFrame(rows), tie)
-    for index, row in enumerate(rows):
-        votes, mean = sum(value >= 0.5 for value in row), found["mean"][index]
-        assert found["votes"][index] == votes
-        assert mean == pytest.approx(sum(row) / len(row))
-        even = {"positive": 1, "negative": 0, "mean": int(mean >= 0.5)}[tie]
-        assert found["vote"][index] == (even if 2 * votes == len(row) else int(2 * votes > len(row)))
-
-
-@settings(max_examples=40, deadline=None)
-@given(members)
-def test_the_order_of_the_members_does_not_change_the_vote(rows):
-    forwards, backwards = pd.DataFrame(rows), pd.DataFrame([row[::-1] for row in rows])
-    for tie in ("positive", "negative"):
-        assert list(ensemble.combine(forwards, tie)["vote"]) == list(ensemble.combine(backwards, tie)["vote"])
-
-
-def test_the_bags_labels_are_its_vote_or_what_the_threshold_makes_of_its_mean():
-    combined = ensemble.combine(pd.DataFrame({"a": [0.6, 0.5], "b": [0.6, 0.5], "c": [0.0, 0.5]}), "mean")
-    assert list(ensemble.labels(combined, "vote")) == [1, 1]
-    assert list(ensemble.labels(combined, "mean")) == [0, 1]
-
-
-def test_the_bag_keeps_the_index_of_its_members():
-    found = ensemble.combine(pd.DataFrame({"a": [0.6, 0.2]}, index=["x.jpg", "y.jpg"]), "positive")
-    assert found["vote"].to_dict() == {"x.jpg": 1, "y.jpg": 0}
 
 
 # The table
@@ -333,10 +284,10 @@ def test_the_calibration_error_is_the_mean_gap_of_its_bins(rows):
         inside = (probabilities * 10).astype(int).clip(max=9) == low
         if inside.any():
             gap += abs(probabilities[inside].mean() - labels[inside].mean()) * inside.sum() / len(labels)
-    assert calibration_error(labels, probabilities) == pytest.approx(gap)
+    assert calibration.error(labels, probabilities) == pytest.approx(gap)
 
 
 def test_the_calibration_error_is_0_for_certainty_that_is_right_and_1_for_one_that_is_wrong():
     labels = np.array([0, 1, 1])
-    assert calibration_error(labels, labels.astype(float)) == 0
-    assert calibration_error(labels, 1 - labels.astype(float)) == 1
+    assert calibration.error(labels, labels.astype(float)) == 0
+    assert calibration.error(labels, 1 - labels.astype(float)) == 1

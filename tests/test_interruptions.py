@@ -132,10 +132,20 @@ def test_a_seed_killed_under_dvc_goes_on_with_the_next_repro(ready, whole):
     training = start(project, "dvc", "repro", "-s", "train@0")
     subprocess.run(["pkill", "-KILL", "-s", str(training.pid), "-f", "stages.train"], check=True)
     assert training.wait(180) != 0
-    assert len(list((project / "checkpoints").iterdir())) == 1
+    assert len(list((project / "checkpoints").glob("*.pt"))) == 1
     ended = run(project, "dvc", "repro", "-s", "train@0")
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "epoch 1/" not in ended.stdout
+    assert_as_if_never_stopped(project, whole)
+
+
+def test_of_two_processes_that_train_the_same_run_one_waits_and_no_epoch_is_logged_twice(ready, whole):
+    project = ready(epochs=EPOCHS)
+    command = ["python", "-m", "stages.train", "--seed", "0"]
+    first = start(project, *command)
+    second = run(project, *command)
+    assert first.wait(180) == second.returncode == 0
+    assert "another process trains this run" in second.stderr
     assert_as_if_never_stopped(project, whole)
 
 

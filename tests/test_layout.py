@@ -162,9 +162,15 @@ def test_metadata_without_a_column_are_refused(tmp_path):
     assert message == "metadata.csv has no column 'patient'; its header must be File,patient,source,view"
 
 
+def test_licences_are_kept_where_metadata_have_them(tmp_path):
+    metadata = "File,patient,source,view,licence\na000.jpg,p1,A,PA,CC BY 4.0\n"
+    images = layout.read(zipped(tmp_path, metadata=metadata)).images
+    assert list(images["licence"][:2]) == ["CC BY 4.0", ""]
+
+
 def test_no_metadata_are_empty_texts(tmp_path):
     images = layout.read(zipped(tmp_path)).images
-    assert (images[layout.METADATA] == "").all(axis=None)
+    assert (images[[*layout.METADATA, "licence"]] == "").all(axis=None)
 
 
 def folder(tmp_path):

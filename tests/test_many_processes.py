@@ -1,21 +1,25 @@
 """Several processes: all seeds at once, and one seed on many."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import pandas as pd
 import psutil
 import pytest
 import yaml
-from conftest import ROOT, commit, environment, run, seed_runs
+from conftest import ROOT, background, commit, edit_params, environment, run, seed_runs
 from test_interruptions import outs, start
 
 pytestmark = pytest.mark.slow
+
+SEEDS = range(int(os.environ.get("CXR_SEEDS", "2")))  # on the Ray cluster; ten take minutes
 
 
 def do(project: Path, command: str) -> subprocess.CompletedProcess[str]:
@@ -162,33 +166,33 @@ def training_worker() -> psutil.Process | None:
     return None
 
 
-def test_a_ray_cluster_of_two_nodes_trains_all_seeds_though_a_worker_is_killed(built, ready, port):
-    project = ready()
+def ray_node(project: Path, *place: str, **changes: str) -> AbstractContextManager[None]:
+    command = ["ray", "start", "--block", "--num-cpus=1", "--disable-usage-stats", *place]
+    return background(project, *command, ready=lambda printed: "Ray runtime started" in printed, **changes)
+
+
+def test_a_ray_cluster_of_two_nodes_trains_all_seeds_though_a_worker_is_killed(ready, port):
+    project, serial = ready(), ready()
+    for one in (project, serial):
+        edit_params(one, lambda params: params.update(seeds=list(SEEDS)))
+    assert do(serial, "dvc repro " + " ".join(f"train@{seed}" for seed in SEEDS)).returncode == 0
     forget_training(project)
     run(project, "dvc", "remote", "add", "-d", "shared", str(project.parent / "remote"))
     commit(project)
-    options = ["--num-cpus=1", "--disable-usage-stats"]
-    try:
-        for node in (["--head", f"--port={port}", "--include-dashboard=false"], [f"--address=127.0.0.1:{port}"]):
-            started = run(project, "ray", "start", *node, *options)
-            assert started.returncode == 0, started.stderr
-        command = "cxr train-all --ray auto"
-        with (project / "train.log").open("w") as out:
-            training = subprocess.Popen(
-                command.split(),
-                cwd=project,
-                env=environment(),
-                stdout=out,
-                stderr=out,
-            )
+    with (
+        tempfile.TemporaryDirectory(prefix="ray-") as apart,  # from other clusters of this machine
+        ray_node(project, "--head", f"--port={port}", "--include-dashboard=false", RAY_TMPDIR=apart),
+        ray_node(project, f"--address=127.0.0.1:{port}", RAY_TMPDIR=apart),
+        (project / "train.log").open("w") as out,
+    ):
+        command, own = "cxr train-all --ray auto", environment(RAY_TMPDIR=apart)
+        training = subprocess.Popen(command.split(), cwd=project, env=own, stdout=out, stderr=out)
         while not (worker := training_worker()):
             assert training.poll() is None, (project / "train.log").read_text()
             time.sleep(0.2)
         worker.kill()
         assert training.wait(900) == 0, (project / "train.log").read_text()
-    finally:
-        run(project, "ray", "stop", "--force")
     rest = do(project, "dvc repro --pull")
     assert rest.returncode == 0, rest.stdout + rest.stderr
     assert "epoch" not in rest.stdout
-    assert all(outs(project, seed) == outs(built, seed) for seed in (0, 1))
+    assert all(outs(project, seed) == outs(serial, seed) for seed in SEEDS)

@@ -51,10 +51,10 @@ def test_row_i_of_the_array_is_image_i_of_the_manifest(raw, tmp_path):
 def test_the_manifest_lists_every_image_with_its_label_and_shape(raw, tmp_path):
     packing.pack(raw, params(), tmp_path)
     table, rows = manifest.read(tmp_path), layout.read(raw).images
-    known = ["file", "set", "label", "patient", "source", "view"]
+    known = ["file", "set", "label", "patient", "source", "view", "licence"]
     pd.testing.assert_frame_equal(table[known], rows[known])
     assert (table[["width", "height"]] == 64).all(axis=None)
-    assert list(table.columns) == [*known, "width", "height", "xxh128"]
+    assert list(table.columns) == [*known, "width", "height", "xxh128", "phash"]
 
 
 def test_metadata_are_kept_and_a_patient_named_na_stays_one(tmp_path):

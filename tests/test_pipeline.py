@@ -1,7 +1,6 @@
 """The whole pipeline, run by DVC in a clone of the project, on few and small phantoms."""
 
 import base64
-import hashlib
 import json
 import shutil
 import socket
@@ -39,12 +38,18 @@ def locked(project: Path) -> dict[str, str]:
 
 def test_every_stage_leaves_its_files_with_their_columns(built):
     columns = {
-        "data/manifest.csv": ["file", "set", "label", "patient", "source", "view", "width", "height", "xxh128"],
+        "data/manifest.csv": [
+            *("file", "set", "label", "patient", "source", "view", "licence", "width", "height", "xxh128", "phash")
+        ],
         "data/quarantine.csv": ["file", "set", "label", "reason"],
-        "data/split.csv": ["file", "group", "subset"],
+        "data/split.csv": ["file", "group", "subset", "fold"],
         "predictions/validation.csv": ["file", "label", "seed-0", "seed-1"],
         "predictions/test.csv": ["file", "seed-0", "seed-1"],
-        "predictions/bag.csv": ["subset", "file", "label", "votes", "vote", "mean"],
+        "predictions/soup.csv": ["subset", "file", "label", "soup"],
+        "predictions/shortcuts.csv": ["file", "label", "source", "traits", "thumbnail", "border"],
+        "predictions/bag.csv": ["subset", "file", "label", "votes", "vote", "mean", "logits", "greedy"],
+        "predictions/adapted.csv": ["file", "best", "bag"],
+        "metrics/intervals.csv": ["model", "measured", "metric", "value", "low", "high", "method", "reason"],
         "report/table.csv": ["metric", "seed-0", "seed-1", "bag (vote)", "bag (mean)"],
         "submissions/best.csv": ["File", "Label"],
         "submissions/bag.csv": ["File", "Label"],
@@ -86,6 +91,7 @@ def test_mlflow_shows_one_parent_and_a_child_per_seed(built):
     assert parent.data.tags["mlflow.note.content"] == (built / "report/table.md").read_text()
     assert "bag/f1" in parent.data.metrics
     assert "report/table.png" in [file.path for file in client.list_artifacts(parent_id, "report")]
+    assert [file.path for file in client.list_artifacts(parent_id, "data")] == ["data/card.json", "data/card.md"]
 
 
 def test_a_childs_metrics_are_those_of_its_history_file(built):
@@ -102,8 +108,7 @@ def test_a_child_holds_parameters_data_and_its_checkpoint(built):
     run_ = seed_runs(built)[1]
     assert run_.data.params["lr"] == "0.002"
     (data,) = run_.inputs.dataset_inputs
-    manifest = (built / "data/manifest.csv").read_bytes()
-    assert data.dataset.digest == hashlib.md5(manifest, usedforsecurity=False).hexdigest()
+    assert data.dataset.digest == locked(built)["prepare: data/manifest.csv"]
     stored = client.download_artifacts(run_.info.run_id, "checkpoint/model.safetensors")
     assert Path(stored).read_bytes() == (built / "models/seed-1/model.safetensors").read_bytes()
 

@@ -66,11 +66,6 @@ def others() -> list[str]:
     return [version for version in ("1", "2", "3") if version != champion]
 
 
-def disguise(project: Path, version: str) -> None:
-    """Make a version look like another training's."""
-    store(project).set_model_version_tag(NAME, version, registry.IDENTITY, "another model's")
-
-
 def logged_models(project: Path) -> list[mlflow.entities.LoggedModel]:
     client = store(project)
     return client.search_logged_models([found.experiment_id for found in client.search_experiments()])
@@ -100,24 +95,39 @@ def test_sync_does_nothing_twice(promoted):
 
 
 def test_a_champion_of_another_training_is_scored_anew_on_the_present_validation_set(promoted):
-    champion = aliases(promoted)["champion"]
-    disguise(promoted, champion)
+    if aliases(promoted)["champion"] != "3":
+        said("cxr promote --model 3 --because 'it is the bag'")
+    bag = json.loads(Path("metrics/bag.json").read_text())["vote"]
+    edit_params(promoted, lambda params: params["demo"]["bag"].update(method="mean"))  # makes another bag
     line = said("cxr promote")
     assert "is challenger, not champion" in line
-    assert "difference +0.0000" in line  # it is the same model after all
-    assert "probability 0.00" in line
     decision = json.loads(Path("metrics/promotion.json").read_text())
     assert decision["decisions"][-1]["why"] in line
-    assert decision["champion_f1"] == decision["f1"]
-    assert aliases(promoted) == {"champion": champion, "challenger": "4"}
-    tags = store(promoted).get_model_version(NAME, "4").tags
+    assert decision["champion_f1"] == pytest.approx(bag["f1"])
+    assert decision["difference"] == pytest.approx(decision["f1"] - bag["f1"])
+    challenger = decision["version"]
+    assert aliases(promoted) == {"champion": "3", "challenger": challenger}
+    tags = store(promoted).get_model_version(NAME, challenger).tags
     assert tags["decision"].startswith("not promoted: ")
-    assert tags["champion_then"] == champion
+    assert tags["champion_then"] == "3"
 
     edit_params(promoted, lambda params: params["demo"]["promote"].update(min_probability=0.0))
     assert "is champion: " in said("cxr promote")
-    assert aliases(promoted) == {"champion": "4", "challenger": "4"}
-    assert len(json.loads(Path("metrics/promotion.json").read_text())["decisions"]) == 3
+    assert aliases(promoted) == {"champion": challenger, "challenger": challenger}
+    rows = json.loads(Path("metrics/promotion.json").read_text())["decisions"]
+    assert [row["promoted"] for row in rows[-2:]] == [False, True]
+
+
+def test_a_champion_that_cannot_be_read_any_more_stands_in_nobodys_way(promoted):
+    first, (second, _) = aliases(promoted)["champion"], others()
+    said(f"cxr promote --model {second} --because anyway")
+    weights(promoted, second).unlink()
+    line = said("cxr promote")
+    assert f"version {first} (" in line
+    assert "the champion cannot be used any more" in line
+    assert aliases(promoted)["champion"] == first
+    store(promoted).delete_model_version(NAME, first)
+    assert "is champion: " in said("cxr promote")
 
 
 @pytest.mark.parametrize(
@@ -151,8 +161,8 @@ def test_a_person_overrules_the_gate_for_good_and_rollback_goes_back_one_champio
     said(f'cxr promote --model {second} --because "it is smaller"')
     said(f'cxr promote --model {third} --because "it is kinder"')
     assert aliases(promoted)["champion"] == third
-    assert f"version {second} is champion again" in said("cxr rollback")
-    assert f"version {first} is champion again" in said('cxr rollback --because "it was better"')
+    assert f"version {second} (" in said("cxr rollback")
+    assert f"version {first} (" in said('cxr rollback --because "it was better"')
     assert aliases(promoted)["champion"] == first
     assert refused("cxr rollback") == "Error: there is no champion to go back to; see: cxr history"
     shown = said("cxr history")
@@ -160,15 +170,21 @@ def test_a_person_overrules_the_gate_for_good_and_rollback_goes_back_one_champio
         assert reason in shown
     assert "now" in shown
     assert [reign.version for reign in registry.history(connect(NAME), NAME)] == [first, second, third, second, first]
+    rows = json.loads(Path("metrics/promotion.json").read_text())["decisions"]
+    assert [row["version"] for row in rows] == [first, second, third, second, first]
+    tags = store(promoted).get_model_version(NAME, second).tags
+    assert (tags["decision"], tags["champion_then"]) == ("promoted: rolled back", third)
 
 
 def test_the_commands_of_the_documents_follow_one_another(promoted):
     if aliases(promoted)["champion"] == "3":
         said("cxr promote --model 1 --because anyway")
-    assert "version 3 is champion" in said('cxr promote --model 3 --because "the bag is worth its time"')
+    assert "version 3 (bag) is champion: by hand: " in said(
+        'cxr promote --model 3 --because "the bag is worth its time"'
+    )
     assert "version 3 is champion already" in refused("cxr promote --model 3 --because anyway")
     assert "the bag is worth its time" in " ".join(said("cxr history").split())
-    assert "is champion again" in said("cxr rollback")
+    assert "is champion: rolled back" in said("cxr rollback")
     with zipfile.ZipFile("data/raw.zip") as archive:
         archive.extractall("radiographs", [name for name in archive.namelist() if name.startswith("test/")])
     assert "judged.csv: 8 files" in said("cxr predict radiographs --model bag --csv judged.csv")
@@ -188,6 +204,7 @@ def test_promotions_from_many_machines_at_once_end_in_one_state(promoted, tmp_pa
         list(pool.map(crown, range(12)))
     reigns = registry.history(connect(NAME), NAME)
     assert aliases(promoted)["champion"] == reigns[-1].version
+    assert {reign.why for reign in reigns[1:]} == {f"promotion {index}" for index in range(12)}
 
 
 def test_a_version_whose_files_are_not_what_they_were_is_found_and_never_promoted(promoted):

@@ -14,6 +14,7 @@ from PIL import Image
 from pipeline import inference, manifest, packing
 from pipeline.config import PrepareParams
 from pipeline.dataset import Pack
+from pipeline.ensemble import Rule
 from pipeline.evaluation.predictions import predict
 from pipeline.models import candidate, classifier
 from pipeline.models.classifier import Architecture, Classifier
@@ -45,7 +46,7 @@ def test_a_file_has_the_probability_it_had_in_evaluate_however_it_is_judged(tmp_
     weights = tmp_path / "model.safetensors"
     classifier.save(network, weights)
     classifier.describe(network, tmp_path / "model.json", weights, {})
-    candidate.assemble(tmp_path / "candidate", {"seed-0": tmp_path}, "mean", "mean")
+    candidate.assemble(tmp_path / "candidate", {"seed-0": tmp_path}, Rule("mean", "mean", 0.5, [0.5], [1.0]))
     expected = predict({"seed-0": network}, pack, list(rows.index), batch_size=4)["seed-0"].to_numpy()[1:]
     assert list(rows["file"][1:]) == list(files)
     assert len(set(expected.round(6))) > 3

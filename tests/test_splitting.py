@@ -1,11 +1,12 @@
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from pipeline import splitting
 from pipeline.config import SplitParams
 from pipeline.errors import UserError
-from pipeline.splitting import split
 
 
 def table(labels: list[int], patients: list[str] | None = None, tests: int = 2) -> pd.DataFrame:
@@ -18,8 +19,18 @@ def table(labels: list[int], patients: list[str] | None = None, tests: int = 2) 
     })  # fmt: skip
 
 
-def params(folds: int = 5, seed: int = 1) -> SplitParams:
-    return SplitParams(folds=folds, seed=seed)
+def split(rows: pd.DataFrame, params: SplitParams, duplicates: dict[int, int] | None = None) -> pd.DataFrame:
+    """Split and check; `duplicates` says of which earlier row a row is a duplicate."""
+    same = np.arange(len(rows))
+    for row, first in (duplicates or {}).items():
+        same[row] = first
+    found = splitting.split(rows, same, params)
+    splitting.check(rows, same, found)
+    return found
+
+
+def params(folds: int = 5, seed: int = 1, cross_validate: bool = False) -> SplitParams:
+    return SplitParams(folds=folds, seed=seed, cross_validate=cross_validate)
 
 
 people = st.tuples(st.integers(0, 1), st.sampled_from(["", *"abcdefghijklmnop"]))
@@ -104,3 +115,65 @@ def test_a_class_with_one_group_is_refused(label):
 def test_a_class_without_images_is_refused(label):
     with pytest.raises(UserError, match=rf"^only 0 group\(s\) of images with label {label}: "):
         split(table([1 - label] * 10), params())
+
+
+def test_folds_are_numbered_for_every_labelled_image_and_the_first_validates():
+    rows = table([0, 0, 0, 1] * 25)
+    found = split(rows, params(4))
+    labelled = rows["set"] == "train"
+    assert set(found.loc[labelled, "fold"]) == {0, 1, 2, 3}
+    assert found.loc[~labelled, "fold"].isna().all()
+    assert ((found["subset"] == "validation") == (found["fold"] == 0).fillna(value=False)).all()
+    for fold in range(4):
+        assert rows.loc[found["fold"] == fold, "label"].nunique() == 2
+
+
+def test_in_cross_validation_every_fold_has_both_classes_or_it_is_refused():
+    rows = table([0] * 10 + [1] * 3)
+    assert (split(rows, params(4))["subset"] == "validation").any()
+    with pytest.raises(UserError, match=r"^split.folds = 4: not every fold has both classes"):
+        split(rows, params(4, cross_validate=True))
+    found = split(rows, params(3, cross_validate=True))
+    assert found.equals(split(rows, params(3)))
+
+
+def test_a_seed_validates_on_the_fold_of_its_number_only_in_cross_validation():
+    assert [params(4, cross_validate=True).fold(seed) for seed in range(6)] == [0, 1, 2, 3, 0, 1]
+    assert {params(4).fold(seed) for seed in range(6)} == {0}
+
+
+def test_a_radiograph_that_is_there_twice_goes_one_way_and_takes_its_patients_along():
+    patients = [f"p{index // 2}" for index in range(40)]
+    # p0 = {0, 1}, p10 = {20, 21}, p19 = {38, 39}: one radiograph of each is one of another.
+    found = split(table([index // 2 % 2 for index in range(40)], patients), params(), {20: 1, 39: 21})
+    assert list(found["group"][[0, 1, 20, 21, 38, 39]]) == ["p0"] * 6
+    assert found["group"][:40].nunique() == 18
+    assert len(set(found["fold"][[0, 1, 20, 21, 38, 39]])) == 1
+
+
+def test_a_test_image_ties_the_patients_that_share_it():
+    found = split(table([0, 1] * 10), params(), {20: 3, 21: 3})
+    assert list(found["group"][[3, 20, 21]]) == ["image:a00003.jpg"] * 3
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 39), st.integers(0, 39)), max_size=12), st.integers(0, 99))
+def test_whatever_is_there_twice_no_fold_shares_a_patient_or_a_radiograph_with_another(pairs, seed):
+    rows = table([0, 1] * 20, [f"p{index % 25}" if index % 3 else "" for index in range(40)])
+    twice = {max(pair): min(pair) for pair in pairs if pair[0] != pair[1]}
+    firsts = {row: first for row, first in twice.items() if first not in twice}
+    try:
+        split(rows, params(3, seed), firsts)
+    except UserError as error:
+        assert "add images or patients" in str(error) or "split.folds" in str(error)  # noqa: PT017
+
+
+@pytest.mark.parametrize(
+    ("patients", "same", "kind"),
+    [(["p1", "p1", "", ""], [0, 1, 2, 3], "patient p1"), ([""] * 4, [0, 0, 2, 3], "radiograph a00000.jpg")],
+)
+def test_a_split_that_leaks_is_refused(patients, same, kind):
+    rows = table([0, 1, 0, 1], patients, tests=0)
+    leaking = pd.DataFrame({"file": rows["file"], "group": rows["file"], "subset": "train", "fold": [0, 1, 1, 0]})
+    with pytest.raises(UserError, match=rf"^data/split.csv: the {kind} is in 2 folds, .*; do not use this split"):
+        splitting.check(rows, np.array(same), leaking)

@@ -12,6 +12,7 @@ import mlflow
 import pytest
 from click.testing import CliRunner
 from conftest import copy, free_port, mlflow_server
+from test_interruptions import Proxy
 
 from pipeline import config
 from pipeline.tracking import runs
@@ -120,6 +121,27 @@ def test_a_server_that_wants_a_password_takes_it_and_says_in_one_line_that_it_is
         assert line.startswith(f"Error: MLflow at {with_passwords} cannot be used: ")
         assert "MLFLOW_TRACKING_USERNAME" in line
         assert "not the password" not in line
+
+
+@pytest.mark.parametrize("command", ["history", "rollback", "verify", "predict report"])
+def test_a_server_that_fails_is_not_taken_for_one_that_holds_nothing(project, command, monkeypatch):
+    failing = Proxy(behind=0)
+    failing.mood = "broken"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", failing.uri.replace("//", "//user:secret@"))
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    ended = CliRunner().invoke(cxr, command.split())
+    failing.shutdown()
+    assert ended.exit_code == 2, ended.output
+    (line,) = ended.stderr.strip().splitlines()
+    assert line.startswith(f"Error: MLflow at {failing.uri} cannot be used: ")
+    assert "secret" not in line
+
+
+def test_a_database_that_does_not_answer_is_said_in_one_line(project, port, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"postgresql://user:secret@127.0.0.1:{port}/runs")
+    ended = CliRunner().invoke(cxr, ["history"])
+    assert ended.exit_code == 2, ended.output
+    assert ended.stderr.startswith(f"Error: MLflow at postgresql://127.0.0.1:{port}/runs cannot be used: ")
 
 
 def log_a_seed(seed: int) -> None:

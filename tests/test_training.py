@@ -435,15 +435,17 @@ def test_on_cuda_a_seed_repeats_its_bytes_and_is_near_the_cpu(pack, weights, tmp
 
 def write_tables(folder, split: str) -> None:
     (folder / "manifest.csv").write_text(
-        "file,set,label,patient,source,view,width,height,xxh128\n"
-        "a.jpg,train,1,NA,,PA,64,64,aa\nb.jpg,train,0,,,,64,64,bb\nt.jpg,test,,,,,64,64,cc\n"
+        "file,set,label,patient,source,view,licence,width,height,xxh128,phash\n"
+        "a.jpg,train,1,NA,,PA,,64,64,aa,00\nb.jpg,train,0,,,,,64,64,bb,00\nt.jpg,test,,,,,,64,64,cc,00\n"
     )
     (folder / "split.csv").write_text(split)
 
 
 def test_the_table_joins_manifest_and_split(tmp_path):
-    write_tables(tmp_path, "file,group,subset\na.jpg,NA,train\nb.jpg,image:b.jpg,validation\nt.jpg,image:t.jpg,test\n")
+    rows = "a.jpg,NA,train,1\nb.jpg,image:b.jpg,validation,0\nt.jpg,image:t.jpg,test,\n"
+    write_tables(tmp_path, f"file,group,subset,fold\n{rows}")
     found = read_table(tmp_path)
+    assert list(read_table(tmp_path, fold=1)["subset"]) == ["validation", "train", "test"]
     assert list(found["subset"]) == ["train", "validation", "test"]
     assert list(found["patient"]) == ["NA", "", ""]
     assert list(found["group"]) == ["NA", "image:b.jpg", "image:t.jpg"]
@@ -451,7 +453,7 @@ def test_the_table_joins_manifest_and_split(tmp_path):
 
 
 def test_a_split_of_other_images_is_refused(tmp_path):
-    write_tables(tmp_path, "file,group,subset\nb.jpg,b,train\na.jpg,a,validation\nt.jpg,t,test\n")
+    write_tables(tmp_path, "file,group,subset,fold\nb.jpg,b,train,1\na.jpg,a,validation,0\nt.jpg,t,test,\n")
     with pytest.raises(UserError, match=r"manifest.csv and split.csv list different images; run: dvc repro split$"):
         read_table(tmp_path)
 

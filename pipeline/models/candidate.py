@@ -4,8 +4,9 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 import torch
@@ -13,27 +14,22 @@ from torch import Tensor
 
 from pipeline import ensemble
 from pipeline.config import Config
+from pipeline.ensemble import Rule
 from pipeline.errors import UserError
-from pipeline.evaluation.metrics import THRESHOLD
 from pipeline.files import read_json, write_json
 from pipeline.models import classifier
-from pipeline.models.classifier import Classifier
+from pipeline.models.classifier import Architecture, Classifier
 
 BAG = "bag"
 BATCH = 32  # images that all members see at once
 FILES = ["model.safetensors", "model.json"]  # of a member
-Tie = Literal["positive", "negative", "mean"]
 
 
 class Candidate:
-    """Classifiers that judge together; a single one is its own majority."""
+    """Classifiers that judge together, by a rule."""
 
-    def __init__(
-        self, members: Mapping[str, Classifier], method: Literal["vote", "mean"], tie: Tie, threshold: float
-    ) -> None:
-        self.members, self.threshold = members, threshold
-        self._method: Literal["vote", "mean"] = method
-        self._tie: Tie = tie
+    def __init__(self, members: Mapping[str, Classifier], rule: Rule) -> None:
+        self.members, self.rule = members, rule
         architectures = [network.architecture for network in members.values()]
         ((self.packed_size, self.resize),) = {(one.packed_size, one.resize) for one in architectures}
 
@@ -41,7 +37,7 @@ class Candidate:
         """Judge grey images (N, packed_size, packed_size), uint8.
 
         Returns:
-            A row per image: `probability` of COVID-19 (of several members the mean), and `label`, 0 or 1.
+            A row per image: `probability` of COVID-19 (of several members the combined one), and `label`, 0 or 1.
         """
         device = next(iter(self.members.values())).scale.device
         parts = [
@@ -49,9 +45,7 @@ class Candidate:
             for part in pixels.split(BATCH)
         ]
         found = pd.DataFrame(torch.cat(parts).numpy(), columns=list(self.members))
-        combined = ensemble.combine(found, self._tie, self.threshold)
-        labels = ensemble.labels(combined, self._method, self.threshold)
-        return pd.DataFrame({"probability": combined["mean"].astype(float), "label": labels})
+        return ensemble.judge(found, self.rule)
 
 
 def members(config: Config) -> dict[str, dict[str, Path]]:
@@ -61,21 +55,22 @@ def members(config: Config) -> dict[str, dict[str, Path]]:
     return {**seeds, BAG: {name: models[name] for name in (f"seed-{seed}" for seed in config.members)}}
 
 
-def assemble(folder: Path, models: Mapping[str, Path], method: Literal["vote", "mean"], tie: Tie) -> None:
-    """Write a folder that `load` takes, from the folders of the members."""
+def assemble(folder: Path, models: Mapping[str, Path], rule: Rule) -> None:
+    """Write a folder that `load` takes, from the folders of the members, in the order of the rule."""
     for name, model in models.items():
         (folder / name).mkdir(parents=True)
         for file in FILES:
             shutil.copyfile(model / file, folder / name / file)
-    rule = {"method": method, "tie": tie} if len(models) > 1 else {"method": "mean", "tie": "mean"}
-    write_json(folder / "candidate.json", {"members": list(models), "threshold": THRESHOLD, **rule})
+    write_json(folder / "candidate.json", {"members": list(models), **asdict(rule)})
 
 
 def identity(folder: Path) -> str:
-    """Return what tells a candidate from any other, 64 hexadecimal digits: a hash of its weights and its rule."""
+    """Return what tells a candidate from any other, 64 hexadecimal digits: a hash of its models and its rule."""
     facts = read_json(folder / "candidate.json")
-    weights = [read_json(folder / name / "model.json")["weights_sha256"] for name in facts.pop("members")]
-    return hashlib.sha256(json.dumps([sorted(weights), facts], sort_keys=True).encode()).hexdigest()
+    descriptions = [read_json(folder / name / "model.json") for name in facts.pop("members")]
+    models = [{key: one[key] for key in (*Architecture.__dataclass_fields__, "weights_sha256")} for one in descriptions]
+    models.sort(key=lambda model: str(model["weights_sha256"]))
+    return hashlib.sha256(json.dumps([models, facts], sort_keys=True).encode()).hexdigest()
 
 
 def load(folder: Path, device: torch.device) -> Candidate:
@@ -92,4 +87,7 @@ def load(folder: Path, device: torch.device) -> Candidate:
         }
     except FileNotFoundError as error:
         raise UserError(f"{error.filename}: not found; this is no whole model of this pipeline") from None
-    return Candidate(members, **facts)
+    # Models that were registered before members had operating points of their own vote at the common one.
+    count = len(members)
+    older = {"thresholds": [facts["threshold"]] * count, "weights": [1 / count] * count}
+    return Candidate(members, Rule(**older | facts))

@@ -7,8 +7,6 @@ film curve. They serve to exercise the pipeline; nothing measured on them says a
 import io
 import math
 import multiprocessing
-import zipfile
-from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
@@ -16,11 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 from joblib import cpu_count
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from rich.console import Console
 from rich.progress import track
+
+from pipeline.sources import writing
 
 if TYPE_CHECKING:
     from pipeline.config import PhantomParams
@@ -62,28 +63,19 @@ def write(params: "PhantomParams", target: Path) -> None:
     are nowhere in it.
     """
     planned = cases(params)
-    train = [case for case in planned if case.split == "train"]
-    test = [case for case in planned if case.split == "test"]
-    metadata = ((case.file, f"p{case.patient:05d}", case.source, case.view) for case in planned)
-    tables = {
-        "train_labels.csv": _csv("File,Label", ((case.file, case.label) for case in train)),
-        "sample_submission.csv": _csv("File,Label", ((case.file, 0) for case in test)),
-        "metadata.csv": _csv("File,patient,source,view", metadata),
-    }
+    rows = pd.DataFrame({
+        "file": [case.file for case in planned],
+        "label": pd.array([case.label if case.split == "train" else None for case in planned], dtype="Int64"),
+        "patient": [f"p{case.patient:05d}" for case in planned],
+        "source": [case.source for case in planned],
+        "view": [case.view for case in planned],
+    })  # fmt: skip
     console = Console(stderr=True)
     # A forked worker could inherit a lock that the progress bar's thread holds; a spawned one cannot.
-    context = multiprocessing.get_context("spawn")
-    with (
-        zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive,
-        ProcessPoolExecutor(cpu_count(), context) as pool,
-    ):
-        for name, text in tables.items():
-            archive.writestr(_entry(name), text)
-        images = zip(planned, pool.map(_jpeg, planned, chunksize=8), strict=True)
-        for case, image in track(
-            images, "Drawing radiographs", len(planned), console=console, disable=not console.is_terminal
-        ):
-            archive.writestr(_entry(f"{case.split}/{case.split}/{case.file}"), image)
+    with ProcessPoolExecutor(cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        drawn = pool.map(_jpeg, planned, chunksize=8)
+        shown = track(drawn, "Drawing radiographs", len(planned), console=console, disable=not console.is_terminal)
+        writing.write(rows, shown, target)
 
 
 def cases(params: "PhantomParams") -> list[Case]:
@@ -442,14 +434,3 @@ def _jpeg(case: Case) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(draw(case)).convert("RGB").save(stream, "JPEG", quality=75, subsampling="4:2:0")
     return stream.getvalue()
-
-
-def _csv(header: str, rows: Iterable[tuple[object, ...]]) -> str:
-    return "\n".join([header, *(",".join(map(str, row)) for row in rows), ""])
-
-
-def _entry(name: str) -> zipfile.ZipInfo:
-    entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
-    entry.external_attr = 0o644 << 16
-    entry.create_system = 3  # Unix, whatever system writes it
-    return entry

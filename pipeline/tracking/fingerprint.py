@@ -29,10 +29,19 @@ def of_training(config: Config, root: Path = Path(), **own: Any) -> str:
     files = {STOOD_FOR.get(dep, dep) for dep in deps}
     content = {
         "params": config.active.train.model_dump(),
+        "cross_validate": config.active.split.cross_validate,
         "files": {str(path.relative_to(root)): sha256(path) for name in files for path in _files(root / name)},
         **own,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def parent_name(config: Config, mark: str) -> str:
+    return f"{config.active.train.backbone.removeprefix('timm/')} · {mark[:4]}"
+
+
+def seed_name(config: Config, seed: int, mark: str) -> str:
+    return f"seed-{seed} · {parent_name(config, mark)}"
 
 
 def _files(path: Path) -> list[Path]:

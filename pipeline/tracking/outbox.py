@@ -3,16 +3,19 @@
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import chain, repeat
 from queue import SimpleQueue
 from threading import Thread
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self, TypeVar
 
-from mlflow.exceptions import MlflowException
+from pipeline.errors import Interrupted, UnreachableError, UserError, first_line
 
-from pipeline.errors import Interrupted
-from pipeline.tracking.runs import SeedRun
+if TYPE_CHECKING:
+    from pipeline.tracking.runs import SeedRun
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -21,12 +24,14 @@ PATIENCE = 30  # seconds that the end of a training waits for MLflow
 
 
 class Outbox:
-    """Makes calls on a run, in order; a call that fails is made again until it is answered."""
+    """Opens a run and makes calls on it, in order; a call that fails is made again until it is answered."""
 
-    def __init__(self, run: SeedRun) -> None:
-        self._run = run
+    def __init__(self, open_run: "Callable[[], SeedRun]") -> None:
+        """Name what opens the run: it is called by the thread, for importing MLflow alone takes seconds."""
+        self._open_run = open_run
         self._calls: SimpleQueue[Callable[[SeedRun], None] | None] = SimpleQueue()
-        self._warned = False
+        self._warned = self._delivered = False
+        self._refusal: UserError | None = None
 
     def __enter__(self) -> Self:
         self._thread = Thread(target=self._deliver, daemon=True)
@@ -42,26 +47,38 @@ class Outbox:
             self.put(lambda run: run.close(status))
         self._calls.put(None)
         self._thread.join(PATIENCE)
-        if self._thread.is_alive() and not kind:
-            log.warning("MLflow did not take all of this run; cxr sync completes it")
+        if not self._delivered and not kind:
+            reason = f" ({self._refusal})" if self._refusal else ""
+            log.warning("MLflow did not take all of this run%s; cxr sync completes it", reason)
 
-    def put(self, call: Callable[[SeedRun], None]) -> None:
+    def put(self, call: "Callable[[SeedRun], None]") -> None:
         """Have `call` made on the run, after all that were put before."""
         self._calls.put(call)
 
-    def _deliver(self) -> None:
-        while call := self._calls.get():
-            self._insist(call)
+    def check(self) -> None:
+        """Raise what only a user can mend, such as a wrong password, once it is known."""
+        if self._refusal:
+            raise self._refusal
 
-    def _insist(self, call: Callable[[SeedRun], None]) -> None:
-        for pause in chain(PAUSES, repeat(PAUSES[-1])):
+    def _deliver(self) -> None:
+        try:
+            run = self._insist(self._open_run)
+        except UserError as refusal:
+            self._refusal = refusal
+            return
+        while call := self._calls.get():
+            self._insist(partial(call, run))
+        self._delivered = True
+
+    def _insist(self, call: Callable[[], T]) -> T:
+        pauses = chain(PAUSES, repeat(PAUSES[-1]))
+        while True:
             try:
-                call(self._run)
-            except (MlflowException, OSError) as error:
+                return call()
+            except Exception as error:  # whatever a store raises, training goes on
+                if isinstance(error, UserError) and not isinstance(error, UnreachableError):
+                    raise
                 if not self._warned:
-                    reason = (str(error) or type(error).__name__).splitlines()[0]
-                    log.warning("MLflow does not answer (%s); training goes on and tells it later", reason)
+                    log.warning("MLflow does not answer (%s); training goes on and tells it later", first_line(error))
                     self._warned = True
-                time.sleep(pause)
-            else:
-                return
+                time.sleep(next(pauses))

@@ -1,7 +1,7 @@
 """The registered model of a profile: its versions, its champions from the first to the present one, and its aliases.
 
-MLflow keeps no history of an alias. So each change of champion is a tag of the registered model, numbered and never
-changed, and the alias follows the last of them.
+MLflow keeps no history of an alias. So each change of champion is a tag of the registered model, and the alias follows
+the last of them.
 """
 
 import base64
@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from uuid import uuid4
 
 import mlflow
 import numpy as np
@@ -29,13 +30,13 @@ from mlflow.types.schema import AnyType
 from PIL import Image
 
 import pipeline
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 from pipeline.models import candidate
 from pipeline.tracking.store import Store
 
 IDENTITY = "identity"
 CHAMPION, CHALLENGER = "champion", "challenger"
-REIGN = "champion."  # the tags of the registered model that hold its champions, champion.0001 and so on
+REIGN = "champion."  # the tags of the registered model that hold its champions, champion.0001.… and so on
 FOLDER = "candidate"  # of a version's artifacts, as it was called where it was assembled
 REQUIREMENTS = [
     "mlflow", "numpy", "pandas", "pillow", "pydicom", "safetensors", "scikit-learn", "simplejpeg", "timm", "torch",
@@ -44,7 +45,7 @@ REQUIREMENTS = [
 DESCRIPTION = """Tells COVID-19 positive chest radiographs from negative ones. For research and teaching, no diagnosis.
 
 `champion` is the version to use, `challenger` the best one of the last run. `cxr history` shows who was champion, from
-the tags `champion.0001` and so on; `cxr rollback` goes back.
+the tags `champion.0001.…` and so on; `cxr rollback` goes back.
 """
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(AnyType(), "image")]),
@@ -79,7 +80,8 @@ def register(
     with store.lock:
         try:
             store.client.get_registered_model(name)
-        except MlflowException:
+        except MlflowException as error:
+            _expect_missing(error)
             store.client.create_registered_model(name, description=DESCRIPTION)
         known = store.client.search_model_versions(f"name = '{name}' AND tags.{IDENTITY} = '{mark}'")
         if known:
@@ -99,7 +101,8 @@ def find(store: Store, name: str, wanted: str) -> ModelVersion:
         if wanted.isdecimal():
             return store.client.get_model_version(name, wanted)
         return store.client.get_model_version_by_alias(name, wanted)
-    except MlflowException:
+    except MlflowException as error:
+        _expect_missing(error)
         known = [str(version.version) for version in versions(store, name)]
         there = f"versions {', '.join(known)}" if known else "nothing is registered yet"
         raise UserError(
@@ -121,7 +124,8 @@ def history(store: Store, name: str) -> list[Reign]:
     """Return the reigns so far, the first one first."""
     try:
         tags = store.client.get_registered_model(name).tags
-    except MlflowException:
+    except MlflowException as error:
+        _expect_missing(error)
         return []
     return [Reign(**json.loads(tags[key])) for key in sorted(tags) if key.startswith(REIGN)]
 
@@ -136,24 +140,31 @@ def crown(store: Store, name: str, chosen: ModelVersion, why: str, *, rollback: 
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     reign = json.dumps(asdict(Reign(str(chosen.version), now, why, rollback)))
     with store.lock:
-        for pause in (0.1, 0.2, 0.4, 0.8, None):
-            number = len(history(store, name)) + 1
-            try:
-                store.client.set_registered_model_tag(name, f"{REIGN}{number:04}", reign)
-                break
-            except MlflowException:  # another machine has just taken this number
-                if pause is None:
-                    raise
-                time.sleep(pause)
+        number = len(history(store, name)) + 1
+        # Another machine may take this number at the same moment; what follows it keeps both.
+        store.client.set_registered_model_tag(name, f"{REIGN}{number:04}.{uuid4().hex[:8]}", reign)
         settle(store, name)
 
 
 def settle(store: Store, name: str) -> None:
     """Let the alias follow the history, until it does: another machine may be crowning at this moment."""
-    while reigns := history(store, name):
-        store.client.set_registered_model_alias(name, CHAMPION, reigns[-1].version)
-        if history(store, name)[-1] == reigns[-1]:
-            return
+    for pause in (0.1, 0.2, 0.4, 0.8, None):
+        last = _last(store, name)
+        try:
+            if last:
+                store.client.set_registered_model_alias(name, CHAMPION, last.version)
+            if _last(store, name) == last:
+                return
+        except MlflowException:
+            if pause is None:
+                raise
+        time.sleep(pause or 0)
+
+
+def _last(store: Store, name: str) -> Reign | None:
+    """Return the last reign whose version was not deleted."""
+    there = {str(version.version) for version in versions(store, name)}
+    return next((reign for reign in reversed(history(store, name)) if reign.version in there), None)
 
 
 def before(reigns: list[Reign]) -> Reign:
@@ -181,15 +192,9 @@ def check(known: ModelVersion) -> None:
     """
     with files(known) as folder:
         try:
-            # Loading compares the weights with their description, and the identity both with the tag.
-            candidate.load(folder, torch.device("cpu"))
-            found = candidate.identity(folder)
-        except (UserError, KeyError, ValueError) as error:
-            raise UserError(f"{known.name} version {known.version} is damaged: {error}") from None
-    if found != known.tags.get(IDENTITY):
-        raise UserError(
-            f"{known.name} version {known.version} does not hold the model that was registered; do not use it"
-        )
+            candidate.load(folder, torch.device("cpu"))  # which compares the weights with their description
+        except Exception as error:
+            raise _damaged(known, first_line(error)) from error
 
 
 @contextmanager
@@ -197,18 +202,36 @@ def files(known: ModelVersion) -> Iterator[Path]:
     """Bring a version's candidate here while the block runs.
 
     Raises:
-        UserError: its files are gone, or were not logged by this pipeline.
+        UserError: its files are gone, were not logged by this pipeline, or are not those that were registered.
     """
     with tempfile.TemporaryDirectory() as scratch:
         try:
             path = mlflow.artifacts.download_artifacts(f"models:/{known.name}/{known.version}", dst_path=scratch)
         except (MlflowException, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{known.name} version {known.version}: its files are missing: {reason}") from None
+            raise _damaged(known, f"its files are missing: {first_line(error)}") from None
         folder = Path(path, "artifacts", FOLDER)
         if not (folder / "candidate.json").is_file():
             raise UserError(f"{known.name} version {known.version} is not a model of this pipeline; choose another")
+        try:
+            mark = candidate.identity(folder)
+        except (OSError, ValueError, KeyError) as error:
+            raise _damaged(known, first_line(error)) from None
+        if mark != known.tags.get(IDENTITY):
+            raise _damaged(known, "it does not hold the model that was registered")
         yield folder
+
+
+def _damaged(known: ModelVersion, reason: str) -> UserError:
+    return UserError(
+        f"{known.name} version {known.version} is damaged: {reason}; use another one, or delete it in MLflow and run: "
+        "cxr sync"
+    )
+
+
+def _expect_missing(error: MlflowException) -> None:
+    """Raise what does not say that something is not there: that MLflow failed must not look like that."""
+    if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+        raise error
 
 
 def _log_model(store: Store, run_id: str, folder: Path, example: np.ndarray) -> str:

@@ -3,6 +3,8 @@
 A run is completed from what DVC holds, so a resumed, a repeated and a restored training are one run.
 """
 
+import hashlib
+import json
 import os
 import socket
 import subprocess
@@ -30,12 +32,15 @@ from pipeline import manifest
 from pipeline.config import Config
 from pipeline.files import dvc_hash, read_json, sha256
 from pipeline.tracking import fingerprint
+from pipeline.tracking.address import root
 from pipeline.tracking.store import Store
 
 FINGERPRINT = "fingerprint"
 EXPERIMENT = "dvc.experiment"
 WORKER = "worker"  # the machine and the process that trains
+WORKSPACE = "workspace"  # the machine and the folder whose DVC experiments a run may be of
 MANIFEST = Path("data/manifest.csv")
+CARD = [Path("data/card.json"), Path("data/card.md")]
 CHECKPOINT = "checkpoint"  # where a run keeps its model's files
 SEED_FILES = ["model.safetensors", "model.json", "history.csv", "metrics.json"]
 
@@ -44,18 +49,10 @@ def parent_run(store: Store, config: Config) -> Run:
     """Return the run that gathers all seeds; it waits for them until `finish_parent` closes it."""
     _close_killed(store)
     mark = fingerprint.of_training(config)
-    run = _find_or_make(store, config, mark, parent_name(config, mark), {})
+    run = _find_or_make(store, config, mark, fingerprint.parent_name(config, mark), {})
     if run.info.status == "RUNNING":  # as which MLflow makes every run, but no process stands for this one
         store.client.update_run(run.info.run_id, status="SCHEDULED")
     return run
-
-
-def parent_name(config: Config, mark: str) -> str:
-    return f"{config.active.train.backbone.removeprefix('timm/')} · {mark[:4]}"
-
-
-def seed_name(config: Config, seed: int, mark: str) -> str:
-    return f"seed-{seed} · {parent_name(config, mark)}"
 
 
 class SeedRun:
@@ -64,7 +61,7 @@ class SeedRun:
     def __init__(self, store: Store, config: Config, parent: Run, seed: int, mark: str) -> None:
         worker = {WORKER: _worker(psutil.Process())}
         of = {MLFLOW_PARENT_RUN_ID: parent.info.run_id}
-        run = _find_or_make(store, config, mark, seed_name(config, seed, mark), of | worker)
+        run = _find_or_make(store, config, mark, fingerprint.seed_name(config, seed, mark), of | worker)
         self.run_id = run.info.run_id
         self.finished = run.info.status == "FINISHED"
         self._client = store.client
@@ -73,9 +70,10 @@ class SeedRun:
             return
         history = self._client.get_metric_history(self.run_id, "validation/f1")
         self._last_epoch = max((metric.step for metric in history), default=0)
-        params = {"seed": seed, **config.active.train.model_dump()}
+        params = {"seed": seed, "fold": config.active.split.fold(seed), **config.active.train.model_dump()}
         self._client.log_batch(self.run_id, params=[Param(key, str(value)) for key, value in params.items()])
-        self._log_dataset()
+        with store.lock:  # MLflow fails where two runs bring the same dataset at once
+            self._log_dataset()
         self._client.set_tag(self.run_id, WORKER, worker[WORKER])
         self._client.update_run(self.run_id, status="RUNNING")
 
@@ -117,10 +115,9 @@ class SeedRun:
         self._last_epoch = epoch
 
     def take_checkpoint(self, weights: Path) -> None:
-        """Store the best weights so far, in place of the last ones, and delete the file."""
+        """Store the best weights so far in place of the last ones."""
         if not self.finished:
             self._client.log_artifact(self.run_id, str(weights), CHECKPOINT)
-        weights.unlink()
 
     def finish(self, folder: Path) -> None:
         """Complete the run from the outs of its training, and close it."""
@@ -163,24 +160,33 @@ def log_metrics(
 
 
 def finish_parent(store: Store, run: Run, report: Path, bag: Mapping[str, Any]) -> None:
-    """Give the parent run the table of all models as its description, the bag's figures and the report's files."""
-    digest = sha256(report / "table.csv")
+    """Give the parent run the table of all models as its description, the bag's figures, report and data card."""
+    digest = hashlib.sha256(json.dumps([sha256(report / "table.csv"), bag]).encode()).hexdigest()
     if run.data.tags.get("report") == digest:
         return
     for file in sorted(path for path in report.iterdir() if path.is_file()):
         store.client.log_artifact(run.info.run_id, str(file), "report")
+    for file in CARD:
+        store.client.log_artifact(run.info.run_id, str(file), "data")
     log_metrics(store.client, run.info.run_id, {f"bag/{key}": value for key, value in bag.items()})
     store.client.set_tag(run.info.run_id, MLFLOW_RUN_NOTE, (report / "table.md").read_text(encoding="utf-8"))
-    store.client.set_tag(run.info.run_id, "report", digest)
     store.client.set_terminated(run.info.run_id, "FINISHED")
+    store.client.set_tag(run.info.run_id, "report", digest)  # last: from here on the run is complete
+
+
+def find(store: Store, mark: str) -> Run | None:
+    """Return the run with this fingerprint."""
+    found = store.client.search_runs([store.experiment_id], f"tags.{FINGERPRINT} = '{mark}'", max_results=1)
+    return found[0] if found else None
 
 
 def _find_or_make(store: Store, config: Config, mark: str, name: str, tags: dict[str, str]) -> Run:
     with store.lock:
-        found = store.client.search_runs([store.experiment_id], f"tags.{FINGERPRINT} = '{mark}'", max_results=1)
+        found = find(store, mark)
         if found:
-            return found[0]
-        tags = {FINGERPRINT: mark, "profile": config.profile, "data": dvc_hash(MANIFEST), **tags, **origin()}
+            return found
+        facts = {FINGERPRINT: mark, "profile": config.profile, "data": dvc_hash(MANIFEST), WORKSPACE: _workspace()}
+        tags = {**facts, **tags, **origin()}
         return store.client.create_run(store.experiment_id, tags=tags, run_name=name)
 
 
@@ -196,9 +202,14 @@ def origin() -> dict[str, str]:
 
 
 def runs_of_others(store: Store, experiments: Collection[str]) -> list[Run]:
-    """Return the runs of DVC experiments that are not among `experiments`."""
-    found = store.client.search_runs([store.experiment_id], max_results=50_000)
+    """Return this workspace's runs of DVC experiments that are not among `experiments`, but none that trains now."""
+    wanted = f"tags.{WORKSPACE} = '{_workspace()}' and attributes.status != 'RUNNING'"
+    found = store.client.search_runs([store.experiment_id], wanted, max_results=50_000)
     return [run for run in found if run.data.tags.get(EXPERIMENT, "") not in ["", *experiments]]
+
+
+def _workspace() -> str:
+    return f"{socket.gethostname()}:{root()}"
 
 
 def _close_killed(store: Store) -> None:
@@ -206,7 +217,9 @@ def _close_killed(store: Store) -> None:
     for run in store.client.search_runs([store.experiment_id], "attributes.status = 'RUNNING'"):
         host, _, process = run.data.tags.get(WORKER, "").rpartition(" ")
         if host == socket.gethostname() and not _lives(process):
-            store.client.set_terminated(run.info.run_id, "KILLED")
+            now = store.client.get_run(run.info.run_id)  # it may have ended well just before its process did
+            if now.info.status == "RUNNING":
+                store.client.set_terminated(run.info.run_id, "KILLED")
 
 
 def _worker(process: psutil.Process) -> str:

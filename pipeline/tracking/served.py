@@ -61,7 +61,7 @@ def _pixels(image: Any, size: int, resize: Resize) -> np.ndarray:
         if isinstance(image, np.ndarray | list):
             return images.square(np.asarray(image), size, resize)
         return images.decode(image if isinstance(image, bytes) else _read(image), size, resize)[0]
-    except (images.UnusableError, OSError) as reason:
+    except (images.UnusableError, OSError, TypeError, ValueError) as reason:
         raise MlflowException(f"not a usable radiograph: {reason}", INVALID_PARAMETER_VALUE) from None
 
 

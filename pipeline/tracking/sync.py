@@ -11,70 +11,104 @@ import numpy as np
 import pandas as pd
 from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from pipeline import ensemble, layout
 from pipeline.config import Config
 from pipeline.dataset import read_table
-from pipeline.evaluation.comparison import calibration_error, f1_difference
-from pipeline.evaluation.metrics import Scores, best_model, called, score
-from pipeline.files import dvc_hash, read_json
+from pipeline.errors import UserError
+from pipeline.evaluation import calibration
+from pipeline.evaluation.intervals import f1_difference
+from pipeline.evaluation.metrics import Scores, best_model, score
+from pipeline.files import dvc_hash, read_json, write_json
 from pipeline.models import candidate
 from pipeline.models.candidate import BAG
 from pipeline.tracking import fingerprint, registry
-from pipeline.tracking.runs import MANIFEST, SeedRun, finish_parent, origin, parent_name, parent_run, runs_of_others
+from pipeline.tracking.runs import MANIFEST, SeedRun, finish_parent, origin, parent_run, runs_of_others
 from pipeline.tracking.store import Store, connect
+
+DECISIONS = Path("metrics/promotion.json")
 
 
 class Decision(TypedDict):
-    """How the best candidate fared against the champion; figures of a comparison that was not made are missing."""
+    """Who was to become champion and whether it did; figures that the decision did not need are missing."""
 
-    new: bool  # not so when the candidate is champion already
-    run: str  # the name of the parent run in MLflow
+    run: str | None  # the name of the parent run in MLflow
     candidate: str
+    version: str
     promoted: bool
     why: str
-    f1: float
+    f1: float | None
     champion_f1: float | None
     difference: float | None
     low: float | None
     high: float | None
     probability: float | None
-    calibration_error: float
+    calibration_error: float | None
     data: str
 
 
 def sync(config: Config) -> Decision:
     """Complete runs and registry from what DVC holds, and let the best candidate try for champion.
 
-    Done twice, it changes nothing more.
+    The decision becomes a row of metrics/promotion.json and tags of the version. Done twice, it changes nothing more.
 
     Raises:
-        UserError: MLflow cannot be used, or the champion's files are not what they were.
+        UserError: MLflow cannot be used, or the best candidate's files are not what they were.
     """
-    store = connect(config.model_name)
+    store, name = connect(config.model_name), config.model_name
     versions = complete(store, config)
     judged = Judged(config)
     best = best_model(judged.scores)
-    with store.lock:
-        store.client.set_registered_model_alias(config.model_name, registry.CHALLENGER, versions[best].version)
-        registry.settle(store, config.model_name)
-        champion = registry.champion(store, config.model_name)
+    registry.check(versions[best])
+    store.client.set_registered_model_alias(name, registry.CHALLENGER, versions[best].version)
+    registry.settle(store, name)
+    while True:
+        champion = registry.champion(store, name)
         decision = decide(config, judged, versions, best, champion)
-        if decision["new"]:
-            _write_down(store, versions[best], champion, decision)
-            if decision["promoted"]:
-                registry.crown(store, config.model_name, versions[best], decision["why"])
+        with store.lock:
+            if _number(registry.champion(store, name)) == _number(champion):  # nobody was promoted meanwhile
+                if _number(champion) != _number(versions[best]):
+                    _carry_out(store, versions[best], champion, decision)
+                elif not DECISIONS.exists():
+                    _record(decision)
+                return decision
+
+
+def crown(config: Config, wanted: str, why: str, *, rollback: bool = False) -> Decision:
+    """Make a version champion, whatever the gate says, and write that down as `sync` does.
+
+    Args:
+        config: whose registered model it is.
+        wanted: an alias or a number.
+        why: for those who read `cxr history`.
+        rollback: whether it goes back to an earlier champion.
+
+    Raises:
+        UserError: there is no such version, it is champion already, or its files are not what they were.
+    """
+    store, name = connect(config.model_name), config.model_name
+    with store.lock:
+        chosen, champion = registry.find(store, name, wanted), registry.champion(store, name)
+        if _number(champion) == _number(chosen):
+            raise UserError(f"{name}: version {chosen.version} is champion already; see: cxr history")
+        about = {key: chosen.tags.get(key, "") for key in ("candidate", "data")}
+        told = {**about, "version": str(chosen.version), "promoted": True, "why": why}
+        decision: Decision = {**dict.fromkeys(Decision.__annotations__), **told}  # type: ignore[typeddict-item]
+        _carry_out(store, chosen, champion, decision, rollback=rollback)
     return decision
 
 
 def said(name: str, decision: Decision) -> str:
     """Put a decision about the registered model `name` into one line."""
     verdict = "is champion" if decision["promoted"] else "is challenger, not champion"
-    return f"{name}: {decision['candidate']} {verdict}: {decision['why']}"
+    return f"{name} version {decision['version']} ({decision['candidate']}) {verdict}: {decision['why']}"
 
 
 def removable(config: Config, experiments: Collection[str]) -> list[Run]:
-    """Return the runs of DVC experiments that are not among `experiments`, but no run of what is here or was champion.
+    """Return this workspace's runs of DVC experiments that are not among `experiments`.
+
+    What trains now, belongs to what is here, or was champion, is not among them.
 
     Raises:
         UserError: MLflow cannot be used.
@@ -84,6 +118,7 @@ def removable(config: Config, experiments: Collection[str]) -> list[Run]:
     reigned = {reign.version for reign in registry.history(store, config.model_name)}
     known = registry.versions(store, config.model_name)
     kept = {version.run_id for version in [*present, *(one for one in known if str(one.version) in reigned)]}
+    kept |= {store.client.get_run(str(run_id)).data.tags.get(MLFLOW_PARENT_RUN_ID) for run_id in kept}
     return [run for run in runs_of_others(store, experiments) if run.info.run_id not in kept]
 
 
@@ -113,11 +148,11 @@ def complete(store: Store, config: Config) -> dict[str, ModelVersion]:
 
     table = read_table(MANIFEST.parent)
     example = np.load("data/images.npy", mmap_mode="r")[table.index[table["subset"] == "validation"][0]]
-    versions, shared = {}, {"data": dvc_hash(MANIFEST), **origin()}
+    rules, versions, shared = ensemble.read_rules(), {}, {"data": dvc_hash(MANIFEST), **origin()}
     for name, folders in members.items():
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch, registry.FOLDER)
-            candidate.assemble(folder, folders, bag.method, bag.tie)
+            candidate.assemble(folder, folders, rules[name])
             versions[name] = registry.register(
                 store, config.model_name, runs[name], folder, example, {"candidate": name, **shared}
             )
@@ -132,15 +167,18 @@ class Judged:
         table = read_table(MANIFEST.parent).set_index("file").loc[predictions["file"]]
         self.files, self.labels = predictions["file"], predictions["label"].to_numpy()
         self.groups = table["group"].to_numpy()
-        models = [f"seed-{seed}" for seed in config.seeds]
-        members = predictions[[f"seed-{seed}" for seed in config.members]]
-        method, tie = config.active.bag.method, config.active.bag.tie
-        bag = ensemble.combine(members, tie)
-        self.probabilities = predictions[models].assign(**{BAG: bag["mean"]})
-        self.called = called(self.probabilities).assign(**{BAG: ensemble.labels(bag, method)})
+        rules = ensemble.read_rules()
+        answers = {
+            name: ensemble.judge(predictions[list(members)], rules[name])
+            for name, members in candidate.members(config).items()
+        }
+        self.probabilities, self.called = (
+            pd.DataFrame({name: answer[column] for name, answer in answers.items()})
+            for column in ("probability", "label")
+        )
         self.scores: Mapping[str, Scores] = {
             name: score(self.labels, self.probabilities[name].to_numpy(), self.called[name].to_numpy())
-            for name in [*models, BAG]
+            for name in answers
         }
 
     def called_by(self, version: ModelVersion) -> np.ndarray:
@@ -160,15 +198,16 @@ def decide(
 ) -> Decision:
     """Hold the best candidate against what is required, and against the champion on the same images."""
     params, scores = config.active.promote, judged.scores[best]
-    error = calibration_error(judged.labels, judged.probabilities[best].to_numpy())
+    error = calibration.error(judged.labels, judged.probabilities[best].to_numpy())
     decision: Decision = {
-        "new": True, "run": parent_name(config, fingerprint.of_training(config)), "candidate": best,
-        "promoted": False, "why": "", "f1": scores["f1"], "champion_f1": None, "difference": None, "low": None,
-        "high": None, "probability": None, "calibration_error": error, "data": dvc_hash(MANIFEST),
+        "run": fingerprint.parent_name(config, fingerprint.of_training(config)), "candidate": best,
+        "version": str(versions[best].version), "promoted": False, "why": "", "f1": scores["f1"], "champion_f1": None,
+        "difference": None, "low": None, "high": None, "probability": None, "calibration_error": error,
+        "data": dvc_hash(MANIFEST),
     }  # fmt: skip
     figure = f"validation F1 {scores['f1']:.4f}"
     if champion and champion.version == versions[best].version:
-        return {**decision, "new": False, "promoted": True, "why": f"{figure}; it is champion already"}
+        return {**decision, "promoted": True, "why": f"{figure}; it is champion already"}
     required: list[tuple[str, Any, bool]] = [
         ("sensitivity", scores["recall"], (scores["recall"] or 0) >= params.min_sensitivity),
         ("specificity", scores["specificity"], (scores["specificity"] or 0) >= params.min_specificity),
@@ -180,6 +219,10 @@ def decide(
     if champion is None:
         return {**decision, "promoted": True, "why": f"{figure}; there was no champion"}
 
+    try:
+        registry.check(champion)
+    except UserError as broken:
+        return {**decision, "promoted": True, "why": f"{figure}; the champion cannot be used any more: {broken}"}
     known = [name for name, version in versions.items() if version.version == champion.version]
     theirs = judged.called[known[0]].to_numpy() if known else judged.called_by(champion)
     ours = judged.called[best].to_numpy()
@@ -194,14 +237,29 @@ def decide(
     return {**decision, **found, "promoted": promoted, "champion_f1": theirs_f1, "why": why}
 
 
-def _write_down(store: Store, version: ModelVersion, champion: ModelVersion | None, decision: Decision) -> None:
-    """Keep a decision as tags of the version that it is about."""
+def _carry_out(
+    store: Store, version: ModelVersion, champion: ModelVersion | None, decision: Decision, *, rollback: bool = False
+) -> None:
+    """Move the alias if that was decided, and keep the decision as tags of the version and as a row."""
+    if decision["promoted"]:
+        registry.crown(store, version.name, version, decision["why"], rollback=rollback)
     tags = {
         "decision": f"{'promoted' if decision['promoted'] else 'not promoted'}: {decision['why']}",
-        "champion_then": champion.version if champion else "none",
-        **{f"validation_{key}": decision[key] for key in ("f1", "calibration_error")},
+        "champion_then": _number(champion) or "none",
+        **{f"validation_{key}": decision[key] for key in ("f1", "calibration_error") if decision[key] is not None},
         **origin(),
     }
     for key, value in tags.items():
         store.client.set_model_version_tag(version.name, version.version, key, str(value))
     store.client.update_model_version(version.name, version.version, f"{decision['candidate']}: {tags['decision']}")
+    _record(decision)
+
+
+def _record(decision: Decision) -> None:
+    decisions = read_json(DECISIONS)["decisions"] if DECISIONS.exists() else []
+    if not decisions or decision != decisions[-1]:
+        write_json(DECISIONS, {**decision, "decisions": [*decisions, decision]})
+
+
+def _number(version: ModelVersion | None) -> str | None:
+    return str(version.version) if version else None

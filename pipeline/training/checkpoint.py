@@ -3,10 +3,13 @@
 import logging
 import os
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from pipeline.files import replacing
 
@@ -19,6 +22,19 @@ class Checkpoint:
     def __init__(self, folder: Path, fingerprint: str) -> None:
         self.path = folder / f"{fingerprint}.pt"
         self._fingerprint = fingerprint
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Let no other process train the same run while the block runs; the first of two makes the second wait."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path.with_suffix(".lock"))
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            log.warning("another process trains this run; waiting for its end")
+        with lock:
+            yield
+            Path(lock.lock_file).unlink()
 
     def save(self, state: dict[str, Any]) -> None:
         """Put the state, which is made of numbers, texts and tensors, in place of the last one."""

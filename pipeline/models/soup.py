@@ -1,0 +1,20 @@
+"""The uniform average of the weights of several classifiers as one (Wortsman et al. 2022, arXiv:2203.05482)."""
+
+from collections.abc import Sequence
+
+import torch
+
+from pipeline.models.classifier import Classifier
+
+
+def average(networks: Sequence[Classifier]) -> Classifier:
+    """Return a classifier whose weights are the mean of theirs, as are its batch statistics; see `ensemble.no_soup`."""
+    states = [network.state_dict() for network in networks]
+    soup = Classifier(networks[0].architecture)
+    soup.load_state_dict(
+        {
+            name: torch.stack([state[name].double() for state in states]).mean(dim=0).to(value.dtype)
+            for name, value in states[0].items()
+        }
+    )
+    return soup.to(networks[0].scale.device).eval()
