@@ -13,8 +13,8 @@ from pipeline.errors import UserError
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 Weight = Annotated[float, Field(gt=0)]
-Held = Annotated[float, Field(gt=0, lt=1)]
 Resize = Literal["stretch", "pad"]
+Held = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Section(BaseModel):

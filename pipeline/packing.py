@@ -33,9 +33,9 @@ def pack(raw: Path, params: PrepareParams, target: Path) -> None:
     """Write `images.npy`, `images.json`, `manifest.csv` and `quarantine.csv` into the folder `target`.
 
     The array is uint8 of shape (N, size, size). Row i of the manifest is image i: file, set, label, patient, source,
-    view, licence, width and height (of the file, pixels), the XXH3 hash of its pixels, so that the manifest's own hash
-    stands for the array, and their perceptual hash. Workers write their rows into the file themselves: memory does not
-    grow with N. The JSON says how the images became square, which a model must know to do the same.
+    view, licence, width and height (of the upright image, pixels), the XXH3 hash of its pixels, so that the manifest's
+    own hash stands for the array, and their perceptual hash. Workers write their rows into the file themselves: memory
+    does not grow with N. The JSON says how the images became square, which a model must know to do the same.
 
     Raises:
         UserError: a test image is not usable, or more labelled ones than `max_quarantined` allows.
