@@ -14,7 +14,7 @@ def report() -> None:
     from pipeline.training import determinism
 
     config = load()
-    determinism.make_deterministic(config.active.evaluate.cpu_threads)
+    determinism.make_deterministic(1)  # a dozen images are too few to share among threads
     page.write(Path("report"), Results(config))
 
 

@@ -51,8 +51,7 @@ def explain(network: Classifier, pixels: Tensor, classes: list[int]) -> np.ndarr
 
     inputs = network.normalised(network.resized(pixels))
     with GradCAM(network, [layer(network)]) as cam:
-        parts = [cam(one[None], [ClassifierOutputTarget(number)]) for one, number in zip(inputs, classes, strict=True)]
-    return np.concatenate(parts)
+        return np.asarray(cam(inputs, [ClassifierOutputTarget(number) for number in classes]))
 
 
 def layer(network: Classifier) -> nn.Module:
