@@ -42,7 +42,7 @@ def chart(name: str, says: str, draw: Callable[[Axes], Any], **labels: Any) -> s
         draw(axes)
         axes.set(**labels)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend()
+            axes.legend(loc="best")
         stream = io.StringIO()
         figure.savefig(stream, format="svg", metadata=METADATA)
     svg = stream.getvalue()

@@ -39,12 +39,15 @@ def choose(labels: np.ndarray, probabilities: np.ndarray, threshold: float, coun
 
 
 def explain(network: Classifier, pixels: Tensor, classes: list[int]) -> np.ndarray:
-    """Return what speaks for a class, in [0, 1] and float32, (N, size, size); all 0 where nothing does.
+    """Return where a network sees what speaks for a class.
 
     Args:
         network: on the CPU, where the same map comes out every time.
         pixels: grey images (N, S, S), uint8.
-        classes: of each image, 0 or 1.
+        classes: for each image, 0 or 1.
+
+    Returns:
+        Maps float32 (N, size, size) of the size the network sees, from 0 to 1 each; all 0 where nothing does.
     """
     from pytorch_grad_cam import GradCAM
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget

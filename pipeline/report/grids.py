@@ -10,6 +10,10 @@ from pipeline.report.results import LOWER_IS_BETTER, NAMES, Estimate, Results, a
 MISSING = "–"
 SHADES = 7  # from the worst of a row to its best
 SHOWN = ["f1", "recall", "specificity", "precision", "accuracy", "auroc", "average_precision", "brier", "loss"]
+SHORTCUTS = {
+    "source": "source alone", "traits": "image size alone", "thumbnail": "16×16 thumbnail",
+    "border": "border, lungs blacked out",
+}  # fmt: skip
 
 
 @dataclass
@@ -103,7 +107,7 @@ def models(results: Results) -> Grid:
 
 
 def operating_points(results: Results) -> Grid:
-    table = results.csv("metrics/operating_points.csv")
+    table = pd.read_csv("metrics/operating_points.csv")
     grid = Grid(["model", "threshold", "measured", "sensitivity", "specificity", "PPV", "F1"])
     for _, row in table[table["model"].isin([*results.seeds, results.bag])].iterrows():
         figures = [row[key] for key in ("recall", "specificity", "precision", "f1")]
@@ -116,7 +120,7 @@ def operating_points(results: Results) -> Grid:
 
 
 def calibration(results: Results) -> Grid:
-    table = results.csv("metrics/calibration.csv")
+    table = pd.read_csv("metrics/calibration.csv")
     grid = Grid(["model", "calibration", "temperature", "bias", "loss", "Brier score", "calibration error"])
     for _, row in table[table["model"].isin([results.best, results.bag])].iterrows():
         reason = "" if pd.isna(row["reason"]) else row["reason"]
@@ -127,8 +131,8 @@ def calibration(results: Results) -> Grid:
     return grid
 
 
-def prevalence(results: Results, name: str) -> Grid:
-    table = results.csv("plots/prevalence.csv")
+def prevalence(name: str) -> Grid:
+    table = pd.read_csv("plots/prevalence.csv")
     grid = Grid(["prevalence", "PPV", "NPV", "accuracy"])
     for _, row in table[table["model"] == name].iterrows():
         figures = [
@@ -150,17 +154,9 @@ def shortcuts(results: Results) -> Grid:
     return grid
 
 
-SHORTCUTS = {
-    "source": "source alone",
-    "traits": "image size alone",
-    "thumbnail": "16×16 thumbnail",
-    "border": "border, lungs blacked out",
-}
-
-
 def slices(results: Results) -> Grid:
     """Give a row to each slice and its F1, sensitivity, specificity and AUROC of the best model."""
-    table = results.csv("metrics/slices.csv").fillna({"slice": "", "reason": "", "model": ""})
+    table = pd.read_csv("metrics/slices.csv").fillna({"slice": "", "reason": "", "model": ""})
     grid = Grid(["slice", "images", "positives", "sensitivity", "specificity", "F1", "AUROC"])
     for (by, name), part in table.groupby(["by", "slice"], sort=False):
         own = part[part["model"] == results.best].set_index("metric")
@@ -193,9 +189,9 @@ def bags(results: Results) -> Grid:
     return grid
 
 
-def spread(results: Results) -> Grid:
+def spread() -> Grid:
     """Say how the figures spread over the seeds."""
-    table = results.csv("metrics/seeds.csv").set_index("metric")
+    table = pd.read_csv("metrics/seeds.csv").set_index("metric")
     grid = Grid(["", *(NAMES[metric] for metric in SHOWN)])
     names = {"mean": "mean", "deviation": "standard deviation", "lowest": "lowest", "highest": "highest"}
     for key, row in table.loc[SHOWN, list(names)].T.iterrows():
@@ -205,9 +201,9 @@ def spread(results: Results) -> Grid:
     return grid
 
 
-def disagreement(results: Results) -> Grid:
+def disagreement() -> Grid:
     """Give the share of validation images that two members call differently, darker for more."""
-    table = results.csv("metrics/disagreement.csv")
+    table = pd.read_csv("metrics/disagreement.csv")
     names = list(dict.fromkeys([*table["model"], *table["other"]]))
     shares = {frozenset(pair): share for *pair, share in table[["model", "other", "share"]].itertuples(index=False)}
     most = max(shares.values(), default=0) or 1

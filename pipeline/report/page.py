@@ -7,6 +7,7 @@ from typing import Any
 
 import jinja2
 import numpy as np
+import pandas as pd
 import torch
 
 from pipeline.files import read_json, replacing
@@ -21,6 +22,7 @@ SECTIONS = {
     "prevalence": "Prevalence", "shortcuts": "Disease or source?", "slices": "Slices", "bag": "The bag",
     "gradcam": "Where it looks", "data": "Data", "parameters": "Parameters", "versions": "Versions and runs",
 }  # fmt: skip
+TRAINING = {"f1": "validation F1", "loss": "validation loss", "train_loss": "training loss"}  # columns of a history
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,7 @@ def write(folder: Path, results: Results) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "percent": grids.percent,
-        "number": grids.number,
-        "told": grids.told,
-        "markdown": grids.markdown,
-    }
+    environment.filters |= {made.__name__: made for made in (grids.percent, grids.number, grids.told, grids.markdown)}
     content = _content(results) | {"style": environment.get_template("style.css").render()}
     for name in ("index.html", "model-card.md"):
         with replacing(folder / name) as aside:
@@ -58,8 +55,7 @@ def _content(results: Results) -> dict[str, Any]:
     looked = explained(results)
     outside = np.array([image.outside for image in looked])
     known = outside[~np.isnan(outside)]
-    table = grids.models(results)
-    card = results.root / "data/card.md"
+    card = Path("data/card.md")
     return {
         "results": results, "best": best, "bag": results.bag, "summary": summary, "params": params, "names": NAMES,
         "headline": {key: [results.estimate(name, key) for name in (best, results.bag)] for key in
@@ -67,14 +63,14 @@ def _content(results: Results) -> dict[str, Any]:
         "expected": params.evaluate.expected_prevalence, "versus_bag": words.versus_bag(results),
         "cautions": words.cautions(results, outside), "sections": SECTIONS, "rivals": words.rivals(results),
         "added": [words.added(results, name) for name in results.shortcuts],
-        "models": table, "spread": grids.spread(results), "operating_points": grids.operating_points(results),
-        "calibration": grids.calibration(results), "prevalence": grids.prevalence(results, best),
+        "models": grids.models(results), "spread": grids.spread(), "calibration": grids.calibration(results),
+        "operating_points": grids.operating_points(results), "prevalence": grids.prevalence(best),
         "shortcuts": grids.shortcuts(results), "slices": grids.slices(results), "bags": grids.bags(results),
-        "disagreement": grids.disagreement(results), "data": grids.data(results), "charts": _charts(results),
+        "disagreement": grids.disagreement(), "data": grids.data(results), "charts": _charts(results),
         "confusion": _confusion(results), "parameters": _parameters(params),
         "versions": _versions(results), "looked": looked, "outside": known.mean() if len(known) else np.nan,
-        "even": gradcam.EVEN, "disputed": disputed(results), "disputes": len(results.csv("predictions/disputed.csv")),
-        "quarantined": len(results.csv("data/quarantine.csv")), "prior": results.validation["label"].mean(),
+        "even": gradcam.EVEN, "disputed": disputed(results), "disputes": len(pd.read_csv("predictions/disputed.csv")),
+        "quarantined": len(pd.read_csv("data/quarantine.csv")), "prior": results.validation["label"].mean(),
         "data_card": card.read_text(encoding="utf-8") if card.exists() else "",
     }  # fmt: skip
 
@@ -84,7 +80,7 @@ def explained(results: Results) -> list[Image]:
     best, threshold = results.best, results.summary["best"]["threshold"]
     labels, probabilities = results.validation["label"].to_numpy(), results.validation[best].to_numpy()
     chosen = gradcam.choose(labels, probabilities, threshold)
-    folder = results.root / "models" / best
+    folder = Path("models", best)
     network = classifier.load(folder / "model.safetensors", folder / "model.json", torch.device("cpu"))
     pixels = [results.images[_place(results, results.validation["file"].iloc[row])] for row in chosen["row"]]
     answers = [int(probabilities[row] >= threshold) for row in chosen["row"]]
@@ -106,7 +102,7 @@ def explained(results: Results) -> list[Image]:
 def disputed(results: Results) -> list[Image]:
     """Show the images on which most members disagree."""
     count = len(results.config.members)
-    table = results.csv("predictions/disputed.csv")
+    table = pd.read_csv("predictions/disputed.csv")
     table["margin"] = (2 * table["votes"] - count).abs()
     return [
         Image(
@@ -121,31 +117,22 @@ def disputed(results: Results) -> list[Image]:
 def _charts(results: Results) -> dict[str, str]:
     """Draw every chart that there are figures for."""
     labels, models, best = results.validation["label"].to_numpy(), results.validation[results.seeds], results.best
-    histories = {name: results.csv(f"models/{name}/history.csv") for name in results.seeds}
-    found = {
-        "training": "".join(
-            charts.training(histories, column, title, best)
-            for column, title in {
-                "f1": "validation F1",
-                "loss": "validation loss",
-                "train_loss": "training loss",
-            }.items()
-        )
-    }
+    histories = {name: pd.read_csv(f"models/{name}/history.csv") for name in results.seeds}
+    found = {"training": "".join(charts.training(histories, column, title, best) for column, title in TRAINING.items())}
     if len(np.unique(labels)) == 2:
-        found["curves"] = charts.roc(labels, models, best, results.csv("plots/bag_roc.csv")) + charts.precision_recall(
-            labels, models, best, results.csv("plots/bag_precision_recall.csv")
+        found["curves"] = charts.roc(labels, models, best, pd.read_csv("plots/bag_roc.csv")) + charts.precision_recall(
+            labels, models, best, pd.read_csv("plots/bag_precision_recall.csv")
         )
-    bins = results.csv("plots/reliability.csv")
+    bins = pd.read_csv("plots/reliability.csv")
     found["reliability"] = charts.reliability(bins[bins["model"] == best], "none", "temperature and bias")
-    carried, summary = results.csv("plots/prevalence.csv"), results.summary["best"]
+    carried, summary = pd.read_csv("plots/prevalence.csv"), results.summary["best"]
     expected = results.config.active.evaluate.expected_prevalence
     marks = {"validation": labels.mean(), "test, estimated": summary["estimated_test_prevalence"], "expected": expected}
     own = carried[carried["model"] == best]
     if own["accuracy"].notna().any():
         found["prevalence"] = charts.prevalence(own, {name: mark for name, mark in marks.items() if mark is not None})
     if len(results.config.members) > 1:
-        found["growth"] = charts.growth(results.csv("plots/bag_growth.csv"))
+        found["growth"] = charts.growth(pd.read_csv("plots/bag_growth.csv"))
     return found
 
 
@@ -172,7 +159,7 @@ def _parameters(params: Any) -> list[tuple[str, str]]:
 def _versions(results: Results) -> Grid:
     grid = Grid(["run in MLflow", "best epoch", "torch", "device", "CPU threads", "processes", "weights (SHA-256)"])
     for name in results.seeds:
-        folder = results.root / "models" / name
+        folder = Path("models", name)
         facts, metrics = read_json(folder / "model.json"), read_json(folder / "metrics.json")
         own = facts["environment"]
         parts = [own[key] for key in ("torch", "device", "cpu_threads", "processes")]

@@ -37,15 +37,11 @@ class Estimate:
 @dataclass(frozen=True)
 class Results:
     config: Config
-    root: Path = Path()
-
-    def csv(self, path: str) -> pd.DataFrame:
-        return pd.read_csv(self.root / path)
 
     @cached_property
     def summary(self) -> dict[str, Any]:
         """The single numbers of `best` and `bag`."""
-        return dict(read_json(self.root / "metrics/summary.json"))
+        return dict(read_json(Path("metrics/summary.json")))
 
     @property
     def best(self) -> str:
@@ -60,17 +56,17 @@ class Results:
     @cached_property
     def table(self) -> pd.DataFrame:
         """A row per image of the pack."""
-        return read_table(self.root / "data")
+        return read_table(Path("data"))
 
     @cached_property
     def images(self) -> np.ndarray:
         """The pack, uint8 (N, S, S)."""
-        return np.asarray(np.load(self.root / "data/images.npy", mmap_mode="r"))
+        return np.asarray(np.load("data/images.npy", mmap_mode="r"))
 
     @cached_property
     def validation(self) -> pd.DataFrame:
         """`file`, `label` and P(positive) of every seed."""
-        return self.csv("predictions/validation.csv")
+        return pd.read_csv("predictions/validation.csv")
 
     @cached_property
     def seeds(self) -> list[str]:
@@ -92,12 +88,12 @@ class Results:
 
     @cached_property
     def _intervals(self) -> dict[tuple[str, str], pd.Series]:
-        rows = self.csv("metrics/intervals.csv").iterrows()
+        rows = pd.read_csv("metrics/intervals.csv").iterrows()
         return {(row["model"], row["metric"]): row for _, row in rows}
 
     @cached_property
     def _differences(self) -> dict[tuple[str, str, str], pd.Series]:
-        rows = self.csv("metrics/differences.csv").rename(columns={"difference": "value"}).iterrows()
+        rows = pd.read_csv("metrics/differences.csv").rename(columns={"difference": "value"}).iterrows()
         return {(row["model"], row["against"], row["metric"]): row for _, row in rows}
 
     def estimate(self, model: str, metric: str) -> Estimate:
