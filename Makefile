@@ -15,7 +15,7 @@ run: .venv/run
 	@echo
 	@cat report/table.md
 	@echo
-	@echo "Report:      report/table.md and report/table.png"
+	@echo "Report:      report/index.html (open it in a browser)"
 	@echo "Submission:  submissions/best.csv (the best model), submissions/bag.csv (all of them)"
 	@echo "MLflow UI:   make ui"
 

@@ -4,7 +4,7 @@ import importlib
 
 import click
 
-STAGES = ["download", "weights", "prepare", "split", "train", "evaluate", "bag", "promote", "submit"]
+STAGES = ["download", "weights", "prepare", "split", "train", "evaluate", "bag", "report", "promote", "submit"]
 COMMANDS = ["train-all", "predict", "sync", "history", "rollback", "verify"]
 
 

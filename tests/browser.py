@@ -1,6 +1,7 @@
-"""Opens MLflow's UI in headless Chromium and takes pictures of it.
+"""Opens MLflow's UI and the report in headless Chromium and takes pictures of them.
 
 python tests/browser.py http://127.0.0.1:5000 docs    # of the demo, while `make ui` runs
+python tests/browser.py report/index.html docs
 """
 
 import json
@@ -51,6 +52,17 @@ def look(uri: str, folder: Path, chromium: str = "/usr/bin/chromium") -> dict[st
     return texts
 
 
+def look_at_report(page: Path, folder: Path, chromium: str = "/usr/bin/chromium") -> None:
+    """Save the first screens of the report, as on a desk and on a phone."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=OPTIONS)
+        for name, width, height in [("report", 1300, 1330), ("report-phone", 390, 844)]:
+            shown = browser.new_page(viewport={"width": width, "height": height})
+            shown.goto(page.resolve().as_uri())
+            shown.screenshot(path=folder / f"{name}.png")
+        browser.close()
+
+
 def settled(page: Page) -> str:
     """Return the page's text when it does not change any more."""
     text = ""
@@ -61,4 +73,7 @@ def settled(page: Page) -> str:
 
 
 if __name__ == "__main__":
-    look(sys.argv[1], Path(sys.argv[2]))
+    if sys.argv[1].startswith("http"):
+        look(sys.argv[1], Path(sys.argv[2]))
+    else:
+        look_at_report(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -12,6 +12,7 @@ from conftest import ROOT
 
 from stages import cli
 
+BESIDE = (".css", ".html", ".md", ".py")  # files that are read, or run, by their path
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 
 
@@ -38,6 +39,8 @@ def files_of(module: str) -> set[str]:
 @cache
 def reached_at_once(file: str) -> frozenset[str]:
     found: set[str] = set()
+    if not file.endswith(".py"):
+        return frozenset()
     for node in run_time_nodes(ast.parse((ROOT / file).read_text())):
         if isinstance(node, ast.Import):
             for name in node.names:
@@ -46,8 +49,8 @@ def reached_at_once(file: str) -> frozenset[str]:
             assert node.level == 0, f"{file}: a relative import, which this test does not follow"
             for name in node.names:
                 found |= files_of(node.module) | files_of(f"{node.module}.{name.name}")
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.endswith(".py"):
-            beside = (ROOT / file).with_name(node.value)  # a file that is run by its path
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.endswith(BESIDE):
+            beside = (ROOT / file).parent / node.value
             if beside.is_file():
                 found.add(str(beside.relative_to(ROOT)))
     return frozenset(found)

@@ -72,7 +72,7 @@ def test_no_out_names_a_run_a_host_a_folder_or_a_time(built, tmp_path_factory):
     names += [socket.gethostname(), str(tmp_path_factory.getbasetemp().parent)]
     for folder in ("models", "metrics", "predictions", "report", "plots", "submissions"):
         for path in (built / folder).rglob("*"):
-            content = path.read_bytes() if path.suffix in (".json", ".csv", ".md") else b""
+            content = path.read_bytes() if path.suffix in (".json", ".csv", ".md", ".html") else b""
             assert not [name for name in names if name.encode() in content], path
 
 
@@ -90,7 +90,9 @@ def test_mlflow_shows_one_parent_and_a_child_per_seed(built):
     assert children[0].info.end_time < children[1].info.start_time  # registering its model does not prolong a run
     assert parent.data.tags["mlflow.note.content"] == (built / "report/table.md").read_text()
     assert "bag/f1" in parent.data.metrics
-    assert "report/table.png" in [file.path for file in client.list_artifacts(parent_id, "report")]
+    assert {"report/index.html", "report/table.png"} <= {
+        file.path for file in client.list_artifacts(parent_id, "report")
+    }
     assert [file.path for file in client.list_artifacts(parent_id, "data")] == ["data/card.json", "data/card.md"]
 
 

@@ -42,6 +42,7 @@ REQUIREMENTS = [
     "mlflow", "numpy", "pandas", "pillow", "pydicom", "safetensors", "scikit-learn", "simplejpeg", "timm", "torch",
     "torchvision",
 ]  # fmt: skip
+LONGEST = 5000  # letters of a description in MLflow's database
 DESCRIPTION = """Tells COVID-19 positive chest radiographs from negative ones. For research and teaching, no diagnosis.
 
 `champion` is the version to use, `challenger` the best one of the last run. `cxr history` shows who was champion, from
@@ -89,6 +90,13 @@ def register(
         model_id = _log_model(store, run_id, folder, example)
         tags = {IDENTITY: mark, **tags}
         return store.client.create_model_version(name, f"models:/{model_id}", run_id, tags, model_id=model_id)
+
+
+def describe(store: Store, name: str, card: str) -> None:
+    """Make the model card part of the description of the registered model."""
+    text = f"{DESCRIPTION}\n{card}"[:LONGEST]
+    if store.client.get_registered_model(name).description != text:
+        store.client.update_registered_model(name, text)
 
 
 def find(store: Store, name: str, wanted: str) -> ModelVersion:

@@ -156,6 +156,7 @@ def complete(store: Store, config: Config) -> dict[str, ModelVersion]:
             versions[name] = registry.register(
                 store, config.model_name, runs[name], folder, example, {"candidate": name, **shared}
             )
+    registry.describe(store, config.model_name, Path("report/model-card.md").read_text(encoding="utf-8"))
     return versions
 
 

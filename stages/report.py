@@ -1,0 +1,22 @@
+"""Write the report and the model card."""
+
+from pathlib import Path
+
+from stages.common import stage
+
+
+@stage
+def report() -> None:
+    """Write report/index.html, one page that needs no other file, and report/model-card.md."""
+    from pipeline.config import load
+    from pipeline.report import page
+    from pipeline.report.results import Results
+    from pipeline.training import determinism
+
+    config = load()
+    determinism.make_deterministic(1)  # a dozen images are too few to share among threads
+    page.write(Path("report"), Results(config))
+
+
+if __name__ == "__main__":
+    report()
