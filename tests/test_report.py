@@ -26,7 +26,6 @@ from stages.evaluate import evaluate
 from stages.report import report
 
 VOID = {"br", "img", "link", "meta", "input", "hr"}
-FOREIGN = {"path", "use", "rect", "g"}  # of SVG, which may close themselves
 SERIOUS = ("serious", "critical")
 
 
