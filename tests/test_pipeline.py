@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import shutil
 import socket
 import urllib.error
@@ -73,6 +74,7 @@ def test_no_out_names_a_run_a_host_a_folder_or_a_time(built, tmp_path_factory):
     for folder in ("models", "metrics", "predictions", "report", "plots", "submissions"):
         for path in (built / folder).rglob("*"):
             content = path.read_bytes() if path.suffix in (".json", ".csv", ".md", ".html") else b""
+            content = re.sub(rb'base64,[^"]*', b"", content)  # pictures may spell anything
             assert not [name for name in names if name.encode() in content], path
 
 

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 
-import numpy as np
 import pandas as pd
 
 from pipeline.report.results import LOWER_IS_BETTER, NAMES, Estimate, Results, as_estimate
@@ -63,7 +62,8 @@ def number(value: float) -> str:
 
 
 def signed(value: float) -> str:
-    return MISSING if pd.isna(value) else f"{value:+.3f}".replace("-", "−")
+    # Adding 0 takes the sign off a 0 that is negative or is rounded to one.
+    return MISSING if pd.isna(value) else f"{round(value, 3) + 0.0:+.3f}".replace("-", "−")
 
 
 def percent(value: float) -> str:
@@ -96,7 +96,7 @@ def models(results: Results) -> Grid:
     grid = Grid(["", *shown])
     for metric in SHOWN:
         estimates = [results.estimate(name, metric) for name in shown]
-        row = grid.add(NAMES[metric], *estimates)
+        row = grid.add(NAMES[metric], *(_bare(one.value, one.reason) for one in estimates))
         values = pd.Series([one.value for one in estimates]) * (-1 if metric in LOWER_IS_BETTER else 1)
         spread = values.max() - values.min()
         for cell, value in zip(row[1:], values, strict=True):
@@ -114,7 +114,7 @@ def operating_points(results: Results) -> Grid:
         reason = "nothing is called so, or there is no such image"
         grid.add(
             row["model"], number(row["threshold"]), row["measured"],
-            *(Estimate(value, reason=reason if np.isnan(value) else "") for value in figures),
+            *(_bare(value, reason) for value in figures),
         )  # fmt: skip
     return grid
 
@@ -125,8 +125,8 @@ def calibration(results: Results) -> Grid:
     for _, row in table[table["model"].isin([results.best, results.bag])].iterrows():
         reason = "" if pd.isna(row["reason"]) else row["reason"]
         fitted = row["calibration"] != "none"
-        chosen = [Estimate(row[key], reason=reason) if fitted else "" for key in ("temperature", "bias")]
-        figures = [Estimate(row[key], reason=reason) for key in ("loss", "brier", "calibration_error")]
+        chosen = [_bare(row[key], reason) if fitted else "" for key in ("temperature", "bias")]
+        figures = [_bare(row[key], reason) for key in ("loss", "brier", "calibration_error")]
         grid.add(row["model"], row["calibration"], *chosen, *figures)
     return grid
 
@@ -195,9 +195,7 @@ def spread() -> Grid:
     grid = Grid(["", *(NAMES[metric] for metric in SHOWN)])
     names = {"mean": "mean", "deviation": "standard deviation", "lowest": "lowest", "highest": "highest"}
     for key, row in table.loc[SHOWN, list(names)].T.iterrows():
-        reasons = table.loc[SHOWN, "reason"].where(row.isna(), "")
-        figures = [Estimate(value, reason=str(reason)) for value, reason in zip(row, reasons, strict=True)]
-        grid.add(names[str(key)], *figures)
+        grid.add(names[str(key)], *map(_bare, row, table.loc[SHOWN, "reason"]))
     return grid
 
 
@@ -244,6 +242,11 @@ def markdown(grid: Grid) -> str:
     lines = [grid.head, ["---", *["---:"] * (len(grid.head) - 1)]]
     lines += [[f"{cell.text} ({reasons[cell.note]})" if cell.note else cell.text for cell in row] for row in grid.rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _bare(value: float, reason: str) -> Estimate:
+    """Return a figure that is shown without an interval, with the reason only where it is missing."""
+    return Estimate(value, reason=reason if pd.isna(value) else "")
 
 
 def _ranged(row: pd.Series, key: str, reason: str) -> Estimate:

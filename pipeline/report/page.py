@@ -55,7 +55,6 @@ def _content(results: Results) -> dict[str, Any]:
     looked = explained(results)
     outside = np.array([image.outside for image in looked])
     known = outside[~np.isnan(outside)]
-    card = Path("data/card.md")
     return {
         "results": results, "best": best, "bag": results.bag, "summary": summary, "params": params, "names": NAMES,
         "headline": {key: [results.estimate(name, key) for name in (best, results.bag)] for key in
@@ -71,7 +70,7 @@ def _content(results: Results) -> dict[str, Any]:
         "versions": _versions(results), "looked": looked, "outside": known.mean() if len(known) else np.nan,
         "even": gradcam.EVEN, "disputed": disputed(results), "disputes": len(pd.read_csv("predictions/disputed.csv")),
         "quarantined": len(pd.read_csv("data/quarantine.csv")), "prior": results.validation["label"].mean(),
-        "data_card": card.read_text(encoding="utf-8") if card.exists() else "",
+        "data_card": Path("data/card.md").read_text(encoding="utf-8"),
     }  # fmt: skip
 
 

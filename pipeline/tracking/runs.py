@@ -161,9 +161,8 @@ def log_metrics(
 
 def finish_parent(store: Store, run: Run, report: Path, bag: Mapping[str, Any]) -> None:
     """Give the parent run the table of all models as its description, the bag's figures, report and data card."""
-    digest = hashlib.sha256(
-        json.dumps([sha256(report / "table.csv"), sha256(report / "index.html"), bag]).encode()
-    ).hexdigest()
+    marks = [sha256(report / name) for name in ("table.csv", "index.html")]
+    digest = hashlib.sha256(json.dumps([*marks, bag]).encode()).hexdigest()
     if run.data.tags.get("report") == digest:
         return
     for file in sorted(path for path in report.iterdir() if path.is_file()):
