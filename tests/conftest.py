@@ -142,9 +142,10 @@ def environment(**changes: str) -> dict[str, str]:
     """Return an environment in which `python` is the one that runs the tests and nothing else is set for MLflow."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "DVC_"))}
     fast = {"MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "1"}  # these trainings last a second or two
+    alone = {"RAY_AUTH_MODE": "disabled"}  # Ray keeps one token for all clusters of a user
     path = f"{Path(sys.executable).parent}{os.pathsep}{clean['PATH']}"
     identity = {f"GIT_{who}_{what}": "test@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-    return {**clean, **identity, "PATH": path, "DVC_NO_ANALYTICS": "1", **fast, **changes}
+    return {**clean, **identity, "PATH": path, "DVC_NO_ANALYTICS": "1", **fast, **alone, **changes}
 
 
 def run(project: Path, *command: str, **changes: str) -> subprocess.CompletedProcess[str]:
@@ -216,7 +217,7 @@ def background(project: Path, *command: str, ready: Callable[[str], bool], **cha
         yield
     finally:
         subprocess.run(["pkill", "-TERM", "-s", str(started.pid)], check=False)
-        started.wait(30)
+        started.wait(90)  # a Ray node takes half a minute to drain
 
 
 def server(project: Path, *command: str, answers_at: str, **changes: str) -> AbstractContextManager[None]:

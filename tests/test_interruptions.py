@@ -143,9 +143,11 @@ def test_of_two_processes_that_train_the_same_run_one_waits_and_no_epoch_is_logg
     project = ready(epochs=EPOCHS)
     command = ["python", "-m", "stages.train", "--seed", "0"]
     first = start(project, *command)
-    second = run(project, *command)
-    assert first.wait(180) == second.returncode == 0
-    assert "another process trains this run" in second.stderr
+    first.send_signal(signal.SIGSTOP)
+    second = subprocess.Popen(command, cwd=project, env=environment(), stderr=subprocess.PIPE, text=True)
+    assert "another process trains this run" in second.stderr.readline()
+    first.send_signal(signal.SIGCONT)
+    assert first.wait(180) == second.wait(180) == 0
     assert_as_if_never_stopped(project, whole)
 
 
