@@ -40,7 +40,7 @@ def look(uri: str, folder: Path, chromium: str = "/usr/bin/chromium") -> dict[st
         page = browser.new_page(viewport={"width": 1500, "height": 850})
         page.add_init_script(SEEN)
         for name, path in pages.items():
-            page.set_viewport_size({"width": 1500, "height": 1900 if name == "model" else 850})  # its card is long
+            page.set_viewport_size({"width": 1500, "height": 2250 if name == "model" else 850})  # its card is long
             page.goto(f"{uri}/#/{path}")
             expand = page.locator(".ag-row button").first
             if name == "runs":
