@@ -14,6 +14,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 Weight = Annotated[float, Field(gt=0)]
 Resize = Literal["stretch", "pad"]
+Method = Literal["vote", "mean", "logits", "greedy"]
+Tie = Literal["positive", "negative", "mean"]
 Held = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -152,8 +154,8 @@ class EvaluateParams(Section):
 
 
 class BagParams(Section):
-    method: Literal["vote", "mean", "logits", "greedy"]  # how the bag that is submitted answers
-    tie: Literal["positive", "negative", "mean"]  # who wins a vote with no majority
+    method: Method  # how the bag that is submitted answers
+    tie: Tie  # who wins a vote with no majority
     members: Literal["all"] | list[int]  # seeds
 
 
@@ -212,9 +214,19 @@ class Config(Section):
         return self.profiles[self.profile]
 
     @property
+    def models(self) -> list[str]:
+        """The names of the models, one per seed."""
+        return [f"seed-{seed}" for seed in self.seeds]
+
+    @property
     def members(self) -> list[int]:
         """The seeds in the bag."""
         return self.seeds if self.active.bag.members == "all" else self.active.bag.members
+
+    @property
+    def bagged(self) -> list[str]:
+        """The names of the models in the bag."""
+        return [f"seed-{seed}" for seed in self.members]
 
     @property
     def model_name(self) -> str:

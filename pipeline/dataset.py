@@ -1,4 +1,4 @@
-"""The pack as a tensor, the table of its rows, and batches of rows on the device."""
+"""The pack as a tensor, and batches of rows on the device."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -6,28 +6,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
-from pipeline import manifest
 from pipeline.config import Resize
-from pipeline.errors import UserError
 from pipeline.files import read_json
-
-
-def read_table(data: Path, fold: int = 0) -> pd.DataFrame:
-    """Join manifest and split: row i describes image i of the pack. Of the labelled images, those of `fold` validate.
-
-    Raises:
-        UserError: the two do not list the same images.
-    """
-    rows = manifest.read(data)
-    split = pd.read_csv(data / "split.csv", dtype=str, keep_default_na=False)
-    if list(rows["file"]) != list(split["file"]):
-        raise UserError(f"{data}: manifest.csv and split.csv list different images; run: dvc repro split")
-    validates = split["fold"].eq(str(fold)).map({True: "validation", False: "train"})
-    return rows.assign(group=split["group"], subset=validates.where(rows["set"] == "train", "test"))
 
 
 class Pack:

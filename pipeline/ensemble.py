@@ -5,21 +5,19 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from math import comb
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import pandas as pd
 from scipy.special import expit
 
-from pipeline.config import EvaluateParams
+from pipeline.config import EvaluateParams, Method, Tie
 from pipeline.evaluation import operating
 from pipeline.evaluation.calibration import SURE, logits
 from pipeline.evaluation.metrics import THRESHOLD, called
 from pipeline.files import read_json
 
-Method = Literal["vote", "mean", "logits", "greedy"]
 METHODS: tuple[Method, ...] = get_args(Method)
-Tie = Literal["positive", "negative", "mean"]
 RULES = Path("metrics/candidates.json")
 PICKS = 50  # of the greedy selection
 SUBSETS = 100  # of each size, at most, that are tried when the bag grows

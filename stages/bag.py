@@ -21,7 +21,7 @@ def bag() -> None:
 
     config = load()
     params = config.active.bag
-    seeds, members = ([f"seed-{seed}" for seed in numbers] for numbers in (config.seeds, config.members))
+    seeds, members = config.models, config.bagged
     subsets = {subset: pd.read_csv(f"predictions/{subset}.csv") for subset in ("validation", "test")}
     validation = subsets["validation"]
     labels = validation["label"].to_numpy()
@@ -58,8 +58,7 @@ def bag() -> None:
     confusion = pd.DataFrame({"actual": labels, "predicted": answer["label"]}).replace({0: "negative", 1: "positive"})
     write_csv(Path("plots/bag_confusion.csv"), confusion)
 
-    split = pd.read_csv("data/split.csv", dtype=str, keep_default_na=False)
-    facts = manifest.read(Path("data")).merge(split, on="file").set_index("file")
+    facts = manifest.read_split(Path("data")).set_index("file")
     found = findings.find(config, subsets, facts, Path("predictions"), Path("metrics"))
     for path, content in found.tables.items():
         write_csv(Path(path), content)

@@ -15,12 +15,13 @@ def evaluate() -> None:
 
     from pipeline import ensemble
     from pipeline.config import load
-    from pipeline.dataset import Pack, read_table
+    from pipeline.dataset import Pack
     from pipeline.errors import UserError
     from pipeline.evaluation import curves, operating, shortcuts
     from pipeline.evaluation.metrics import best_model, score
     from pipeline.evaluation.predictions import predict
     from pipeline.files import write_csv, write_json
+    from pipeline.manifest import read_split
     from pipeline.models import classifier, soup
     from pipeline.training import determinism
 
@@ -33,15 +34,15 @@ def evaluate() -> None:
         )
     determinism.make_deterministic(params.cpu_threads)
     device = determinism.device()
-    folders = {f"seed-{seed}": Path(f"models/seed-{seed}") for seed in config.seeds}
+    folders = {name: Path("models", name) for name in config.models}
     networks = {
         name: classifier.load(folder / "model.safetensors", folder / "model.json", device)
         for name, folder in folders.items()
     }
-    averaged = [networks[f"seed-{seed}"] for seed in config.members]
+    averaged = [networks[name] for name in config.bagged]
     no_soup = ensemble.no_soup(config.active.weights.source, config.active.train.hidden, len(averaged))
     judges = networks if no_soup else {**networks, SOUP: soup.average(averaged)}
-    table = read_table(Path("data"))
+    table = read_split(Path("data"))
     used = table[table["subset"].isin(["validation", "test"])]
     pack = Pack(Path("data/images.npy"), device)
     found = predict(judges, pack, list(used.index), params.batch_size).set_index(used.index)

@@ -35,7 +35,7 @@ def _write() -> None:
     sample = layout.read(Path("data/raw.zip")).sample
     test, adapted = (pd.read_csv(f"predictions/{name}.csv", index_col="file") for name in ("test", "adapted"))
     config, rules = load(), ensemble.read_rules()
-    seeds, members = ([f"seed-{seed}" for seed in numbers] for numbers in (config.seeds, config.members))
+    seeds, members = config.models, config.bagged
     labels = {seed: ensemble.judge(test[[seed]], rules[seed])["label"] for seed in seeds}
     labels["best"] = labels[best_model(read_json(Path("metrics/evaluate.json")))]
     labels["bag"] = ensemble.judge(test[members], rules["bag"])["label"]
@@ -58,8 +58,7 @@ def _send(name: str, message: str, yes: bool) -> None:
 
     config = load()
     competition = sending.receiver(config)
-    seeds = [f"seed-{seed}" for seed in config.seeds]
-    names = ["best", "bag", "best-adapted", "bag-adapted", *seeds]
+    names = ["best", "bag", "best-adapted", "bag-adapted", *config.models]
     if name not in names:
         raise UserError(f"--send {name}: there is no such file; choose one of {', '.join(names)}")
     file = Path(f"submissions/{name}.csv")

@@ -21,8 +21,9 @@ def train(seed: int) -> None:
     import pandas as pd
 
     from pipeline.config import load
-    from pipeline.dataset import Pack, read_table
+    from pipeline.dataset import Pack
     from pipeline.files import write_csv, write_json
+    from pipeline.manifest import read_split
     from pipeline.models import classifier
     from pipeline.tracking import address, fingerprint
     from pipeline.tracking.outbox import Outbox
@@ -40,7 +41,7 @@ def train(seed: int) -> None:
         environment = determinism.environment(processes.count)
         mark = fingerprint.of_training(config, seed=seed, environment=environment)
         checkpoint = Checkpoint(address.root() / "checkpoints", mark)
-        table = read_table(data, config.active.split.fold(seed))
+        table = read_split(data, config.active.split.fold(seed))
         training = Training(params, seed, table, pack, data / "weights", processes)
         if not processes.leads:
             training.run(checkpoint, lambda *_: None, stop)

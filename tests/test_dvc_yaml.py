@@ -121,7 +121,7 @@ def test_every_section_of_the_profile_that_a_stage_names_is_among_its_parameters
     named = [f"${{profile}}.{section}." for section in re.findall(r"(?:active|profile)\.(\w+)", text)]
     params = STAGES[stage]["params"]
     assert [name for name in named if not any(f"{param}.".startswith(name) for param in params)] == []
-    if "config.seeds" in text or "config.members" in text:
+    if re.search(r"config\.(seeds|members|models|bagged)\b", text):
         assert "seeds" in params
     assert "profile" in params
 

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from pipeline import config
-from pipeline.dataset import Pack, read_table
+from pipeline.dataset import Pack
 from pipeline.errors import Interrupted, UserError
 from pipeline.evaluation.metrics import score
+from pipeline.manifest import read_split
 from pipeline.models.classifier import Architecture, Classifier
 from pipeline.training import determinism, loop
 from pipeline.training.checkpoint import Checkpoint
@@ -444,8 +445,8 @@ def write_tables(folder, split: str) -> None:
 def test_the_table_joins_manifest_and_split(tmp_path):
     rows = "a.jpg,NA,train,1\nb.jpg,image:b.jpg,validation,0\nt.jpg,image:t.jpg,test,\n"
     write_tables(tmp_path, f"file,group,subset,fold\n{rows}")
-    found = read_table(tmp_path)
-    assert list(read_table(tmp_path, fold=1)["subset"]) == ["validation", "train", "test"]
+    found = read_split(tmp_path)
+    assert list(read_split(tmp_path, fold=1)["subset"]) == ["validation", "train", "test"]
     assert list(found["subset"]) == ["train", "validation", "test"]
     assert list(found["patient"]) == ["NA", "", ""]
     assert list(found["group"]) == ["NA", "image:b.jpg", "image:t.jpg"]
@@ -455,7 +456,7 @@ def test_the_table_joins_manifest_and_split(tmp_path):
 def test_a_split_of_other_images_is_refused(tmp_path):
     write_tables(tmp_path, "file,group,subset,fold\nb.jpg,b,train,1\na.jpg,a,validation,0\nt.jpg,t,test,\n")
     with pytest.raises(UserError, match=r"manifest.csv and split.csv list different images; run: dvc repro split$"):
-        read_table(tmp_path)
+        read_split(tmp_path)
 
 
 def test_batches_are_the_rows_asked_for_in_order(pack):

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 
 from pipeline import ensemble
-from pipeline.config import Config
-from pipeline.ensemble import Method, Rule
+from pipeline.config import Config, Method
+from pipeline.ensemble import Rule
 from pipeline.evaluation import opinions, prevalence
 from pipeline.evaluation.calibration import corrected
 from pipeline.evaluation.folds import cross_fit
@@ -43,7 +43,7 @@ def find(
         metrics: the folder with `evaluate.json` and `shortcuts.json`.
     """
     params, bag = config.active.evaluate, config.active.bag
-    seeds, members = ([f"seed-{seed}" for seed in numbers] for numbers in (config.seeds, config.members))
+    seeds, members = config.models, config.bagged
     given, test = subsets["validation"], subsets["test"]
     facts, labels = facts.loc[given["file"]], given["label"].to_numpy()
     validation = Validation(labels, facts["group"].to_numpy(), params.resamples)

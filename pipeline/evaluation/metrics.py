@@ -6,6 +6,7 @@ from typing import TypedDict, TypeVar
 import numpy as np
 import pandas as pd
 
+LOWER_IS_BETTER = ["loss", "brier", "calibration_error"]
 THRESHOLD = 0.5  # the operating point: P(positive) from which an image is called positive
 
 

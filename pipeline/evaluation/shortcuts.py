@@ -29,7 +29,7 @@ def judge(table: pd.DataFrame, images: np.ndarray) -> tuple[pd.DataFrame, dict[s
     """Fit every shortcut to the training images, and let it judge the validation images.
 
     Args:
-        table: a row per image of the pack, as `dataset.read_table` gives it.
+        table: a row per image of the pack, as `manifest.read_split` gives it.
         images: the pack, uint8 (N, S, S).
 
     Returns:

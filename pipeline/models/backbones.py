@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 from pipeline.models.pooling import replace_adaptive_pooling
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def width(network: nn.Module, size: int) -> int:
         with torch.no_grad():
             return int(network(torch.zeros(1, 3, size, size)).flatten(1).shape[1])
     except (RuntimeError, AssertionError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"train.size = {size}: the backbone cannot take images of that size ({reason}); change it"
         ) from None

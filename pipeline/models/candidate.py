@@ -50,9 +50,9 @@ class Candidate:
 
 def members(config: Config) -> dict[str, dict[str, Path]]:
     """Return, for every candidate by name, its members and their folders: a seed is its own, the bag has several."""
-    models = {f"seed-{seed}": Path("models", f"seed-{seed}") for seed in config.seeds}
+    models = {name: Path("models", name) for name in config.models}
     seeds = {name: {name: folder} for name, folder in models.items()}
-    return {**seeds, BAG: {name: models[name] for name in (f"seed-{seed}" for seed in config.members)}}
+    return {**seeds, BAG: {name: models[name] for name in config.bagged}}
 
 
 def assemble(folder: Path, models: Mapping[str, Path], rule: Rule) -> None:

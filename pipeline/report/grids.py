@@ -4,9 +4,10 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
-from pipeline.report.results import LOWER_IS_BETTER, NAMES, Estimate, Results, as_estimate
+from pipeline.evaluation.metrics import LOWER_IS_BETTER
+from pipeline.report.results import NAMES, Estimate, Results, as_estimate
+from pipeline.report.table import MISSING
 
-MISSING = "–"
 SHADES = 7  # from the worst of a row to its best
 SHOWN = ["f1", "recall", "specificity", "precision", "accuracy", "auroc", "average_precision", "brier", "loss"]
 SHORTCUTS = {
@@ -109,7 +110,7 @@ def models(results: Results) -> Grid:
 def operating_points(results: Results) -> Grid:
     table = pd.read_csv("metrics/operating_points.csv")
     grid = Grid(["model", "threshold", "measured", "sensitivity", "specificity", "PPV", "F1"])
-    for _, row in table[table["model"].isin([*results.seeds, results.bag])].iterrows():
+    for _, row in table[table["model"].isin([*results.config.models, results.bag])].iterrows():
         figures = [row[key] for key in ("recall", "specificity", "precision", "f1")]
         reason = "nothing is called so, or there is no such image"
         grid.add(

@@ -100,7 +100,7 @@ def explained(results: Results) -> list[Image]:
 
 def disputed(results: Results) -> list[Image]:
     """Show the images on which most members disagree."""
-    count = len(results.config.members)
+    count = len(results.config.bagged)
     table = pd.read_csv("predictions/disputed.csv")
     table["margin"] = (2 * table["votes"] - count).abs()
     return [
@@ -115,8 +115,9 @@ def disputed(results: Results) -> list[Image]:
 
 def _charts(results: Results) -> dict[str, str]:
     """Draw every chart that there are figures for."""
-    labels, models, best = results.validation["label"].to_numpy(), results.validation[results.seeds], results.best
-    histories = {name: pd.read_csv(f"models/{name}/history.csv") for name in results.seeds}
+    labels, best = results.validation["label"].to_numpy(), results.best
+    models = results.validation[results.config.models]
+    histories = {name: pd.read_csv(f"models/{name}/history.csv") for name in results.config.models}
     found = {"training": "".join(charts.training(histories, column, title, best) for column, title in TRAINING.items())}
     if len(np.unique(labels)) == 2:
         found["curves"] = charts.roc(labels, models, best, pd.read_csv("plots/bag_roc.csv")) + charts.precision_recall(
@@ -130,7 +131,7 @@ def _charts(results: Results) -> dict[str, str]:
     own = carried[carried["model"] == best]
     if own["accuracy"].notna().any():
         found["prevalence"] = charts.prevalence(own, {name: mark for name, mark in marks.items() if mark is not None})
-    if len(results.config.members) > 1:
+    if len(results.config.bagged) > 1:
         found["growth"] = charts.growth(pd.read_csv("plots/bag_growth.csv"))
     return found
 
@@ -157,7 +158,7 @@ def _parameters(params: Any) -> list[tuple[str, str]]:
 
 def _versions(results: Results) -> Grid:
     grid = Grid(["run in MLflow", "best epoch", "torch", "device", "CPU threads", "processes", "weights (SHA-256)"])
-    for name in results.seeds:
+    for name in results.config.models:
         folder = Path("models", name)
         facts, metrics = read_json(folder / "model.json"), read_json(folder / "metrics.json")
         own = facts["environment"]

@@ -9,15 +9,14 @@ import numpy as np
 import pandas as pd
 
 from pipeline.config import Config
-from pipeline.dataset import read_table
 from pipeline.files import read_json
+from pipeline.manifest import read_split
 
 NAMES = {
     "accuracy": "accuracy", "f1": "F1", "recall": "sensitivity", "precision": "PPV", "specificity": "specificity",
     "balanced_accuracy": "balanced accuracy", "loss": "loss", "auroc": "AUROC",
     "average_precision": "average precision", "brier": "Brier score", "calibration_error": "calibration error",
 }  # fmt: skip
-LOWER_IS_BETTER = ["loss", "brier", "calibration_error"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Results:
     @cached_property
     def table(self) -> pd.DataFrame:
         """A row per image of the pack."""
-        return read_table(Path("data"))
+        return read_split(Path("data"))
 
     @cached_property
     def images(self) -> np.ndarray:
@@ -67,10 +66,6 @@ class Results:
     def validation(self) -> pd.DataFrame:
         """`file`, `label` and P(positive) of every seed."""
         return pd.read_csv("predictions/validation.csv")
-
-    @cached_property
-    def seeds(self) -> list[str]:
-        return [f"seed-{seed}" for seed in self.config.seeds]
 
     @cached_property
     def models(self) -> list[str]:

@@ -7,10 +7,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from pipeline.evaluation.metrics import Scores
+from pipeline.evaluation.metrics import LOWER_IS_BETTER, Scores
 from pipeline.files import replacing, write_csv
 
-LOWER_IS_BETTER = ["loss"]
 MISSING = "–"
 
 

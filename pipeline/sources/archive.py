@@ -6,8 +6,7 @@ from pathlib import Path
 
 from pipeline.config import ArchiveParams
 from pipeline.errors import UserError
-
-EPOCH = (1980, 1, 1, 0, 0, 0)  # the oldest time a zip can hold: the same folder gives the same bytes
+from pipeline.sources.writing import EPOCH
 
 
 def write(params: ArchiveParams, target: Path) -> None:

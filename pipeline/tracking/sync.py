@@ -15,12 +15,12 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from pipeline import ensemble, layout
 from pipeline.config import Config
-from pipeline.dataset import read_table
 from pipeline.errors import UserError
 from pipeline.evaluation import calibration
 from pipeline.evaluation.intervals import f1_difference
 from pipeline.evaluation.metrics import Scores, best_model, score
 from pipeline.files import dvc_hash, read_json, write_json
+from pipeline.manifest import read_split
 from pipeline.models import candidate
 from pipeline.models.candidate import BAG
 from pipeline.tracking import fingerprint, registry
@@ -136,8 +136,7 @@ def complete(store: Store, config: Config) -> dict[str, ModelVersion]:
     """Make the runs and the registered versions that are missing; return the version of every candidate by name."""
     parent = parent_run(store, config)
     members, runs = candidate.members(config), {BAG: parent.info.run_id}
-    for seed in config.seeds:
-        name = f"seed-{seed}"
+    for seed, name in zip(config.seeds, config.models, strict=True):
         folder = members[name][name]
         # The environment is part of the fingerprint, and may have been another machine's.
         run = SeedRun(store, config, parent, seed, read_json(folder / "model.json")["fingerprint"])
@@ -146,7 +145,7 @@ def complete(store: Store, config: Config) -> dict[str, ModelVersion]:
     bag = config.active.bag
     finish_parent(store, parent, Path("report"), read_json(Path("metrics/bag.json"))[bag.method])
 
-    table = read_table(MANIFEST.parent)
+    table = read_split(MANIFEST.parent)
     example = np.load("data/images.npy", mmap_mode="r")[table.index[table["subset"] == "validation"][0]]
     rules, versions, shared = ensemble.read_rules(), {}, {"data": dvc_hash(MANIFEST), **origin()}
     for name, folders in members.items():
@@ -165,7 +164,7 @@ class Judged:
 
     def __init__(self, config: Config) -> None:
         predictions = pd.read_csv("predictions/validation.csv")
-        table = read_table(MANIFEST.parent).set_index("file").loc[predictions["file"]]
+        table = read_split(MANIFEST.parent).set_index("file").loc[predictions["file"]]
         self.files, self.labels = predictions["file"], predictions["label"].to_numpy()
         self.groups = table["group"].to_numpy()
         rules = ensemble.read_rules()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from pipeline.errors import first_line
 from pipeline.files import replacing
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class Checkpoint:
         except Exception as error:  # noqa: BLE001  # whatever is wrong with it, the seed trains from the start
             aside = self.path.with_suffix(".unusable")
             self.path.replace(aside)
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             log.warning("%s cannot be used: %s; training starts anew (kept as %s)", self.path, reason, aside.name)
             return None
 
