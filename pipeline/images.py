@@ -8,7 +8,7 @@ import re
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from simplejpeg import decode_jpeg, decode_jpeg_header
 
 from pipeline.config import Resize
@@ -25,7 +25,17 @@ COLOUR = 10.0  # of 255; radiographs tinted or written on have up to 7, photogra
 FORMATS = ["AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"]  # none runs another program
 NO_RADIOGRAPH = {"CT", "MR", "NM", "PT", "US"}  # of DICOM's modalities
 UNUSUAL = re.compile(rb"\xff[\xc2\xe1-\xef]")  # in a JPEG's header: progressive, or more said than JFIF says
+JPEG = b"\xff\xd8"
 SCAN = b"\xff\xda"
+UPRIGHT = {  # how to turn what EXIF says lies otherwise
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 DEFLATED = b"1.2.840.10008.1.2.1.99"
 
 
@@ -93,19 +103,30 @@ def _check_contrast(levels: float) -> None:
 
 
 def _picture(data: bytes) -> np.ndarray:
+    if data.startswith(JPEG) and data.count(SCAN) > SCANS:
+        raise UnusableError("broken image: a JPEG of too many scans")
     try:
         grey = _grey_jpeg(data)
         if grey is not None:
             return grey
-        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
         _check_shape(*image.size)
-        if image.format == "JPEG" and data.count(SCAN) > SCANS:
-            raise UnusableError("broken image: a JPEG of too many scans")
-        return _grey(ImageOps.exif_transpose(image))
+        image.load()
+        return _grey(_upright(image))
+    except UnusableError:
+        raise
     except UnidentifiedImageError:
         raise UnusableError("not an image in a known format") from None
-    except (OSError, MemoryError, RuntimeError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # noqa: BLE001  # Pillow passes on whatever a damaged value leads to
         raise UnusableError(f"broken image: {_line(error)}") from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # noqa: BLE001  # a damaged EXIF says nothing, and the pixels may be whole
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def _grey_jpeg(data: bytes) -> np.ndarray | None:
@@ -115,7 +136,7 @@ def _grey_jpeg(data: bytes) -> np.ndarray | None:
         What Pillow gives, in half the time; nothing for any other file, which is left to Pillow.
     """
     scan = data.find(SCAN)
-    if not data.startswith(b"\xff\xd8") or UNUSUAL.search(data[:scan]):
+    if not data.startswith(JPEG) or UNUSUAL.search(data[:scan]):
         return None
     try:
         height, width, colours, _ = decode_jpeg_header(data)
@@ -197,8 +218,23 @@ def _grey_dicom(file: "Dataset") -> np.ndarray:
     kind = file.PhotometricInterpretation
     if kind not in ("MONOCHROME1", "MONOCHROME2"):
         raise UnusableError(f"a DICOM in colour ({kind})")
-    grey = _scaled(apply_voi_lut(apply_modality_lut(file.pixel_array, file), file))
+    _check_inside(file)
+    stored = file.pixel_array
+    _check_contrast(int(stored.max()) - int(stored.min()))
+    grey = _scaled(apply_voi_lut(apply_modality_lut(stored, file), file))
     return 255 - grey if kind == "MONOCHROME1" else grey
+
+
+def _check_inside(file: "Dataset") -> None:
+    """Refuse a JPEG or JPEG 2000 that is larger than the DICOM around it says, before a decoder makes room for it."""
+    from pydicom.encaps import get_frame
+    from pydicom.pixels.decoders.pillow import DECODER_DEPENDENCIES
+
+    if file.file_meta.TransferSyntaxUID in DECODER_DEPENDENCIES:
+        stream = io.BytesIO(get_frame(file.PixelData, 0, number_of_frames=1))
+        inside, said = Image.open(stream, formats=["JPEG", "JPEG2000"]).size, (file.Columns, file.Rows)
+        if inside != said:
+            raise UnusableError(f"broken DICOM: of {said[0]}×{said[1]} pixels, with {inside[0]}×{inside[1]} inside")
 
 
 def _line(error: Exception) -> str:

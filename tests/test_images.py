@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import random
 import re
 import struct
 import sys
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from odd_files import chest, dicom, encoded, formats
 from PIL import Image
-from pydicom.uid import JPEG2000, JPEGLossless
+from pydicom.uid import JPEG2000, JPEGBaseline8Bit, JPEGLossless
 
 from pipeline import images
 from pipeline.images import UnusableError, decode, square
@@ -218,6 +219,7 @@ def flat(level: int, spread: int = 0) -> Image.Image:
         (encoded(flat(200, 5)), "blank or nearly so"),
         (encoded(Image.new("RGBA", (64, 64), (255, 255, 255, 0))), "blank or nearly so"),
         (encoded(Image.fromarray(noise(64, 64).astype(np.uint16) % 4 + 40000)), "blank or nearly so"),
+        (dicom(noise(64, 64).astype(np.uint16) % 4 + 400, RescaleSlope=0.5, RescaleIntercept=0), "blank or nearly so"),
         (encoded(Image.fromarray(np.full((64, 64), np.nan, np.float32)), "TIFF"), "values that are not finite"),
     ],
 )
@@ -258,6 +260,31 @@ def test_a_jpeg_of_endless_scans_is_refused():
     data = FORMATS["progressive.jpg"]
     last = data.rindex(b"\xff\xda")
     assert reason(data[:-2] + data[last:-2] * 300 + data[-2:]) == "broken image: a JPEG of too many scans"
+    chests = Image.fromarray(chest()), Image.fromarray(255 - chest())
+    several = encoded(chests[0], "MPO", save_all=True, append_images=chests[1:], progressive=True)
+    pixels(several)
+    end = several.index(b"\xff\xd9")
+    scan = several[several.rindex(b"\xff\xda", 0, end) : end]
+    assert reason(several[:end] + scan * 300 + several[end:]) == "broken image: a JPEG of too many scans"
+
+
+def test_a_radiograph_with_a_damaged_exif_is_taken_as_it_lies():
+    exif = Image.Exif()
+    exif[0x0112], exif[0x8298], exif[0x010F] = 1, "somebody", "a maker"
+    sound = encoded(Image.fromarray(chest()), "JPEG", exif=exif)
+    begin = sound.index(b"Exif\0\0") + 6
+    length = int.from_bytes(sound[begin - 8 : begin - 6], "big") - 8
+    chance, expected = random.Random(1), pixels(sound)
+    for _ in range(2000):
+        data = bytearray(sound)
+        for _ in range(chance.choice([1, 2, 8])):
+            data[begin + chance.randrange(length)] = chance.choice([chance.randrange(256), chance.randrange(16), 255])
+        found = pixels(bytes(data))
+        assert any((found == turned).all() for turned in turns(expected))
+
+
+def turns(image: np.ndarray) -> list[np.ndarray]:
+    return [np.rot90(side, count) for side in (image, image.T) for count in range(4)]
 
 
 def test_a_dicom_is_rescaled_and_the_window_is_applied():
@@ -297,8 +324,10 @@ def test_a_dicom_whose_picture_is_larger_than_it_says_is_unusable():
     stream = bytearray(encoded(Image.fromarray(deep), "JPEG2000", no_jp2=True))
     size = stream.index(b"\xff\x51") + 6
     for at in (size, size + 16):
-        stream[at : at + 8] = struct.pack(">II", 30_000, 30_000)
-    assert reason(dicom(deep, JPEG2000, bytes(stream))).startswith("broken DICOM: ")
+        stream[at : at + 8] = struct.pack(">II", 3000, 3000)
+    assert reason(dicom(deep, JPEG2000, bytes(stream))) == "broken DICOM: of 64×64 pixels, with 3000×3000 inside"
+    picture = encoded(Image.fromarray(chest(80)), "JPEG")
+    assert reason(dicom(chest(), JPEGBaseline8Bit, picture)) == "broken DICOM: of 64×64 pixels, with 80×80 inside"
 
 
 @pytest.mark.parametrize(
