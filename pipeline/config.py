@@ -89,6 +89,13 @@ class TableParams(Section):
     negative: Annotated[list[str], Field(min_length=1)]
     test_share: Held  # of the patients, if no column says it
 
+    @model_validator(mode="after")
+    def _check_labels(self) -> "TableParams":
+        both = set(self.positive) & set(self.negative)
+        if both:
+            raise ValueError(f"download.positive, download.negative: {min(both)!r} is in both; leave it in one")
+        return self
+
 
 class WeightsParams(Section):
     """Where the backbone's first weights come from: ImageNet, nowhere (random), or a file or URL."""

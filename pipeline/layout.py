@@ -7,19 +7,24 @@ sample_submission.csv                File,Label with the test images in the orde
 metadata.csv                         optional: File,patient,source,view and, where known, licence
 """
 
+import io
 import stat
 import zipfile
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import pandas as pd
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 
 METADATA = ["patient", "source", "view"]
+LITTER = (".DS_Store", "Thumbs.db")  # that file managers leave, as they do ._names
 LICENCE = "licence"  # of the image, a column that metadata.csv need not have
 LARGEST = 2**28  # bytes of a member once unpacked
+DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError)  # what zipfile raises on a broken zip
+PROTECTED = 0b1100001  # flags of a member: encrypted, strongly encrypted, a patch of another file
 DENSEST = 200  # times what it is packed into, for what is above BOMB bytes; no radiograph comes near
 BOMB = 2**20
 
@@ -77,8 +82,8 @@ def read(path: Path) -> Layout:
 def _open(path: Path) -> zipfile.ZipFile:
     try:
         archive = zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
-        raise UserError(f"{path}: a damaged zip ({error}); fetch it again") from None
+    except DAMAGE as error:
+        raise UserError(f"{path}: a damaged zip ({first_line(error)}); fetch it again") from None
     names = Counter(archive.namelist())
     for member in archive.infolist():
         wrong = "is in it twice" if names[member.filename] > 1 else _wrong(member)
@@ -93,21 +98,26 @@ def _wrong(member: zipfile.ZipInfo) -> str:
     checks = {
         "has an absolute name": name.anchor != "",
         "leads out of the archive": ".." in name.parts,
+        "lies outside of it": member.header_offset < 0,
         "is a symbolic link": stat.S_ISLNK(member.external_attr >> 16),
-        "is encrypted": member.flag_bits & 1,
+        "is encrypted": member.flag_bits & PROTECTED,
         "is neither stored nor deflated": member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED),
-        f"is a decompression bomb ({packed} to {unpacked} bytes)": unpacked > min(LARGEST, BOMB + DENSEST * packed),
+        f"is too large ({unpacked} bytes)": unpacked > LARGEST,
+        f"is a decompression bomb ({packed} to {unpacked} bytes)": unpacked > BOMB + DENSEST * packed,
     }
     return next((fault for fault, found in checks.items() if found), "")
 
 
 def _table(archive: zipfile.ZipFile, path: Path, name: str, columns: list[str], optional: str = "") -> pd.DataFrame:
     try:
-        with archive.open(name) as stream:
-            # Blank lines are kept, so that a row's index tells its line.
-            table = pd.read_csv(stream, dtype=str, keep_default_na=False, skip_blank_lines=False)
+        content = archive.read(name)
     except KeyError:
         raise UserError(f"{path}: has no {name}; add it at the top of the zip") from None
+    except DAMAGE as error:
+        raise UserError(f"{path}: {name} is damaged in the zip ({first_line(error)}); fetch it again") from None
+    try:
+        # Blank lines are kept, so that a row's index tells its line.
+        table = pd.read_csv(io.BytesIO(content), dtype=str, keep_default_na=False, skip_blank_lines=False)
     except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise UserError(f"{path}: {name} is not a CSV table: {' '.join(str(error).split())}") from None
     missing = [column for column in columns if column not in table]
@@ -126,7 +136,8 @@ def _members(archive: zipfile.ZipFile, path: Path, folder: str) -> dict[str, str
     members: dict[str, str] = {}
     for member in archive.namelist():
         name = PurePosixPath(member)
-        if name.parts[:-1] in ((folder,), (folder, folder)) and "." in name.name and not name.name.startswith("."):
+        file = not member.endswith("/") and name.name not in LITTER and not name.name.startswith("._")
+        if file and name.parts[:-1] in ((folder,), (folder, folder)):
             if name.name in members:
                 raise UserError(f"{path}: {member!r} and {members[name.name]!r} have one name; leave one of them in it")
             members[name.name] = member

@@ -4,8 +4,8 @@ import errno
 import os
 import warnings
 import zipfile
-import zlib
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import repeat
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from xxhash import xxh3_128_hexdigest
 
 from pipeline import duplicates, images, layout
 from pipeline.config import PrepareParams
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 from pipeline.files import replacing, write_csv, write_json
 
 FACTS = ["width", "height", "xxh128", "phash", "reason"]
@@ -45,7 +45,12 @@ def pack(raw: Path, params: PrepareParams, target: Path) -> None:
         start = _allocate(array_path, len(rows), params.size)
         with ProcessPoolExecutor(cpu_count(), initializer=_open, initargs=(raw, array_path, start)) as pool:
             jobs = pool.map(_decode, range(len(rows)), rows["member"], repeat(params), chunksize=32)
-            facts = pd.DataFrame(track(jobs, "decoding", len(rows)), columns=FACTS)
+            try:
+                facts = pd.DataFrame(track(jobs, "decoding", len(rows)), columns=FACTS)
+            except BrokenProcessPool:
+                raise UserError(
+                    "a process that decoded images was killed, most likely for lack of memory; free some and run again"
+                ) from None
         rows = pd.concat([rows.drop(columns="member"), facts], axis="columns")
         bad = rows["reason"] != ""
         _check(rows[bad], len(rows[rows["set"] == "train"]), params.max_quarantined)
@@ -72,11 +77,13 @@ def _decode(row: int, member: str, params: PrepareParams) -> tuple[int, int, str
     if not member:
         return 0, 0, "", "", "no such image in the archive"
     try:
-        pixels, (width, height) = images.decode(_archive.read(member), params.size, params.resize)
+        data = _archive.read(member)
+    except layout.DAMAGE as reason:
+        return 0, 0, "", "", f"damaged in the zip: {first_line(reason)}"
+    try:
+        pixels, (width, height) = images.decode(data, params.size, params.resize)
     except images.UnusableError as reason:
         return 0, 0, "", "", str(reason)
-    except (zipfile.BadZipFile, zlib.error, EOFError) as reason:
-        return 0, 0, "", "", f"damaged in the zip: {reason}"
     # Writing, unlike a memory map, says so when the disk is full.
     if os.pwrite(_array, pixels.data, _start + row * pixels.nbytes) < pixels.nbytes:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -92,8 +99,10 @@ def _check(bad: pd.DataFrame, labelled: int, allowed: float) -> None:
             "a submission needs every test image, so replace it"
         )
     if len(bad) > allowed * labelled:
-        kinds = bad["reason"].str.split(":").str[0].value_counts()
-        worst = ", ".join(f"{count} × {kind}" for kind, count in kinds.head(3).items())
+        kinds = bad.groupby(bad["reason"].str.split(":").str[0])["file"].agg(["count", "first"])
+        worst = ", ".join(
+            f"{count} × {kind} (first {first})" for kind, count, first in kinds.nlargest(3, "count").itertuples()
+        )
         raise UserError(
             f"{len(bad)} of {labelled} labelled images are unusable, more than prepare.max_quarantined = {allowed:g} "
             f"allows: {worst}; mend them or raise it"

@@ -1,5 +1,8 @@
+import contextlib
 import io
 import os
+import random
+import re
 import warnings
 import zipfile
 from functools import partial
@@ -261,9 +264,9 @@ def test_an_encrypted_archive_is_refused(tmp_path):
     path = zipped(tmp_path)
     data = bytearray(path.read_bytes())
     at = data.index(b"PK\x01\x02")  # the first entry of the directory, which has the flags at 8
-    data[at + 8] |= 1
-    path.write_bytes(data)
-    assert refusal(path) == "'train/train/a000.jpg' is encrypted; make the zip anew without it"
+    for flag in (1, 64):
+        path.write_bytes(data[: at + 8] + bytes([data[at + 8] | flag]) + data[at + 9 :])
+        assert refusal(path) == "'train/train/a000.jpg' is encrypted; make the zip anew without it"
 
 
 def test_a_member_that_says_it_is_huge_is_refused_unread(tmp_path):
@@ -272,7 +275,51 @@ def test_a_member_that_says_it_is_huge_is_refused_unread(tmp_path):
     at = data.index(b"PK\x01\x02") + 24  # where the size is
     data[at : at + 4] = (2**31).to_bytes(4, "little")
     path.write_bytes(data)
-    assert refusal(path).startswith("'train/train/a000.jpg' is a decompression bomb (")
+    assert refusal(path) == "'train/train/a000.jpg' is too large (2147483648 bytes); make the zip anew without it"
+
+
+def read_whole(path) -> str:
+    """Read the archive and its images, and return what was said if it was refused."""
+    try:
+        rows = layout.read(path).images
+    except UserError as error:
+        return str(error)
+    with zipfile.ZipFile(path) as archive:
+        for member in filter(None, rows["member"]):
+            with contextlib.suppress(*layout.DAMAGE):  # which sends an image to quarantine
+                archive.read(member)
+    return ""
+
+
+def test_a_damaged_archive_is_read_or_refused_in_one_line(tmp_path):
+    good, path = zipped(tmp_path).read_bytes(), tmp_path / "raw.zip"
+    heads = [match.start() for match in re.finditer(b"PK\x03\x04|PK\x01\x02|PK\x05\x06", good)]
+    chance, said = random.Random(1), []
+    for _ in range(400):
+        data = bytearray(good)
+        for _ in range(chance.choice([1, 3])):
+            place = min(chance.choice(heads) + chance.randrange(50), len(data) - 1)
+            data[place] = chance.choice([255, chance.randrange(256), data[place] ^ 64])
+        path.write_bytes(data[: chance.choice([len(data)] * 9 + [chance.randrange(len(data))])])
+        said.append(read_whole(path))
+    assert max(len(line.splitlines()) for line in said) == 1
+    assert 100 < said.count("") < 300
+
+
+@pytest.mark.parametrize("name", [LABELS, SAMPLE])
+def test_a_table_damaged_in_the_zip_is_named(tmp_path, name):
+    path = zipped(tmp_path)
+    data = path.read_bytes()
+    at = data.index(b"File,Label", data.index(name.encode()))
+    path.write_bytes(data[:at] + b"e" + data[at + 1 :])
+    assert refusal(path).startswith(f"{name} is damaged in the zip (Bad CRC-32")
+
+
+def test_images_without_an_ending_are_found(tmp_path):
+    members = archive_members(train=6, test=3) | {"train/train/IM1": b"x", "train/train/.x": b"y"}
+    members[LABELS] += b"IM1,1\n.x,0\n"
+    images = layout.read(write_zip(tmp_path / "raw.zip", members)).images
+    assert list(images["member"][6:8]) == ["train/train/IM1", "train/train/.x"]
 
 
 def test_one_image_in_both_nestings_is_refused(tmp_path):

@@ -167,7 +167,7 @@ def test_too_many_quarantined_are_refused_with_their_reasons_counted_and_nothing
         packing.pack(raw, params(), tmp_path / "data")
     assert str(caught.value) == (
         "3 of 24 labelled images are unusable, more than prepare.max_quarantined = 0.1 allows: "
-        "2 × too small, 1 × not an image in a known format; mend them or raise it"
+        "2 × too small (first a004.jpg), 1 × not an image in a known format (first a001.jpg); mend them or raise it"
     )
     assert list((tmp_path / "data").iterdir()) == []
 

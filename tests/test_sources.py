@@ -32,7 +32,7 @@ def read(params: config.DownloadParams, folder: Path) -> pd.DataFrame:
     assert (folder / "one.zip").read_bytes() == (folder / "two.zip").read_bytes()
     rows = layout.read(folder / "one.zip").images
     with zipfile.ZipFile(folder / "one.zip") as archive:
-        assert all(archive.read(member).startswith(b"\xff\xd8") for member in rows["member"])
+        assert all(archive.read(member).startswith(b"\xff\xd8") for member in filter(None, rows["member"]))
     return rows.set_index("file")
 
 
@@ -78,6 +78,15 @@ def test_covidx_has_spaces_in_patients_misspelt_sources_and_patients_in_both_set
     assert rows["label"][4:].isna().all()
 
 
+def test_a_byte_order_mark_is_not_the_patients(covidx, tmp_path):
+    path = covidx / "train_COVIDx7B.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    params = CovidxParams(source="covidx", path=covidx)
+    assert read(params, tmp_path)["patient"].iloc[0] == "SARS-10 1148rg"
+    path.write_bytes(path.read_bytes().decode("utf-8-sig").replace("SARS", "SÄRS").encode("latin-1"))
+    assert f"{path}: not a text in UTF-8" in refusal(fetch, params, tmp_path / "raw.zip")
+
+
 def test_three_classes_of_covidx_are_two_labels(covidx, tmp_path):
     (covidx / "train_COVIDx7B.txt").write_text("1 a.jpg COVID-19 x\n2 b.jpg pneumonia x\n3 c.jpg normal x\n")
     assert list(read(CovidxParams(source="covidx", path=covidx), tmp_path)["label"][:3]) == [1, 0, 0]
@@ -94,7 +103,10 @@ def test_a_line_of_covidx_that_is_not_understood_is_named(covidx, tmp_path, line
 def test_covidx_without_a_list_an_image_or_a_folder_is_refused(covidx, tmp_path):
     (covidx / "train/b.jpg").unlink()
     params = CovidxParams(source="covidx", path=covidx)
-    assert refusal(fetch, params, tmp_path / "raw.zip").startswith(f"{covidx / 'train/b.jpg'}: not found (1 missing")
+    rows = read(params, tmp_path)
+    assert list(rows.index[rows["member"] == ""]) == ["b.jpg"]  # which prepare puts into quarantine
+    (covidx / "test/e.jpg").unlink()
+    assert refusal(fetch, params, tmp_path / "raw.zip").startswith(f"{covidx / 'test/e.jpg'}: not found (1 missing")
     (covidx / "test.txt").unlink()
     assert "one list test*.txt is needed, but there is none" in refusal(fetch, params, tmp_path / "raw.zip")
     (covidx / "test_a.txt").touch()
@@ -152,7 +164,9 @@ def table(folder: Path, text: str, **changes: object) -> TableParams:
 def test_a_table_names_its_columns_and_its_test_set(tmp_path):
     images(tmp_path, "a/1.jpg", "b/1.jpg", "2.jpg")
     columns = NAMES.model_copy(update={"set": "part", "source": "site"})
-    text = "who,what,image,part,site,more\n7,U07.1,a/1.jpg,train,here,x\nNA,none,b/1.jpg,train,there,\n,,2.jpg,test,,\n"
+    text = (
+        "who,what,image,part,site,more\n7,U07.1,./a/1.jpg,train,here,\nNA,none,b/1.jpg,train,there,\n,,2.jpg,test,,\n"
+    )
     params = table(tmp_path, text, columns=columns, positive=["U07.1", "covid"], negative=["none"])
     rows = read(params, tmp_path)
     assert list(rows.index) == ["a_1.jpg", "b_1.jpg", "2.jpg"]
@@ -178,7 +192,7 @@ def test_a_table_without_a_test_set_holds_some_patients_out(tmp_path):
             "what is 'maybe', which is in neither",
         ),
         ("image,what,who\n1.jpg,1,a\n1.jpg,1,a\n", "1.jpg: 2 images of this name are listed"),
-        ("image,what,who\n9.jpg,1,a\n", "9.jpg: not found (1 missing in all)"),
+        ("image,what,who\n1.jpg,1,a\n9.jpg,1,b\n", "9.jpg: not found (1 missing in all)"),
         ("image,what,who\n1.jpg,1,a\n", "of 1 images, all would be on one side"),
         ("", "labels.csv: not a CSV table"),
     ],
@@ -192,3 +206,11 @@ def test_the_share_that_is_held_out_is_about_as_asked():
     names = pd.Series([f"patient {index}" for index in range(4000)])
     for share in (0.05, 0.15, 0.5):
         assert writing.held_out(names, names, share).mean() == pytest.approx(share, abs=0.02)
+
+
+def test_a_value_that_is_positive_and_negative_is_refused(tmp_path):
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params["local"]["download"] = SNIPPETS[3]["download"] | {"negative": ["normal", "covid"]}
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(params))
+    assert f"{path}: download.positive, download.negative: 'covid' is in both" in refusal(config.load, path)

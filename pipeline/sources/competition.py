@@ -2,7 +2,6 @@
 
 import shutil
 import zipfile
-import zlib
 from pathlib import Path
 
 from kagglehub.clients import download_file
@@ -13,7 +12,7 @@ from kagglesdk.datasets.types.dataset_api_service import ApiDownloadDatasetReque
 from kagglesdk.kaggle_client import KaggleClient
 from requests import Response
 
-from pipeline import kaggle
+from pipeline import kaggle, layout
 from pipeline.config import KaggleParams
 from pipeline.errors import UserError
 
@@ -73,5 +72,5 @@ def _is_whole(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError):
+    except layout.DAMAGE:
         return False

@@ -34,8 +34,12 @@ def _read(folder: Path, subset: str) -> pd.DataFrame:
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
         raise UserError(f"{folder}: one list {subset}*.txt is needed, but there is {names}")
+    try:
+        lines = found[0].read_text(encoding="utf-8-sig").splitlines()  # a mark at its beginning is not the patient's
+    except UnicodeDecodeError as error:
+        raise UserError(f"{found[0]}: not a text in UTF-8 ({error}); save it as one") from None
     rows = []
-    for number, line in enumerate(found[0].read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         words = line.split()
         if not words:
             continue

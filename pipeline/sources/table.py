@@ -1,6 +1,6 @@
 """Any folder of images with a CSV that says what they are; its columns are named by parameters."""
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pandas as pd
 
@@ -41,6 +41,6 @@ def write(params: TableParams, target: Path) -> None:
     rows = known.assign(
         label=known["label"].isin(params.positive).astype("Int64").mask(test),
         path=[folder / file for file in known["file"]],
-        file=known["file"].str.replace("/", "_"),
+        file=[str(PurePosixPath(file)).replace("/", "_") for file in known["file"]],
     )
     writing.write_files(rows, target)

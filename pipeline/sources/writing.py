@@ -15,13 +15,13 @@ from pipeline.layout import LICENCE, METADATA
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the oldest time a zip can hold
 
 
-def write(rows: pd.DataFrame, images: Iterable[bytes], target: Path) -> None:
+def write(rows: pd.DataFrame, images: Iterable[bytes | None], target: Path) -> None:
     """Write images, labels, sample submission and metadata.
 
     Args:
         rows: one per image, with columns file (its name), label (0 or 1, missing for the test set), patient, source,
             view and, if any is known, licence.
-        images: the encoded images, in the order of the rows.
+        images: the encoded images, in the order of the rows; none where a label has no image.
         target: the zip.
     """
     named, labelled = rows.rename(columns={"file": "File", "label": "Label"}), rows["label"].notna()
@@ -36,24 +36,31 @@ def write(rows: pd.DataFrame, images: Iterable[bytes], target: Path) -> None:
             archive.writestr(_entry(name), table.to_csv(index=False, lineterminator="\n"))
         for file, trained, image in zip(rows["file"], labelled, images, strict=True):
             folder = "train/train" if trained else "test/test"
-            archive.writestr(_entry(f"{folder}/{file}"), image)
+            if image is not None:
+                archive.writestr(_entry(f"{folder}/{file}"), image)
 
 
 def write_files(rows: pd.DataFrame, target: Path) -> None:
     """Write what `write` does, of images on disk, whose names are in the column path.
 
+    A label whose image is not there is kept: `prepare` puts it into quarantine.
+
     Raises:
-        UserError: a file is not there, two have one name, or there is nothing to train on or to test.
+        UserError: a test image is not there, two have one name, or there is nothing to train on or to test.
     """
-    absent = [path for path in rows["path"] if not path.is_file()]
-    if absent:
-        raise UserError(f"{absent[0]}: not found ({len(absent)} missing in all); fetch the images again")
+    there = rows["path"].map(Path.is_file)
+    absent = rows["path"][~there & rows["label"].isna()]
+    if len(absent):
+        raise UserError(
+            f"{absent.iloc[0]}: not found ({len(absent)} missing in all); a submission needs every test image, so "
+            "fetch them again"
+        )
     twice = rows["file"][rows["file"].duplicated()]
     if len(twice):
         raise UserError(f"{twice.iloc[0]}: {len(twice) + 1} images of this name are listed; give each its own")
     if rows["label"].isna().all() or rows["label"].notna().all():
         raise UserError(f"of {len(rows)} images, all would be on one side of training and test; add some")
-    images = (path.read_bytes() for path in rows["path"])
+    images = (path.read_bytes() if found else None for path, found in zip(rows["path"], there, strict=True))
     console = Console(stderr=True)
     write(rows, track(images, "Packing", len(rows), console=console, disable=not console.is_terminal), target)
 
