@@ -114,7 +114,7 @@ def _refusal(response: Response, params: KaggleParams) -> str:
             return f"{page(params)}: not open to this account (403{words}); ask its owner for access, then run again"
         case 403, _:
             return (
-                f"the rules of {params.competition} are not accepted (403{words}); accept them, with the account of "
+                f"{params.competition} is not open to this account (403{words}); accept its rules, with the account of "
                 f"these credentials, at {page(params)}/rules and run again"
             )
         case 404, None:

@@ -49,11 +49,15 @@ def send(client: KaggleClient, params: KaggleParams, file: Path, message: str) -
     announced = ApiStartSubmissionUploadRequest()
     announced.competition_name, announced.file_name = params.competition, file.name
     announced.content_length, announced.last_modified_epoch_seconds = len(content), int(file.stat().st_mtime)
-    place = insist(lambda: api.start_submission_upload(announced), params)
-    insist(lambda: requests.put(place.create_url, content, timeout=TIMEOUT).raise_for_status(), params)
+
+    def upload() -> str:
+        place = api.start_submission_upload(announced)  # an address that is used once
+        requests.put(place.create_url, content, timeout=TIMEOUT).raise_for_status()
+        return str(place.token)
+
     submission = ApiCreateSubmissionRequest()
     submission.competition_name, submission.submission_description = params.competition, message
-    submission.blob_file_tokens = place.token
+    submission.blob_file_tokens = insist(upload, params)
     return int(insist(lambda: api.create_submission(submission), params, repeatable=False).ref)
 
 
@@ -80,8 +84,9 @@ def public_score(client: KaggleClient, params: KaggleParams, number: int) -> flo
 
 
 def record(row: dict[str, Any]) -> None:
-    """Append a row to `LOG`."""
+    """Append a row to `LOG`, in place of an earlier one about the same submission."""
     table = pd.DataFrame([row]).astype(object)
     if LOG.exists():
-        table = pd.concat([pd.read_csv(LOG, dtype=object, keep_default_na=False), table])
+        known = pd.read_csv(LOG, dtype=object, keep_default_na=False)
+        table = pd.concat([known[known["submission"] != str(row["submission"])], table])
     write_csv(LOG, table)

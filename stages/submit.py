@@ -66,12 +66,11 @@ def _send(name: str, message: str, yes: bool) -> None:
     model = name.removesuffix("-adapted")
     if model == "best":
         model = best_model(read_json(Path("metrics/evaluate.json")))
-    if model == "bag":
-        mark = fingerprint.of_training(config)
-    else:
-        mark = read_json(Path("models", model, "model.json"))["fingerprint"]
+    marks = {"bag": fingerprint.of_training(config)}
+    for seed, one in zip(config.seeds, config.models, strict=True):
+        marks[one] = fingerprint.of_model(config, seed, Path("models", one))
     store = connect(config.model_name)
-    run = runs.find(store, mark)
+    run = runs.find(store, marks[model])
     if run is None:
         raise UserError(f"MLflow has no run of {model} to log the score to; run: cxr sync")
     with kaggle.client() as client:
@@ -80,15 +79,14 @@ def _send(name: str, message: str, yes: bool) -> None:
             return
         sent = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         number = sending.send(client, competition, file, message)
+        row = {
+            "sent": sent, "competition": competition.competition, "file": name, "model": model, "message": message,
+            "sha256": digest, "submission": number,
+        }  # fmt: skip
+        sending.record({**row, "public_score": None})
         click.echo(f"submission {number} is sent, and waits for its public score")
-        score = None
-        try:
-            score = sending.public_score(client, competition, number)
-        finally:
-            sending.record({
-                "sent": sent, "competition": competition.competition, "file": name, "model": model, "message": message,
-                "sha256": digest, "submission": number, "public_score": score,
-            })  # fmt: skip
+        score = sending.public_score(client, competition, number)
+        sending.record({**row, "public_score": score})
     runs.log_metrics(store.client, run.info.run_id, {"kaggle/public_score": score})
     click.echo(f"{competition.competition}: {name} has public score {score}; logged to MLflow and {sending.LOG}")
 

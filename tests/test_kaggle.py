@@ -1,8 +1,11 @@
 """Kaggle's own client against a server that speaks Kaggle's API and fails as told."""
 
 import json
+import multiprocessing
 import random
 import shlex
+import shutil
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +22,8 @@ from kagglesdk import kaggle_env
 from pipeline import kaggle as client
 from pipeline import sending, sources
 from pipeline.config import KaggleParams, load
-from pipeline.tracking import runs
+from pipeline.files import write_json
+from pipeline.tracking import fingerprint, runs
 from pipeline.tracking.store import connect
 from stages.cli import cxr
 
@@ -178,7 +182,7 @@ def test_what_is_no_whole_zip_is_not_put_in_place(kaggle, target, spoil):
         (
             lambda env, kaggle: kaggle.faults.update(Download=[(403, "Do!")]),
             (
-                f"the rules of {COMPETITION} are not accepted (403: Do!); accept them, with the account of these "
+                f"{COMPETITION} is not open to this account (403: Do!); accept its rules, with the account of these "
                 f"credentials, at {PAGE}/rules and run again"
             ),
         ),
@@ -319,7 +323,6 @@ def finished(tmp_path_factory, empty_store) -> Path:
     for name, content in {
         "data/manifest.csv": "file\n", "data/split.csv": "file\n", "data/weights/origin.json": "{}",
         "metrics/evaluate.json": json.dumps({"seed-0": {"f1": 0.8, "loss": 0}, "seed-1": {"f1": 0.9, "loss": 0}}),
-        **{f"models/seed-{seed}/model.json": json.dumps({"fingerprint": f"{seed}"}) for seed in (0, 1)},
         **{f"submissions/{name}.csv": f"File,Label\n{name}.jpg,1\n" for name in ("best", "bag", "seed-0", "seed-1")},
     }.items():  # fmt: skip
         (project / name).parent.mkdir(parents=True, exist_ok=True)
@@ -332,7 +335,9 @@ def finished(tmp_path_factory, empty_store) -> Path:
         store = connect(config.model_name)
         runs.parent_run(store, config)
         for seed in (0, 1):
-            runs._find_or_make(store, config, f"{seed}", f"seed-{seed}", {})
+            mark = fingerprint.of_training(config, seed=seed, environment={})
+            write_json(Path(f"models/seed-{seed}/model.json"), {"fingerprint": mark, "environment": {}})
+            runs._find_or_make(store, config, mark, f"seed-{seed}", {})
     return project
 
 
@@ -410,10 +415,10 @@ def test_a_submission_is_never_made_twice(send, kaggle):
 
 
 def test_a_busy_kaggle_is_asked_again_when_sending(send, kaggle):
-    for name in ("StartSubmissionUpload", "/upload", "ListSubmissions"):
-        kaggle.faults[name] = [429, 503]
-    kaggle.faults["CreateSubmission"] = [429]
+    kaggle.faults |= {"StartSubmissionUpload": [429, 503], "ListSubmissions": [429, 503], "CreateSubmission": [429]}
+    kaggle.faults["/upload"] = [403]  # an address that has run out
     assert send("--send", "bag", "-m", "x", "--yes").exit_code == 0
+    assert kaggle.count("StartSubmissionUpload") == 4
     assert len(kaggle.submissions) == 1
 
 
@@ -439,7 +444,19 @@ def test_a_submission_without_a_score_is_in_the_log_all_the_same(send, kaggle, f
     assert table["public_score"].isna().all()
 
 
-def test_what_cannot_be_sent_is_refused_before_anything_is(send, kaggle, finished, monkeypatch):
+def test_a_submission_is_in_the_log_when_the_wait_for_its_score_is_killed(send, kaggle, finished):
+    kaggle.looks = 10**6
+    waiting = multiprocessing.get_context("fork").Process(target=send, args=("--send", "bag", "-m", "x", "--yes"))
+    waiting.start()
+    while not kaggle.count("ListSubmissions"):
+        assert waiting.is_alive()
+        time.sleep(0.01)
+    waiting.kill()
+    waiting.join()
+    assert list(pd.read_csv(finished / "submissions.csv")["submission"]) == [41]
+
+
+def test_what_cannot_be_sent_is_refused_before_anything_is(send, kaggle, finished, monkeypatch, empty_store):
     assert (
         "choose one of best, bag, best-adapted, bag-adapted, seed-0, seed-1"
         in send("--send", "seed-7", "-m", "x", "--yes").stderr
@@ -447,8 +464,12 @@ def test_what_cannot_be_sent_is_refused_before_anything_is(send, kaggle, finishe
     assert "give both" in send("--send", "bag").stderr
     assert "give both" in send("-m", "x").stderr
     (finished / "data/split.csv").write_text("other\n")
-    assert "MLflow has no run of bag to log the score to; run: cxr sync" in send("--send", "bag", "-m", "x").stderr
+    assert "models/seed-0: not what the present parameters, data and code" in send("--send", "best", "-m", "x").stderr
     (finished / "data/split.csv").write_text("file\n")
+    with monkeypatch.context() as patch:
+        shutil.copy(empty_store, finished / "other.db")
+        patch.setenv("MLFLOW_TRACKING_URI", "sqlite:///other.db")
+        assert "MLflow has no run of bag to log the score to; run: cxr sync" in send("--send", "bag", "-m", "x").stderr
     edit_params(finished, lambda params: params.update(profile="demo"))
     assert "params.yaml: demo.download: the data are no competition's" in send("--send", "bag", "-m", "x").stderr
     edit_params(finished, lambda params: params.update(profile="competition"))

@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 
 from pipeline.config import Config
-from pipeline.files import sha256
+from pipeline.errors import UserError
+from pipeline.files import read_json, sha256
 
 # The manifest holds the hash of every image in the pack, and is quicker to read.
 STOOD_FOR = {"data/images.npy": "data/manifest.csv"}
@@ -34,6 +35,19 @@ def of_training(config: Config, root: Path = Path(), **own: Any) -> str:
         **own,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def of_model(config: Config, seed: int, folder: Path) -> str:
+    """Return the fingerprint of the training that left a model in `folder`, on this machine or another.
+
+    Raises:
+        UserError: the present parameters, data and code would train another one.
+    """
+    facts = read_json(folder / "model.json")
+    mark = of_training(config, seed=seed, environment=facts["environment"])
+    if facts["fingerprint"] != mark:
+        raise UserError(f"{folder}: not what the present parameters, data and code would train; run: dvc repro")
+    return mark
 
 
 def parent_name(config: Config, mark: str) -> str:

@@ -138,8 +138,7 @@ def complete(store: Store, config: Config) -> dict[str, ModelVersion]:
     members, runs = candidate.members(config), {BAG: parent.info.run_id}
     for seed, name in zip(config.seeds, config.models, strict=True):
         folder = members[name][name]
-        # The environment is part of the fingerprint, and may have been another machine's.
-        run = SeedRun(store, config, parent, seed, read_json(folder / "model.json")["fingerprint"])
+        run = SeedRun(store, config, parent, seed, fingerprint.of_model(config, seed, folder))
         run.finish(folder)
         runs[name] = run.run_id
     bag = config.active.bag
