@@ -113,6 +113,13 @@ class SplitParams(Section):
     folds: Annotated[int, Field(ge=2)]  # equal parts, of which one validates
     seed: int
     cross_validate: bool  # each seed on a fold of its own
+    held_out_source: str | None  # the source that validates, and is not trained on, in place of a fold
+
+    @model_validator(mode="after")
+    def _check_one_way(self) -> "SplitParams":
+        if self.cross_validate and self.held_out_source is not None:
+            raise ValueError("split.cross_validate, split.held_out_source: one way to validate; set false or null")
+        return self
 
     def fold(self, seed: int) -> int:
         """Return the fold on which a training seed validates."""

@@ -14,24 +14,35 @@ from pipeline.errors import UserError
 def split(manifest: pd.DataFrame, same: np.ndarray, params: SplitParams) -> pd.DataFrame:
     """Assign every image of the manifest to train, validation or test, and every labelled one to a fold.
 
-    All images of a group go the same way: those of a patient, and those of all patients who share a radiograph. Both
-    classes keep their share: the folds are those of scikit-learn's StratifiedGroupKFold, and fold 0 validates.
+    All images of a group go the same way: those of a patient, and those of all patients who share a radiograph. Fold 0
+    validates. Both classes keep their share in the folds, which are those of scikit-learn's StratifiedGroupKFold; or
+    fold 0 is a source that is left out of training.
 
     Args:
         manifest: N rows.
         same: (N,), what `duplicates.find` gave.
-        params: how many folds, the seed, and whether every fold must be fit to validate on, or one.
+        params: how many folds, the seed, and whether every fold must be fit to validate on, or one; or which source.
 
     Returns:
         Columns file, group, subset and fold (missing for the test set), in the order of the manifest.
 
     Raises:
-        UserError: a class has too few groups to be in both parts.
+        UserError: a class has too few groups to be in both parts, or the source does not have both.
     """
     group = _groups(manifest, same)
     table = pd.DataFrame({"file": manifest["file"], "group": group, "subset": manifest["set"]})
     labelled = manifest["set"] == "train"
     labels, groups = manifest.loc[labelled, "label"], group[labelled]
+    if params.held_out_source is None:
+        folds = _folds(labels, groups, params)
+    else:
+        folds = _leave_out(labels, groups, manifest.loc[labelled, "source"], params)
+    table["fold"] = folds.astype("Int64").reindex(table.index)
+    table.loc[table["fold"] == 0, "subset"] = "validation"
+    return table
+
+
+def _folds(labels: pd.Series, groups: pd.Series, params: SplitParams) -> pd.Series:
     for label in (0, 1):
         count = groups[labels == label].nunique()
         if count < 2:
@@ -39,28 +50,39 @@ def split(manifest: pd.DataFrame, same: np.ndarray, params: SplitParams) -> pd.D
                 f"only {count} group(s) of images with label {label}: training and validation need one each; "
                 "add images or patients"
             )
-    folds: list[np.ndarray] = []
+    folds = pd.Series(0, labels.index)
+    fit: list[bool] = []  # to validate on
     if params.folds <= min(labels.value_counts().max(), groups.nunique()):  # scikit-learn makes no more
         with warnings.catch_warnings():
             # Fewer members than folds leaves some folds without the class; one that has both is chosen.
             warnings.filterwarnings("ignore", "The least populated class", UserWarning)
             folder = StratifiedGroupKFold(params.folds, shuffle=True, random_state=params.seed)
-            splits = list(folder.split(labels, labels, groups))
-        both = [labels.iloc[t].nunique() == labels.iloc[v].nunique() == 2 for t, v in splits]
-        if all(both) or (any(both) and not params.cross_validate):
-            folds = [validation for _, validation in splits]
-            folds.insert(0, folds.pop(both.index(True)))
-    if not folds:
+            for fold, (_, rows) in enumerate(folder.split(labels, labels, groups)):
+                folds.iloc[rows] = fold
+        fit = [labels.groupby(folds == fold).nunique().eq(2).all() for fold in range(params.folds)]
+    if not (all(fit) if params.cross_validate and fit else any(fit)):
         which = "not every" if params.cross_validate else "no"
         raise UserError(
             f"split.folds = {params.folds}: {which} fold has both classes with both left for training; "
             "lower it in params.yaml or add images"
         )
-    table["fold"] = pd.array([None] * len(table), dtype="Int64")
-    for fold, rows in enumerate(folds):
-        table.loc[labels.index[rows], "fold"] = fold
-    table.loc[table["fold"] == 0, "subset"] = "validation"
-    return table
+    first = fit.index(True)
+    order = sorted(range(params.folds), key=lambda fold: fold != first)
+    return folds.map({fold: place for place, fold in enumerate(order)})
+
+
+def _leave_out(labels: pd.Series, groups: pd.Series, sources: pd.Series, params: SplitParams) -> pd.Series:
+    """Put every group that has an image of the source into fold 0, and the others into fold 1."""
+    held_out = groups.isin(groups[sources == params.held_out_source])
+    if labels[held_out].nunique() < 2 or labels[~held_out].nunique() < 2:
+        counts = pd.crosstab(sources, labels)
+        raise UserError(
+            f"split.held_out_source = {params.held_out_source}: it and the rest need both classes; there are "
+            + ", ".join(
+                f"{name or 'unknown'} ({row[0]} negative, {row[1]} positive)" for name, row in counts.iterrows()
+            )
+        )
+    return pd.Series(np.where(held_out, 0, 1), labels.index)
 
 
 def check(manifest: pd.DataFrame, same: np.ndarray, table: pd.DataFrame) -> None:

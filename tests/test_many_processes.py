@@ -168,6 +168,9 @@ def training_worker() -> psutil.Process | None:
 
 def ray_node(project: Path, *place: str, **changes: str) -> AbstractContextManager[None]:
     command = ["ray", "start", "--block", "--num-cpus=1", "--disable-usage-stats", *place]
+    documented = "RAY_kill_child_processes_on_worker_exit_with_raylet_subreaper"
+    assert f"`{documented}=true`" in (ROOT / "docs/scale.md").read_text()
+    changes[documented] = "true"
     return background(project, *command, ready=lambda printed: "Ray runtime started" in printed, **changes)
 
 
@@ -190,7 +193,9 @@ def test_a_ray_cluster_of_two_nodes_trains_all_seeds_though_a_worker_is_killed(r
         while not (worker := training_worker()):
             assert training.poll() is None, (project / "train.log").read_text()
             time.sleep(0.2)
+        begun = worker.children(recursive=True)
         worker.kill()
+        assert not psutil.wait_procs(begun, timeout=60)[1]  # what it began ends with it
         assert training.wait(900) == 0, (project / "train.log").read_text()
     rest = do(project, "dvc repro --pull")
     assert rest.returncode == 0, rest.stdout + rest.stderr

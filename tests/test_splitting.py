@@ -29,8 +29,8 @@ def split(rows: pd.DataFrame, params: SplitParams, duplicates: dict[int, int] | 
     return found
 
 
-def params(folds: int = 5, seed: int = 1, cross_validate: bool = False) -> SplitParams:
-    return SplitParams(folds=folds, seed=seed, cross_validate=cross_validate)
+def params(folds: int = 5, seed: int = 1, cross_validate: bool = False, source: str | None = None) -> SplitParams:
+    return SplitParams(folds=folds, seed=seed, cross_validate=cross_validate, held_out_source=source)
 
 
 people = st.tuples(st.integers(0, 1), st.sampled_from(["", *"abcdefghijklmnop"]))
@@ -177,3 +177,28 @@ def test_a_split_that_leaks_is_refused(patients, same, kind):
     leaking = pd.DataFrame({"file": rows["file"], "group": rows["file"], "subset": "train", "fold": [0, 1, 1, 0]})
     with pytest.raises(UserError, match=rf"^data/split.csv: the {kind} is in 2 folds, .*; do not use this split"):
         splitting.check(rows, np.array(same), leaking)
+
+
+def test_a_source_that_is_held_out_validates_with_all_images_of_its_patients():
+    rows = table([0, 1, 0, 1, 0, 1, 0, 1], ["p", "q", "r", "s", "t", "u", "v", "p"])
+    rows["source"] = ["here"] * 2 + ["there"] * 6 + ["here", ""]
+    found = split(rows, params(source="here"))
+    assert list(found["subset"]) == ["validation"] * 2 + ["train"] * 5 + ["validation"] + ["test"] * 2
+    assert list(found["fold"][:8]) == [0, 0, 1, 1, 1, 1, 1, 0]
+
+
+def test_a_source_without_both_classes_is_not_held_out():
+    rows = table([0, 0, 0, 1, 1, 0])
+    rows["source"] = ["here", "here", "", "", "there", "there", "here", ""]
+    for source in ("here", "elsewhere"):
+        with pytest.raises(UserError) as caught:
+            split(rows, params(source=source))
+        assert str(caught.value) == (
+            f"split.held_out_source = {source}: it and the rest need both classes; there are unknown (1 negative, "
+            "1 positive), here (2 negative, 0 positive), there (1 negative, 1 positive)"
+        )
+
+
+def test_one_source_and_a_fold_for_each_seed_are_not_validated_on_at_once():
+    with pytest.raises(ValueError, match="one way to validate"):
+        params(cross_validate=True, source="here")
