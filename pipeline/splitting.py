@@ -59,7 +59,7 @@ def _folds(labels: pd.Series, groups: pd.Series, params: SplitParams) -> pd.Seri
             folder = StratifiedGroupKFold(params.folds, shuffle=True, random_state=params.seed)
             for fold, (_, rows) in enumerate(folder.split(labels, labels, groups)):
                 folds.iloc[rows] = fold
-        fit = [labels.groupby(folds == fold).nunique().eq(2).all() for fold in range(params.folds)]
+        fit = [bool(labels.groupby(folds == fold).nunique().eq(2).all()) for fold in range(params.folds)]
     if not (all(fit) if params.cross_validate and fit else any(fit)):
         which = "not every" if params.cross_validate else "no"
         raise UserError(
