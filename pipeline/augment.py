@@ -1,4 +1,4 @@
-"""What training does to a batch: which images are drawn, and how they are turned, flipped and mixed.
+"""What training does to a batch: which images are drawn, and how they are flipped, moved, lit and mixed.
 
 Everything here works on whole batches on the device.
 """
@@ -23,23 +23,29 @@ def epoch_order(labels: Tensor, params: TrainParams, generator: Generator) -> Te
 
 
 def augment(images: Tensor, params: TrainParams, generator: Generator) -> Tensor:
-    """Flip and rotate each of the images (B, C, S, S) by itself; rotated ones are float32, others as they were."""
+    """Flip, move and light each of the images (B, C, S, S), 0 to 255, by itself; only flipped, they keep their type."""
     if params.flip:
         flipped = torch.rand(len(images), generator=generator) < params.flip
         # Whole images are chosen, which on a CPU is twenty times as fast as torch.where's choice of single pixels.
         chosen = torch.arange(len(images)) + len(images) * flipped
         images = torch.cat([images, images.flip(-1)]).index_select(0, chosen.to(images.device))
-    if params.rotation:
-        angles = (2 * torch.rand(len(images), generator=generator) - 1) * params.rotation
-        images = _rotate(images.float(), torch.deg2rad(angles).to(images.device))
+    if params.rotation or params.zoom or params.shift:
+        angle = torch.deg2rad(params.rotation * _between(images, generator))
+        zoom = (1 + params.zoom) ** _between(images, generator)
+        right, down = (2 * params.shift * _between(images, generator) for _ in "xy")  # of an edge that is 2 long
+        cos, sin = zoom * angle.cos(), zoom * angle.sin()
+        placed = torch.stack([cos, -sin, right, sin, cos, down], dim=1).view(-1, 2, 3)
+        grid = affine_grid(placed.to(images.device), list(images.shape), align_corners=False)
+        images = grid_sample(images.float(), grid, align_corners=False, padding_mode="border")
+    if params.gamma:
+        gamma = (1 + params.gamma) ** _between(images, generator)
+        images = 255 * (images / 255) ** gamma.view(-1, 1, 1, 1).to(images.device)
     return images
 
 
-def _rotate(images: Tensor, angles: Tensor) -> Tensor:
-    cos, sin, zero = angles.cos(), angles.sin(), torch.zeros_like(angles)
-    turn = torch.stack([cos, -sin, zero, sin, cos, zero], dim=1).view(-1, 2, 3)
-    grid = affine_grid(turn, list(images.shape), align_corners=False)
-    return grid_sample(images, grid, align_corners=False, padding_mode="border")
+def _between(images: Tensor, generator: Generator) -> Tensor:
+    """Draw from -1 to 1 for each of the images: (B,)."""
+    return 2 * torch.rand(len(images), generator=generator) - 1
 
 
 def mixup(images: Tensor, labels: Tensor, alpha: float) -> tuple[Tensor, Tensor]:

@@ -142,12 +142,16 @@ class TrainParams(Section):
     class_weights: tuple[Weight, Weight]  # of negative and positive in the loss
     flip: Share  # probability of a horizontal flip
     rotation: Annotated[float, Field(ge=0, le=180)]  # degrees, at most, to either side
+    zoom: Annotated[float, Field(ge=0, le=1)]  # at most: 0.2 shows from 1 / 1.2 of the image to 1.2 of it
+    shift: Annotated[float, Field(ge=0, le=0.5)]  # of the edge, at most, to any side
+    gamma: Annotated[float, Field(ge=0, le=3)]  # at most: 0.5 raises brightness to a power from 1 / 1.5 to 1.5
     mixup_alpha: Annotated[float, Field(ge=0)]  # 0 is no mixup
     optimiser: Literal["adam", "adamw", "sgd"]
     fresh_optimiser: bool  # made anew every epoch, which forgets its moments
     lr: Annotated[float, Field(gt=0)]
     eps: Annotated[float, Field(gt=0)]
     weight_decay: Annotated[float, Field(ge=0)]
+    weight_average: Annotated[float, Field(ge=0, lt=1)]  # share of the average that each step keeps; 0 is none
     schedule: Literal["constant", "cosine"]
     warmup_epochs: Annotated[float, Field(ge=0)]
     precision: Literal["float32", "bfloat16", "float16"]

@@ -8,18 +8,19 @@ from pipeline import config
 from pipeline.augment import augment, epoch_order, mixup
 from pipeline.training.determinism import generator
 
+STILL = {"flip": 0.0, "rotation": 0.0, "zoom": 0.0, "shift": 0.0, "gamma": 0.0}
 SHIPPED = config.load(ROOT / "params.yaml").profiles["demo"].train
 
 
 def params(**changes):
-    return SHIPPED.model_copy(update={"flip": 0.0, "rotation": 0.0, "sampling": "shuffle", **changes})
+    return SHIPPED.model_copy(update={**STILL, "sampling": "shuffle", **changes})
 
 
 def pictures(count: int = 64, size: int = 12) -> torch.Tensor:
     return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
-def test_no_chance_of_a_flip_and_no_rotation_leave_images_as_they_are():
+def test_nothing_asked_for_leaves_images_as_they_are():
     assert torch.equal(augment(pictures(), params(), generator(1)), pictures())
 
 
@@ -43,9 +44,9 @@ def test_the_share_of_flips_is_the_one_asked_for():
 
 @settings(max_examples=25, deadline=None)
 @given(st.floats(0.1, 180), st.integers(0, 99))
-def test_rotation_keeps_shape_and_range(degrees, seed):
+def test_moved_images_keep_shape_and_range(degrees, seed):
     images = pictures(4)
-    found = augment(images, params(rotation=degrees), generator(seed))
+    found = augment(images, params(rotation=degrees, zoom=degrees / 180, shift=degrees / 360), generator(seed))
     assert found.shape == images.shape
     assert found.dtype == images.dtype
     assert found.min() >= images.min() - 1e-6
@@ -66,6 +67,39 @@ def test_rotation_turns_each_image_by_an_angle_of_its_own_within_the_limit():
     assert len(angles.round(decimals=3).unique()) > 150
 
 
+def disc(count: int) -> torch.Tensor:
+    row, column = torch.meshgrid(torch.arange(64.0) - 31.5, torch.arange(64.0) - 31.5, indexing="ij")
+    return ((row**2 + column**2) < 200).float().expand(count, 1, 64, 64)
+
+
+def test_zoom_shows_between_less_and_more_of_each_image_by_itself():
+    found = augment(disc(300), params(zoom=0.5), generator(1))
+    scale = (disc(1).sum() / found.sum(dim=(1, 2, 3))).sqrt()
+    assert 1 / 1.52 < scale.min() < 1 / 1.4
+    assert 1.4 < scale.max() < 1.52
+    assert abs(scale.log().mean()) < 0.05
+
+
+def test_shift_moves_each_image_by_itself_at_most_as_far_as_asked_for():
+    found = augment(disc(300), params(shift=0.1), generator(1))[:, 0]
+    place = torch.arange(64.0) - 31.5
+    for axis in (1, 2):
+        moved = (found.sum(axis) * place).sum(1) / found.sum(dim=(1, 2))
+        assert moved.abs().max() <= 6.41
+        assert moved.max() > 5.5
+        assert moved.min() < -5.5
+
+
+def test_gamma_lights_each_image_by_itself_and_leaves_black_and_white():
+    images = torch.tensor([0, 64, 255], dtype=torch.uint8).view(1, 1, 1, 3).expand(300, 1, 1, 3)
+    black, grey, white = augment(images, params(gamma=0.5), generator(1)).unbind(-1)
+    assert (black == 0).all()
+    assert (white == 255).all()
+    power = ((grey / 255).log() / torch.tensor(64 / 255).log()).flatten()
+    assert 1 / 1.501 < power.min() < 1 / 1.4
+    assert 1.4 < power.max() < 1.501
+
+
 def test_rotation_does_not_squeeze_the_picture():
     row, column = torch.meshgrid(torch.arange(64.0) - 31.5, torch.arange(64.0) - 31.5, indexing="ij")
     disc = ((row**2 + column**2) < 400).float().expand(8, 1, 64, 64)
@@ -74,7 +108,7 @@ def test_rotation_does_not_squeeze_the_picture():
 
 
 def test_the_same_generator_gives_the_same_augmentation_and_another_another():
-    changes = params(flip=0.5, rotation=10.0)
+    changes = params(flip=0.5, rotation=10.0, zoom=0.2, shift=0.1, gamma=0.5)
     assert torch.equal(augment(pictures(), changes, generator(1)), augment(pictures(), changes, generator(1)))
     assert not torch.equal(augment(pictures(), changes, generator(1)), augment(pictures(), changes, generator(2)))
 

@@ -31,9 +31,10 @@ SMALL, LITE = "squeezenet1_1", "timm/tf_efficientnet_lite0"
 TINY = {
     "backbone": SMALL, "hidden": [], "dropout": 0.2, "size": 32, "normalisation": "imagenet", "epochs": 2,
     "frozen_epochs": 0, "patience": None, "batch_size": 8, "sampling": "shuffle", "positive_weight": 1.0,
-    "class_weights": (1.0, 1.0), "flip": 0.5, "rotation": 5.0, "mixup_alpha": 0.0, "optimiser": "adamw",
-    "fresh_optimiser": False, "lr": 1e-3, "eps": 1e-8, "weight_decay": 0.01, "schedule": "cosine",
-    "warmup_epochs": 0.0, "precision": "float32", "channels_last": True, "cpu_threads": 1, "accumulate": 1,
+    "class_weights": (1.0, 1.0), "flip": 0.5, "rotation": 5.0, "zoom": 0.0, "shift": 0.0, "gamma": 0.0,
+    "mixup_alpha": 0.0, "optimiser": "adamw",
+    "fresh_optimiser": False, "lr": 1e-3, "eps": 1e-8, "weight_decay": 0.01, "weight_average": 0.0,
+    "schedule": "cosine", "warmup_epochs": 0.0, "precision": "float32", "channels_last": True, "cpu_threads": 1, "accumulate": 1,
     "fused": False, "compile": False, "loader_threads": 1,
 }  # fmt: skip
 
@@ -240,6 +241,18 @@ def test_a_fresh_optimiser_forgets_its_moments(pack, weights):
         assert (fresh == kept) == same
 
 
+def test_the_weights_that_are_kept_are_averaged_over_the_steps(pack, weights):
+    changes = params(weight_average=0.75, epochs=1, batch_size=8)
+    first, whole = (loop.Training(changes, 0, table(), pack, weights, Group()) for _ in range(2))
+    with pytest.raises(Interrupted):
+        first.run(Checkpoint(weights / "checkpoints", uuid4().hex), lambda *_: None, lambda: 15)
+    kept = whole.run(Checkpoint(weights / "checkpoints", uuid4().hex), lambda *_: None, lambda: 0).network
+    assert whole.steps == 2
+    for one, two, average in zip(*(net.parameters() for net in (first.network, whole.network, kept)), strict=True):
+        assert torch.allclose(average, 0.75 * one + 0.25 * two, atol=1e-7)
+    assert kept is not whole.network
+
+
 def test_a_leftover_of_one_image_does_not_stop_batch_norm(pack, weights):
     trained, _ = train(pack, weights, backbone=LITE, batch_size=5)
     assert all(math.isfinite(entry.train_loss) for entry in trained.history)
@@ -314,7 +327,11 @@ def test_a_diverging_run_is_refused_with_epoch_batch_and_parameters_named(pack, 
         {"sampling": "weighted", "positive_weight": 3.0},
         {"class_weights": (1.0, 5.0)},
         {"rotation": 20.0, "flip": 0.0},
+        {"zoom": 0.2},
+        {"shift": 0.1},
+        {"gamma": 0.5},
         {"mixup_alpha": 0.4},
+        {"weight_average": 0.9},
         {"optimiser": "sgd"},
         {"optimiser": "adam", "fresh_optimiser": True},
         {"precision": "bfloat16"},
@@ -371,7 +388,7 @@ def resumed(pack, weights, calls: list[int], **changes):
     "changes",
     [
         {},
-        {"backbone": LITE, "frozen_epochs": 1},
+        {"backbone": LITE, "frozen_epochs": 1, "weight_average": 0.9, "zoom": 0.2, "gamma": 0.5},
         {"optimiser": "sgd", "mixup_alpha": 0.4, "hidden": [8]},
         {"optimiser": "adam", "fresh_optimiser": True, "sampling": "weighted", "patience": 1},
         {"precision": "bfloat16", "accumulate": 2, "fused": True, "loader_threads": 3},

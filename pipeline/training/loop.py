@@ -13,6 +13,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pipeline.augment import augment, epoch_order, mixup
 from pipeline.config import TrainParams
@@ -95,6 +96,11 @@ class Training:
         self.network.to(pack.device, memory_format=self.memory_format)  # type: ignore[call-overload]
         self.optimiser = optimiser(self.network.parameters(), params)
         self.scaler = torch.amp.GradScaler(pack.device.type, enabled=params.precision == "float16")
+        self.averaged: AveragedModel | None = None
+        if params.weight_average:
+            self.averaged = AveragedModel(
+                self.network, multi_avg_fn=get_ema_multi_avg_fn(params.weight_average), use_buffers=True
+            )
         self.epoch, self.step = 1, 0  # the epoch that is being trained, and how many of its steps are done
         self.losses: list[Tensor] = []  # of these steps
         self.history: list[Epoch] = []
@@ -132,12 +138,17 @@ class Training:
                     self._close_epoch(rate)
                     self._save(checkpoint)
                     self._show(self.history[-1])
-                    on_epoch(self.history[-1], self.network if self.best is self.history[-1] else None)
+                    on_epoch(self.history[-1], self.judged if self.best is self.history[-1] else None)
             except Interrupted:
                 self._save(checkpoint)
                 raise
-        self.network.load_state_dict(self.best_weights)
-        return Trained(self.network.eval(), self.best, self.history)
+        self.judged.load_state_dict(self.best_weights)
+        return Trained(self.judged.eval(), self.best, self.history)
+
+    @property
+    def judged(self) -> Classifier:
+        """The network that validates and is kept: the one that is trained, or its average over the steps."""
+        return self.averaged.module if self.averaged else self.network  # type: ignore[return-value]
 
     @property
     def best(self) -> Epoch:
@@ -153,6 +164,7 @@ class Training:
         """Return all that changes while it trains, as numbers, texts and tensors."""
         return {
             "network": self.network.state_dict(),
+            "averaged": self.averaged.state_dict() if self.averaged else {},
             "optimiser": self.optimiser.state_dict(),
             "scaler": self.scaler.state_dict(),
             "epoch": self.epoch,
@@ -164,6 +176,8 @@ class Training:
 
     def restore(self, state: dict[str, Any]) -> None:
         self.network.load_state_dict(state["network"])
+        if self.averaged:
+            self.averaged.load_state_dict(state["averaged"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step = state["epoch"], state["step"]
@@ -234,6 +248,8 @@ class Training:
             loss += total.detach() / len(rows)
         self.scaler.step(self.optimiser)
         self.scaler.update()
+        if self.averaged:
+            self.averaged.update_parameters(self.network)
         return self.group.sum(loss)
 
     def _close_epoch(self, rate: float) -> None:
@@ -252,7 +268,7 @@ class Training:
         )
         self.history.append(entry)
         if self.best is entry:
-            self.best_weights = copy.deepcopy(self.network.state_dict())
+            self.best_weights = copy.deepcopy(self.judged.state_dict())
         self.epoch, self.step, self.losses = self.epoch + 1, 0, []
 
     def _show(self, entry: Epoch) -> None:
@@ -264,13 +280,13 @@ class Training:
 
     def _predict(self, rows: Tensor) -> Tensor:
         """Predict the given rows (B,) of the pack: P(positive), float32 (B,), on the CPU."""
-        self.network.eval()
+        network = self.judged.eval()
         found = torch.zeros(len(rows), device=self.pack.device)
         places = torch.arange(len(rows)).split(self.params.batch_size)
         for start in range(0, len(places), self.group.count):
             self._ask_to_go_on()
             for place in places[start + self.group.rank :][:1]:  # the last round may have none for the last processes
-                found[place.to(found.device)] = self.network.probabilities(self.pack.pixels(rows[place]))
+                found[place.to(found.device)] = network.probabilities(self.pack.pixels(rows[place]))
         return self.group.sum(found).cpu()
 
     def _ask_to_go_on(self) -> None:
