@@ -34,8 +34,8 @@ TINY = {
     "class_weights": (1.0, 1.0), "flip": 0.5, "rotation": 5.0, "zoom": 0.0, "shift": 0.0, "gamma": 0.0,
     "mixup_alpha": 0.0, "optimiser": "adamw",
     "fresh_optimiser": False, "lr": 1e-3, "eps": 1e-8, "weight_decay": 0.01, "weight_average": 0.0,
-    "schedule": "cosine", "warmup_epochs": 0.0, "precision": "float32", "channels_last": True, "cpu_threads": 1, "accumulate": 1,
-    "fused": False, "compile": False, "loader_threads": 1,
+    "schedule": "cosine", "warmup_epochs": 0.0, "precision": "float32", "channels_last": True, "cpu_threads": 1,
+    "accumulate": 1, "fused": False, "compile": False, "loader_threads": 1,
 }  # fmt: skip
 
 
