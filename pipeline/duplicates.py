@@ -10,7 +10,7 @@ from PIL import Image
 from scipy.fft import dctn
 from scipy.ndimage import gaussian_filter
 
-MOST_BITS = 44  # of 256 in which the hashes of candidates may differ
+MOST_BITS = 40  # of 256 in which the hashes of candidates may differ
 LEAST_LIKENESS = 0.96  # of two images that are one
 DETAIL = 64  # edge of the thumbnails that are compared, pixels
 AT_ONCE = 1024  # candidates that are compared in one go

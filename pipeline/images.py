@@ -72,7 +72,7 @@ def square(grey: np.ndarray, size: int, resize: Resize) -> np.ndarray:
     Raises:
         UnusableError: it is no such array, too small, too large, too narrow or (nearly) blank.
     """
-    if grey.ndim != 2 or grey.dtype.kind not in "ui" or grey.min(initial=0) < 0 or grey.max(initial=0) > 255:
+    if grey.ndim != 2 or not _is_bytes(grey):
         raise UnusableError("not grey pixels (height, width) with whole values of 0 to 255")
     _check_shape(grey.shape[1], grey.shape[0])
     step = min(grey.shape) // 32 | 1  # odd, for patterns are mostly even
@@ -85,6 +85,12 @@ def square(grey: np.ndarray, size: int, resize: Resize) -> np.ndarray:
     if resize == "pad":
         return np.asarray(ImageOps.pad(image, (size, size), method, color=0))
     return np.asarray(image.resize((size, size), method))
+
+
+def _is_bytes(values: np.ndarray) -> bool:
+    if values.dtype == np.uint8:
+        return True
+    return values.dtype.kind in "ui" and values.min(initial=0) >= 0 and values.max(initial=0) <= 255
 
 
 def _check_shape(width: int, height: int) -> None:

@@ -13,14 +13,14 @@ import zipfile
 import zlib
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PureWindowsPath
 
 import pandas as pd
 
 from pipeline.errors import UserError, first_line
 
 METADATA = ["patient", "source", "view"]
-LITTER = (".DS_Store", "Thumbs.db")  # that file managers leave, as they do ._names
+LITTER = ("", ".DS_Store", "Thumbs.db")  # folders, and what file managers leave, as they do ._names
 LICENCE = "licence"  # of the image, a column that metadata.csv need not have
 LARGEST = 2**28  # bytes of a member once unpacked
 DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError)  # what zipfile raises on a broken zip
@@ -135,12 +135,11 @@ def _members(archive: zipfile.ZipFile, path: Path, folder: str) -> dict[str, str
     """Map file names to names inside the zip, for both nestings."""
     members: dict[str, str] = {}
     for member in archive.namelist():
-        name = PurePosixPath(member)
-        file = not member.endswith("/") and name.name not in LITTER and not name.name.startswith("._")
-        if file and name.parts[:-1] in ((folder,), (folder, folder)):
-            if name.name in members:
-                raise UserError(f"{path}: {member!r} and {members[name.name]!r} have one name; leave one of them in it")
-            members[name.name] = member
+        place, _, file = member.removeprefix("./").rpartition("/")
+        if place in (folder, f"{folder}/{folder}") and file not in LITTER and not file.startswith("._"):
+            if file in members:
+                raise UserError(f"{path}: {member!r} and {members[file]!r} have one name; leave one of them in it")
+            members[file] = member
     return members
 
 

@@ -1,0 +1,41 @@
+"""What a change of the recipe does: all seeds of one project against those of another, paired by image and seed.
+
+python bench/ablation.py WITH WITHOUT    # two clones in which `dvc repro evaluate` has run, on the same split
+
+Each figure is the mean over the seeds, on the validation set, at the threshold 0.5; its interval is that of a bootstrap
+over patients. `better` says for how many seeds WITH is the better one.
+"""
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from pipeline.evaluation import intervals
+from pipeline.evaluation.metrics import LOWER_IS_BETTER, called
+
+RESAMPLES = 2000
+METRICS = ["loss", "auroc", "average_precision", "f1"]
+
+
+def figures(project: Path) -> list[pd.DataFrame]:
+    """Return the figures of every seed, resampled."""
+    table = pd.read_csv(project / "predictions/validation.csv", index_col="file")
+    groups = pd.read_csv(project / "data/split.csv", index_col="file").loc[table.index, "group"]
+    weights = intervals.resample(groups.to_numpy(), RESAMPLES)
+    labels = table.pop("label").to_numpy()
+    return [intervals.figures(labels, called(one), one.to_numpy(), weights) for _, one in table.items()]
+
+
+def main(ours: str, theirs: str) -> None:
+    seeds = [figures(Path(project)) for project in (ours, theirs)]
+    table = intervals.differences(*(sum(each) / len(each) for each in seeds), METRICS).set_index("metric")
+    for metric in METRICS:
+        sign = -1 if metric in LOWER_IS_BETTER else 1
+        better = [sign * (one[metric][0] - other[metric][0]) > 0 for one, other in zip(*seeds, strict=True)]
+        table.loc[metric, "better"] = f"{sum(better)} of {len(better)}"
+    print(table.drop(columns="probability").round(4).reset_index().to_json(orient="records", lines=True), end="")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
