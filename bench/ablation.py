@@ -13,22 +13,35 @@ import pandas as pd
 
 from pipeline.evaluation import intervals
 from pipeline.evaluation.metrics import LOWER_IS_BETTER, called
+from pipeline.files import read_csv
+from pipeline.manifest import read_split
 
 RESAMPLES = 2000
 METRICS = ["loss", "auroc", "average_precision", "f1"]
 
 
-def figures(project: Path) -> list[pd.DataFrame]:
+def predictions(project: Path) -> pd.DataFrame:
+    """Return label, group and P(positive) of every seed, by file."""
+    table = read_csv(project / "predictions/validation.csv").set_index("file")
+    return table.join(read_split(project / "data").set_index("file")["group"])
+
+
+def figures(table: pd.DataFrame) -> list[pd.DataFrame]:
     """Return the figures of every seed, resampled."""
-    table = pd.read_csv(project / "predictions/validation.csv", index_col="file")
-    groups = pd.read_csv(project / "data/split.csv", index_col="file").loc[table.index, "group"]
-    weights = intervals.resample(groups.to_numpy(), RESAMPLES)
-    labels = table.pop("label").to_numpy()
-    return [intervals.figures(labels, called(one), one.to_numpy(), weights) for _, one in table.items()]
+    weights = intervals.resample(table["group"].to_numpy(), RESAMPLES)
+    labels = table["label"].to_numpy()
+    seeds = table.drop(columns=["label", "group"])
+    return [intervals.figures(labels, called(one), one.to_numpy(), weights) for _, one in seeds.items()]
 
 
 def main(ours: str, theirs: str) -> None:
-    seeds = [figures(Path(project)) for project in (ours, theirs)]
+    tables = [predictions(Path(project)) for project in (ours, theirs)]
+    if (
+        not all(one[["label", "group"]].equals(tables[0][["label", "group"]]) for one in tables)
+        or len({tuple(one) for one in tables}) > 1
+    ):
+        raise SystemExit(f"{ours} and {theirs} have not the same split and seeds")
+    seeds = [figures(table) for table in tables]
     table = intervals.differences(*(sum(each) / len(each) for each in seeds), METRICS).set_index("metric")
     for metric in METRICS:
         sign = -1 if metric in LOWER_IS_BETTER else 1

@@ -17,13 +17,14 @@ from pipeline.evaluation import intervals
 from pipeline.evaluation.calibration import corrected
 from pipeline.evaluation.metrics import called
 from pipeline.evaluation.prevalence import adapted
+from pipeline.files import read_csv
 
 RESAMPLES = 2000
 
 
 def main(project: str, labels: str) -> None:
     given, test = (
-        pd.read_csv(Path(project, f"predictions/{name}.csv"), index_col="file") for name in ("validation", "test")
+        read_csv(Path(project, f"predictions/{name}.csv")).set_index("file") for name in ("validation", "test")
     )
     truth = pd.read_csv(labels, index_col="File").loc[test.index, "Label"].to_numpy()
     known = given.pop("label").to_numpy()

@@ -81,7 +81,7 @@ def _guess_from_source(manifest: pd.DataFrame, subset: pd.Series) -> dict[str, f
     """
     train, validation = (manifest[subset == name] for name in ("train", "validation"))
     known = train["label"].astype(int).groupby(train["source"]).agg(["sum", "count"])
-    if len(known) < 2:
+    if len(known) < 2 or not validation["source"].isin(known.index).any():
         return None
     known = known.loc[(known["sum"] / known["count"]).sort_values(ascending=False, kind="stable").index]
     hits, called = (np.append(0, known[name].cumsum()) for name in ("sum", "count"))
@@ -129,7 +129,7 @@ def _markdown(card: Mapping[str, Any]) -> str:
         f"A guess that knows nothing but the source reaches accuracy {guess['accuracy']:.3f}, or F1 {guess['f1']:.3f}, "
         "on the validation images. Only what a model scores above that, it surely has from the lungs."
         if guess
-        else "There are no two sources, or they are not known.",
+        else "No such guess can be made: no two sources are known, or the one that validates is not trained on.",
         "## Duplicates",
         f"More than once: {len(duplicates)} radiographs; pixel for pixel: {sum(one['equal'] for one in duplicates)}.",
         *_listed("With different labels", [_files(one) for one in _contradictory(duplicates)]),

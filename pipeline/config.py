@@ -93,7 +93,7 @@ class TableParams(Section):
     def _check_labels(self) -> "TableParams":
         both = set(self.positive) & set(self.negative)
         if both:
-            raise ValueError(f"download.positive, download.negative: {min(both)!r} is in both; leave it in one")
+            raise ValueError(f"{min(both)!r} is in positive and in negative; leave it in one")
         return self
 
 
@@ -118,7 +118,7 @@ class SplitParams(Section):
     @model_validator(mode="after")
     def _check_one_way(self) -> "SplitParams":
         if self.cross_validate and self.held_out_source is not None:
-            raise ValueError("split.cross_validate, split.held_out_source: one way to validate; set false or null")
+            raise ValueError("cross_validate and held_out_source are two ways to validate; set one to false or null")
         return self
 
     def fold(self, seed: int) -> int:
@@ -282,7 +282,7 @@ def _first(error: ValidationError) -> str:
     if found["type"] == "missing":
         return f"{name}: missing; add it"
     if found["type"] == "value_error":
-        return str(found["ctx"]["error"])
+        return f"{name}: {found['ctx']['error']}" if name else str(found["ctx"]["error"])
     return f"{name}: {found['msg'][0].lower()}{found['msg'][1:]}, but it is {found['input']!r}"
 
 

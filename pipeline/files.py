@@ -38,6 +38,11 @@ def write_csv(path: Path, table: pd.DataFrame) -> None:
         table.to_csv(aside, index=False, float_format="%.9g", lineterminator="\n")
 
 
+def read_csv(path: Path) -> pd.DataFrame:
+    """Read a table, in which the names of files are texts, also 0001 and NA, and only an empty field is missing."""
+    return pd.read_csv(path, dtype={"file": str}, keep_default_na=False, na_values=[""])
+
+
 def sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

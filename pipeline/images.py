@@ -109,8 +109,7 @@ def _check_contrast(levels: float) -> None:
 
 
 def _picture(data: bytes) -> np.ndarray:
-    if data.startswith(JPEG) and data.count(SCAN) > SCANS:
-        raise UnusableError("broken image: a JPEG of too many scans")
+    _check_scans(data)
     try:
         grey = _grey_jpeg(data)
         if grey is not None:
@@ -125,6 +124,11 @@ def _picture(data: bytes) -> np.ndarray:
         raise UnusableError("not an image in a known format") from None
     except Exception as error:  # noqa: BLE001  # Pillow passes on whatever a damaged value leads to
         raise UnusableError(f"broken image: {_line(error)}") from None
+
+
+def _check_scans(data: bytes) -> None:
+    if data.startswith(JPEG) and data.count(SCAN) > SCANS:
+        raise UnusableError("broken image: a JPEG of too many scans")
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -226,7 +230,8 @@ def _grey_dicom(file: "Dataset") -> np.ndarray:
         raise UnusableError(f"a DICOM in colour ({kind})")
     _check_inside(file)
     stored = file.pixel_array
-    _check_contrast(int(stored.max()) - int(stored.min()))
+    if stored.dtype.kind in "iu":
+        _check_contrast(int(stored.max()) - int(stored.min()))
     grey = _scaled(apply_voi_lut(apply_modality_lut(stored, file), file))
     return 255 - grey if kind == "MONOCHROME1" else grey
 
@@ -237,8 +242,10 @@ def _check_inside(file: "Dataset") -> None:
     from pydicom.pixels.decoders.pillow import DECODER_DEPENDENCIES
 
     if file.file_meta.TransferSyntaxUID in DECODER_DEPENDENCIES:
-        stream = io.BytesIO(get_frame(file.PixelData, 0, number_of_frames=1))
-        inside, said = Image.open(stream, formats=["JPEG", "JPEG2000"]).size, (file.Columns, file.Rows)
+        frame = get_frame(file.PixelData, 0, number_of_frames=1)
+        _check_scans(frame)
+        inside = Image.open(io.BytesIO(frame), formats=["JPEG", "JPEG2000"]).size
+        said = file.Columns, file.Rows
         if inside != said:
             raise UnusableError(f"broken DICOM: of {said[0]}×{said[1]} pixels, with {inside[0]}×{inside[1]} inside")
 

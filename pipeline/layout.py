@@ -68,7 +68,8 @@ def read(path: Path) -> Layout:
             f"{path}: sample_submission.csv line {absent.index[0] + 2}: there is no image {absent['file'].iloc[0]} in "
             f"test/ ({len(absent)} missing in all); a submission needs every test image, so add it"
         )
-    unlabelled = sorted(set(labelled) - set(labels["File"]))
+    # What has no ending, such as README or .gitkeep, is an image only where a table says so.
+    unlabelled = sorted(name for name in set(labelled) - set(labels["File"]) if "." in name.strip("."))
     if unlabelled:
         raise UserError(
             f"{path}: {len(unlabelled)} training images have no label, the first is {unlabelled[0]}; "
@@ -86,19 +87,19 @@ def _open(path: Path) -> zipfile.ZipFile:
         raise UserError(f"{path}: a damaged zip ({first_line(error)}); fetch it again") from None
     names = Counter(archive.namelist())
     for member in archive.infolist():
-        wrong = "is in it twice" if names[member.filename] > 1 else _wrong(member)
+        wrong = "is in it twice" if names[member.filename] > 1 else _wrong(member, path.stat().st_size)
         if wrong:
             raise UserError(f"{path}: {member.filename!r} {wrong}; make the zip anew without it")
     return archive
 
 
-def _wrong(member: zipfile.ZipInfo) -> str:
-    """Say why an archive with this member is not to be trusted; nothing where all is well."""
+def _wrong(member: zipfile.ZipInfo, size: int) -> str:
+    """Say why an archive of `size` bytes with this member is not to be trusted; nothing where all is well."""
     name, packed, unpacked = PureWindowsPath(member.filename), member.compress_size, member.file_size
     checks = {
         "has an absolute name": name.anchor != "",
         "leads out of the archive": ".." in name.parts,
-        "lies outside of it": member.header_offset < 0,
+        "lies outside of it": not 0 <= member.header_offset < size,
         "is a symbolic link": stat.S_ISLNK(member.external_attr >> 16),
         "is encrypted": member.flag_bits & PROTECTED,
         "is neither stored nor deflated": member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED),
@@ -108,16 +109,26 @@ def _wrong(member: zipfile.ZipInfo) -> str:
     return next((fault for fault, found in checks.items() if found), "")
 
 
+def content(archive: zipfile.ZipFile, member: str) -> bytes:
+    """Read a member, but no more of it than the archive says there is, whatever it inflates to.
+
+    Raises:
+        one of DAMAGE: it is not as the archive says.
+    """
+    with archive.open(member) as stream:
+        return stream.read(archive.getinfo(member).file_size)
+
+
 def _table(archive: zipfile.ZipFile, path: Path, name: str, columns: list[str], optional: str = "") -> pd.DataFrame:
     try:
-        content = archive.read(name)
+        text = content(archive, name)
     except KeyError:
         raise UserError(f"{path}: has no {name}; add it at the top of the zip") from None
     except DAMAGE as error:
         raise UserError(f"{path}: {name} is damaged in the zip ({first_line(error)}); fetch it again") from None
     try:
         # Blank lines are kept, so that a row's index tells its line.
-        table = pd.read_csv(io.BytesIO(content), dtype=str, keep_default_na=False, skip_blank_lines=False)
+        table = pd.read_csv(io.BytesIO(text), dtype=str, keep_default_na=False, skip_blank_lines=False)
     except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise UserError(f"{path}: {name} is not a CSV table: {' '.join(str(error).split())}") from None
     missing = [column for column in columns if column not in table]

@@ -77,7 +77,7 @@ def _decode(row: int, member: str, params: PrepareParams) -> tuple[int, int, str
     if not member:
         return 0, 0, "", "", "no such image in the archive"
     try:
-        data = _archive.read(member)
+        data = layout.content(_archive, member)
     except layout.DAMAGE as reason:
         return 0, 0, "", "", f"damaged in the zip: {first_line(reason)}"
     try:

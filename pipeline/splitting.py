@@ -75,12 +75,14 @@ def _leave_out(labels: pd.Series, groups: pd.Series, sources: pd.Series, params:
     """Put every group that has an image of the source into fold 0, and the others into fold 1."""
     held_out = groups.isin(groups[sources == params.held_out_source])
     if labels[held_out].nunique() < 2 or labels[~held_out].nunique() < 2:
-        counts = pd.crosstab(sources, labels)
+        inside, outside = (
+            f"{(part == 0).sum()} negative, {(part == 1).sum()} positive"
+            for part in (labels[held_out], labels[~held_out])
+        )
+        known = ", ".join(sorted(set(sources) - {""})) or "none"
         raise UserError(
-            f"split.held_out_source = {params.held_out_source}: it and the rest need both classes; there are "
-            + ", ".join(
-                f"{name or 'unknown'} ({row[0]} negative, {row[1]} positive)" for name, row in counts.iterrows()
-            )
+            f"split.held_out_source = {params.held_out_source}: both parts need both classes, but it, with all of its "
+            f"patients, has {inside}, and the rest {outside}; the known sources are: {known}"
         )
     return pd.Series(np.where(held_out, 0, 1), labels.index)
 

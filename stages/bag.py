@@ -16,13 +16,13 @@ def bag() -> None:
     from pipeline.config import load
     from pipeline.evaluation import curves, findings
     from pipeline.evaluation.metrics import score
-    from pipeline.files import read_json, write_csv, write_json
+    from pipeline.files import read_csv, read_json, write_csv, write_json
     from pipeline.report import table
 
     config = load()
     params = config.active.bag
     seeds, members = config.models, config.bagged
-    subsets = {subset: pd.read_csv(f"predictions/{subset}.csv") for subset in ("validation", "test")}
+    subsets = {subset: read_csv(Path(f"predictions/{subset}.csv")) for subset in ("validation", "test")}
     validation = subsets["validation"]
     labels = validation["label"].to_numpy()
 

@@ -25,15 +25,13 @@ def submit(send: str | None, message: str | None, yes: bool) -> None:
 
 
 def _write() -> None:
-    import pandas as pd
-
     from pipeline import ensemble, layout, submission
     from pipeline.config import load
     from pipeline.evaluation.metrics import best_model, called
-    from pipeline.files import read_json
+    from pipeline.files import read_csv, read_json
 
     sample = layout.read(Path("data/raw.zip")).sample
-    test, adapted = (pd.read_csv(f"predictions/{name}.csv", index_col="file") for name in ("test", "adapted"))
+    test, adapted = (read_csv(Path(f"predictions/{name}.csv")).set_index("file") for name in ("test", "adapted"))
     config, rules = load(), ensemble.read_rules()
     seeds, members = config.models, config.bagged
     labels = {seed: ensemble.judge(test[[seed]], rules[seed])["label"] for seed in seeds}

@@ -448,8 +448,8 @@ def test_a_submission_is_in_the_log_when_the_wait_for_its_score_is_killed(send, 
     kaggle.looks = 10**6
     waiting = multiprocessing.get_context("fork").Process(target=send, args=("--send", "bag", "-m", "x", "--yes"))
     waiting.start()
-    while not kaggle.count("ListSubmissions"):
-        assert waiting.is_alive()
+    end = time.monotonic() + 60
+    while not kaggle.count("ListSubmissions") and waiting.is_alive() and time.monotonic() < end:
         time.sleep(0.01)
     waiting.kill()
     waiting.join()

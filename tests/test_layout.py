@@ -3,8 +3,11 @@ import io
 import os
 import random
 import re
+import struct
+import tracemalloc
 import warnings
 import zipfile
+import zlib
 from functools import partial
 
 import pandas as pd
@@ -316,10 +319,40 @@ def test_a_table_damaged_in_the_zip_is_named(tmp_path, name):
 
 
 def test_images_without_an_ending_are_found(tmp_path):
-    members = archive_members(train=6, test=3) | {"train/train/IM1": b"x", "train/train/.x": b"y"}
-    members[LABELS] += b"IM1,1\n.x,0\n"
+    more = {f"train/train/{name}": b"x" for name in ("IM1", "0001", "README", ".gitkeep")}
+    members = archive_members(train=6, test=3) | more
+    members[LABELS] += b"IM1,1\n0001,0\n"
     images = layout.read(write_zip(tmp_path / "raw.zip", members)).images
-    assert list(images["member"][6:8]) == ["train/train/IM1", "train/train/.x"]
+    assert list(images["member"][6:8]) == ["train/train/IM1", "train/train/0001"]
+    assert len(images) == 11
+
+
+def test_a_table_that_inflates_to_more_than_the_archive_says_is_not_read_whole(tmp_path):
+    path = tmp_path / "raw.zip"
+    said = b"File,Label\na000.jpg,1\na001.jpg,0\n"
+    members = archive_members(train=2, test=1) | {LABELS: said + bytes(2**26)}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    data = bytearray(path.read_bytes())
+    for mark, at in ((b"PK\x03\x04", 14), (b"PK\x01\x02", 16)):  # where checksum and sizes are
+        place = data.rindex(mark, 0, data.rindex(LABELS.encode()) if at == 16 else data.index(LABELS.encode())) + at
+        data[place : place + 4] = struct.pack("<I", zlib.crc32(said))
+        data[place + 8 : place + 12] = struct.pack("<I", len(said))
+    path.write_bytes(data)
+    tracemalloc.start()
+    assert len(layout.read(path).images) == 3
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
+
+
+def test_a_member_that_is_said_to_lie_behind_the_end_is_refused(tmp_path):
+    path = zipped(tmp_path)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"PK\x01\x02") + 42
+    data[at : at + 4] = struct.pack("<I", 2**31)
+    path.write_bytes(data)
+    assert refusal(path) == "'train/train/a000.jpg' lies outside of it; make the zip anew without it"
 
 
 def test_one_image_in_both_nestings_is_refused(tmp_path):

@@ -100,11 +100,12 @@ def test_a_line_of_covidx_that_is_not_understood_is_named(covidx, tmp_path, line
     assert said.startswith(f"{covidx / 'test.txt'} line 4: {line!r}; it must be patient, file, class and source")
 
 
-def test_covidx_without_a_list_an_image_or_a_folder_is_refused(covidx, tmp_path):
+def test_covidx_without_a_list_an_image_or_a_folder_is_refused(covidx, tmp_path, caplog):
     (covidx / "train/b.jpg").unlink()
     params = CovidxParams(source="covidx", path=covidx)
     rows = read(params, tmp_path)
     assert list(rows.index[rows["member"] == ""]) == ["b.jpg"]  # which prepare puts into quarantine
+    assert f"{covidx / 'train/b.jpg'}: not found (1 labelled images in all)" in caplog.text
     (covidx / "test/e.jpg").unlink()
     assert refusal(fetch, params, tmp_path / "raw.zip").startswith(f"{covidx / 'test/e.jpg'}: not found (1 missing")
     (covidx / "test.txt").unlink()
@@ -192,6 +193,7 @@ def test_a_table_without_a_test_set_holds_some_patients_out(tmp_path):
             "what is 'maybe', which is in neither",
         ),
         ("image,what,who\n1.jpg,1,a\n1.jpg,1,a\n", "1.jpg: 2 images of this name are listed"),
+        ("image,what,who\n1.jpg,1,a\n,1,b\n", "labels.csv line 3: image is empty; name the image or delete"),
         ("image,what,who\n1.jpg,1,a\n9.jpg,1,b\n", "9.jpg: not found (1 missing in all)"),
         ("image,what,who\n1.jpg,1,a\n", "of 1 images, all would be on one side"),
         ("", "labels.csv: not a CSV table"),
@@ -213,4 +215,5 @@ def test_a_value_that_is_positive_and_negative_is_refused(tmp_path):
     params["local"]["download"] = SNIPPETS[3]["download"] | {"negative": ["normal", "covid"]}
     path = tmp_path / "params.yaml"
     path.write_text(yaml.safe_dump(params))
-    assert f"{path}: download.positive, download.negative: 'covid' is in both" in refusal(config.load, path)
+    said = f"{path}: local.download: 'covid' is in positive and in negative; leave it in one"
+    assert refusal(config.load, path) == said

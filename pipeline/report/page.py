@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from pipeline.files import read_json, replacing
+from pipeline.files import read_csv, read_json, replacing
 from pipeline.models import classifier
 from pipeline.report import charts, gradcam, grids, pictures, words
 from pipeline.report.grids import Grid
@@ -101,7 +101,7 @@ def explained(results: Results) -> list[Image]:
 def disputed(results: Results) -> list[Image]:
     """Show the images on which most members disagree."""
     count = len(results.config.bagged)
-    table = pd.read_csv("predictions/disputed.csv")
+    table = read_csv(Path("predictions/disputed.csv"))
     table["margin"] = (2 * table["votes"] - count).abs()
     return [
         Image(

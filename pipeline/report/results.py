@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline.config import Config
-from pipeline.files import read_json
+from pipeline.files import read_csv, read_json
 from pipeline.manifest import read_split
 
 NAMES = {
@@ -65,7 +65,7 @@ class Results:
     @cached_property
     def validation(self) -> pd.DataFrame:
         """`file`, `label` and P(positive) of every seed."""
-        return pd.read_csv("predictions/validation.csv")
+        return read_csv(Path("predictions/validation.csv"))
 
     @cached_property
     def models(self) -> list[str]:

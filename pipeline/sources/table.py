@@ -32,6 +32,9 @@ def write(params: TableParams, target: Path) -> None:
         test = known["set"] == "test"
     else:
         test = writing.held_out(known["patient"], known["file"], params.test_share)
+    unnamed = known[known["file"] == ""]
+    if len(unnamed):
+        raise UserError(f"{path} line {unnamed.index[0] + 2}: {names.file} is empty; name the image or delete the line")
     unlabelled = known[~test & ~known["label"].isin([*params.positive, *params.negative])]
     if len(unlabelled):
         raise UserError(

@@ -1,6 +1,7 @@
 """The zip in the competition's layout that every source ends in: the same rows and images give the same bytes."""
 
 import hashlib
+import logging
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +12,8 @@ from rich.progress import track
 
 from pipeline.errors import UserError
 from pipeline.layout import LICENCE, METADATA
+
+log = logging.getLogger(__name__)
 
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the oldest time a zip can hold
 
@@ -55,6 +58,9 @@ def write_files(rows: pd.DataFrame, target: Path) -> None:
             f"{absent.iloc[0]}: not found ({len(absent)} missing in all); a submission needs every test image, so "
             "fetch them again"
         )
+    if not there.all():
+        first = rows["path"][~there].iloc[0]
+        log.warning("%s: not found (%s labelled images in all); once mended: dvc repro -f download", first, sum(~there))
     twice = rows["file"][rows["file"].duplicated()]
     if len(twice):
         raise UserError(f"{twice.iloc[0]}: {len(twice) + 1} images of this name are listed; give each its own")

@@ -19,7 +19,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation import calibration
 from pipeline.evaluation.intervals import f1_difference
 from pipeline.evaluation.metrics import Scores, best_model, score
-from pipeline.files import dvc_hash, read_json, write_json
+from pipeline.files import dvc_hash, read_csv, read_json, write_json
 from pipeline.manifest import read_split
 from pipeline.models import candidate
 from pipeline.models.candidate import BAG
@@ -162,7 +162,7 @@ class Judged:
     """The validation set, and what the candidates say of it."""
 
     def __init__(self, config: Config) -> None:
-        predictions = pd.read_csv("predictions/validation.csv")
+        predictions = read_csv(Path("predictions/validation.csv"))
         table = read_split(MANIFEST.parent).set_index("file").loc[predictions["file"]]
         self.files, self.labels = predictions["file"], predictions["label"].to_numpy()
         self.groups = table["group"].to_numpy()
@@ -186,7 +186,9 @@ class Judged:
         model = mlflow.pyfunc.load_model(f"models:/{version.name}/{version.version}")
         with zipfile.ZipFile("data/raw.zip") as archive:
             parts = [
-                model.predict(pd.DataFrame({"image": [archive.read(name) for name in images[start : start + 64]]}))
+                model.predict(
+                    pd.DataFrame({"image": [layout.content(archive, name) for name in images[start : start + 64]]})
+                )
                 for start in range(0, len(images), 64)
             ]
         return np.concatenate([part["label"].to_numpy() for part in parts])
