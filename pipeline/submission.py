@@ -27,3 +27,9 @@ def write(path: Path, labels: pd.Series, sample: pd.DataFrame) -> None:
     if not labels.isin([0, 1]).all():
         raise UserError(f"{path}: labels other than 0 and 1; run: dvc repro evaluate")
     write_csv(path, pd.DataFrame({"File": sample["File"], "Label": labels.loc[sample["File"]].to_numpy()}))
+
+
+def read(path: Path) -> pd.Series:
+    """Read the labels of a submission file back, by file."""
+    table = pd.read_csv(path, dtype={"File": str}, keep_default_na=False)
+    return table.set_index("File")["Label"]

@@ -1,10 +1,16 @@
 """Write the competition's submission files, and send one when asked."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from stages.common import stage
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from pipeline.config import Config
 
 
 @stage
@@ -25,28 +31,35 @@ def submit(send: str | None, message: str | None, yes: bool) -> None:
 
 
 def _write() -> None:
-    from pipeline import ensemble, layout, submission
+    from pipeline import layout, submission
     from pipeline.config import load
+
+    sample = layout.read(Path("data/raw.zip")).sample
+    for name, labels in _labels(load()).items():
+        submission.write(Path(f"submissions/{name}.csv"), labels, sample)
+
+
+def _labels(config: "Config") -> "dict[str, pd.Series]":
+    """Return what each submission says of the test images, by file."""
+    from pipeline import ensemble
     from pipeline.evaluation.metrics import best_model, called
     from pipeline.files import read_csv, read_json
 
-    sample = layout.read(Path("data/raw.zip")).sample
     test, adapted = (read_csv(Path(f"predictions/{name}.csv")).set_index("file") for name in ("test", "adapted"))
-    config, rules = load(), ensemble.read_rules()
-    seeds, members = config.models, config.bagged
+    rules, seeds, members = ensemble.read_rules(), config.models, config.bagged
     labels = {seed: ensemble.judge(test[[seed]], rules[seed])["label"] for seed in seeds}
     labels["best"] = labels[best_model(read_json(Path("metrics/evaluate.json")))]
     labels["bag"] = ensemble.judge(test[members], rules["bag"])["label"]
     for role in adapted.dropna(axis="columns"):
         labels[f"{role}-adapted"] = called(adapted[role])
-    for name, column in labels.items():
-        submission.write(Path(f"submissions/{name}.csv"), column, sample)
+    return labels
 
 
 def _send(name: str, message: str, yes: bool) -> None:
+    from contextlib import suppress
     from datetime import UTC, datetime
 
-    from pipeline import kaggle, sending
+    from pipeline import kaggle, sending, submission
     from pipeline.config import load
     from pipeline.errors import UserError
     from pipeline.evaluation.metrics import best_model
@@ -60,7 +73,11 @@ def _send(name: str, message: str, yes: bool) -> None:
     if name not in names:
         raise UserError(f"--send {name}: there is no such file; choose one of {', '.join(names)}")
     file = Path(f"submissions/{name}.csv")
-    digest = sha256(file)
+    digest, present = sha256(file), None
+    with suppress(KeyError):  # of a seed that was not there when the predictions were made
+        present = _labels(config)[name].to_dict()
+    if submission.read(file).to_dict() != present:
+        raise UserError(f"{file}: not what the present predictions say; run: dvc repro submit")
     model = name.removesuffix("-adapted")
     if model == "best":
         model = best_model(read_json(Path("metrics/evaluate.json")))

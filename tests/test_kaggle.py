@@ -8,6 +8,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
@@ -22,6 +23,7 @@ from kagglesdk import kaggle_env
 from pipeline import kaggle as client
 from pipeline import sending, sources
 from pipeline.config import KaggleParams, load
+from pipeline.ensemble import Rule
 from pipeline.files import write_json
 from pipeline.tracking import fingerprint, runs
 from pipeline.tracking.store import connect
@@ -315,6 +317,10 @@ def test_no_stage_of_the_pipeline_sends_or_deletes_what_was_sent():
     assert not any(sending.LOG.is_relative_to(out) for out in stages["submit"]["outs"])  # which DVC deletes
 
 
+def rule(members: int) -> dict:
+    return asdict(Rule("mean", "mean", 0.5, [0.5] * members, [1 / members] * members))
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, empty_store) -> Path:
     """A clone whose competition profile has runs in MLflow and submissions to send."""
@@ -323,14 +329,18 @@ def finished(tmp_path_factory, empty_store) -> Path:
     for name, content in {
         "data/manifest.csv": "file\n", "data/split.csv": "file\n", "data/weights/origin.json": "{}",
         "metrics/evaluate.json": json.dumps({"seed-0": {"f1": 0.8, "loss": 0}, "seed-1": {"f1": 0.9, "loss": 0}}),
-        **{f"submissions/{name}.csv": f"File,Label\n{name}.jpg,1\n" for name in ("best", "bag", "seed-0", "seed-1")},
+        "metrics/candidates.json": json.dumps({"seed-0": rule(1), "seed-1": rule(1), "bag": rule(2)}),
+        "predictions/test.csv": "file,seed-0,seed-1\nt000.jpg,0.1,0.9\nt001.jpg,0.8,0.7\nt002.jpg,0.2,0.6\n",
+        "predictions/adapted.csv": "file,best,bag\nt000.jpg,0.4,0.4\nt001.jpg,0.8,0.7\nt002.jpg,0.2,0.6\n",
     }.items():  # fmt: skip
         (project / name).parent.mkdir(parents=True, exist_ok=True)
         (project / name).write_text(content)
+    write_zip(project / "data/raw.zip", archive_members(train=6, test=3))
     (project / "mlflow.db").write_bytes(empty_store.read_bytes())
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(project)
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        assert CliRunner().invoke(cxr, ["submit"]).exit_code == 0
         config = load()
         store = connect(config.model_name)
         runs.parent_run(store, config)
@@ -466,6 +476,12 @@ def test_what_cannot_be_sent_is_refused_before_anything_is(send, kaggle, finishe
     (finished / "data/split.csv").write_text("other\n")
     assert "models/seed-0: not what the present parameters, data and code" in send("--send", "best", "-m", "x").stderr
     (finished / "data/split.csv").write_text("file\n")
+    predictions = finished / "predictions/test.csv"
+    predictions.write_text(predictions.read_text().replace("0.1,0.9", "0.1,0.2"))
+    for name in ("best", "seed-1", "bag"):
+        said = f"submissions/{name}.csv: not what the present predictions say; run: dvc repro submit"
+        assert said in send("--send", name, "-m", "x").stderr
+    predictions.write_text(predictions.read_text().replace("0.1,0.2", "0.1,0.9"))
     with monkeypatch.context() as patch:
         shutil.copy(empty_store, finished / "other.db")
         patch.setenv("MLFLOW_TRACKING_URI", "sqlite:///other.db")
