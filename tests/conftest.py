@@ -155,11 +155,6 @@ def run(project: Path, *command: str, **changes: str) -> subprocess.CompletedPro
     )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put what needs the built demo first: one process then builds it while the other has tests that do not."""
-    items.sort(key=lambda item: "built" not in getattr(item, "fixturenames", ()))
-
-
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """A clone of the project in which nothing has run."""
