@@ -85,9 +85,9 @@ def _open(path: Path) -> zipfile.ZipFile:
         archive = zipfile.ZipFile(path)
     except DAMAGE as error:
         raise UserError(f"{path}: a damaged zip ({first_line(error)}); fetch it again") from None
-    names = Counter(archive.namelist())
+    names, size = Counter(archive.namelist()), path.stat().st_size
     for member in archive.infolist():
-        wrong = "is in it twice" if names[member.filename] > 1 else _wrong(member, path.stat().st_size)
+        wrong = "is in it twice" if names[member.filename] > 1 else _wrong(member, size)
         if wrong:
             raise UserError(f"{path}: {member.filename!r} {wrong}; make the zip anew without it")
     return archive

@@ -81,9 +81,7 @@ def _send(name: str, message: str, yes: bool) -> None:
     model = name.removesuffix("-adapted")
     if model == "best":
         model = best_model(read_json(Path("metrics/evaluate.json")))
-    marks = {"bag": fingerprint.of_training(config)}
-    for seed, one in zip(config.seeds, config.models, strict=True):
-        marks[one] = fingerprint.of_model(config, seed, Path("models", one))
+    marks = {"bag": fingerprint.of_training(config), **fingerprint.of_models(config)}
     store = connect(config.model_name)
     run = runs.find(store, marks[model])
     if run is None:

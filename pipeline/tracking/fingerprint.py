@@ -26,28 +26,23 @@ def of_training(config: Config, root: Path = Path(), **own: Any) -> str:
     Returns:
         64 hexadecimal digits.
     """
-    deps = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]["train"]["deps"]
-    files = {STOOD_FOR.get(dep, dep) for dep in deps}
-    content = {
-        "params": config.active.train.model_dump(),
-        "cross_validate": config.active.split.cross_validate,
-        "files": {str(path.relative_to(root)): sha256(path) for name in files for path in _files(root / name)},
-        **own,
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return _digest(_given(config, root) | own)
 
 
-def of_model(config: Config, seed: int, folder: Path) -> str:
-    """Return the fingerprint of the training that left a model in `folder`, on this machine or another.
+def of_models(config: Config) -> dict[str, str]:
+    """Return the fingerprints of the trainings that left the models, on this machine or another, by the model's name.
 
     Raises:
-        UserError: the present parameters, data and code would train another one.
+        UserError: the present parameters, data and code would train other ones.
     """
-    facts = read_json(folder / "model.json")
-    mark = of_training(config, seed=seed, environment=facts["environment"])
-    if facts["fingerprint"] != mark:
-        raise UserError(f"{folder}: not what the present parameters, data and code would train; run: dvc repro")
-    return mark
+    given, marks = _given(config, Path()), {}
+    for seed, name in zip(config.seeds, config.models, strict=True):
+        folder = Path("models", name)
+        facts = read_json(folder / "model.json")
+        marks[name] = _digest(given | {"seed": seed, "environment": facts["environment"]})
+        if facts["fingerprint"] != marks[name]:
+            raise UserError(f"{folder}: not what the present parameters, data and code would train; run: dvc repro")
+    return marks
 
 
 def parent_name(config: Config, mark: str) -> str:
@@ -56,6 +51,21 @@ def parent_name(config: Config, mark: str) -> str:
 
 def seed_name(config: Config, seed: int, mark: str) -> str:
     return f"seed-{seed} · {parent_name(config, mark)}"
+
+
+def _given(config: Config, root: Path) -> dict[str, Any]:
+    """Gather what all seeds share; hashing a large backbone's weights takes a moment."""
+    deps = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]["train"]["deps"]
+    files = {STOOD_FOR.get(dep, dep) for dep in deps}
+    return {
+        "params": config.active.train.model_dump(),
+        "cross_validate": config.active.split.cross_validate,
+        "files": {str(path.relative_to(root)): sha256(path) for name in files for path in _files(root / name)},
+    }
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _files(path: Path) -> list[Path]:

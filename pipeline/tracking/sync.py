@@ -136,10 +136,9 @@ def complete(store: Store, config: Config) -> dict[str, ModelVersion]:
     """Make the runs and the registered versions that are missing; return the version of every candidate by name."""
     parent = parent_run(store, config)
     members, runs = candidate.members(config), {BAG: parent.info.run_id}
-    for seed, name in zip(config.seeds, config.models, strict=True):
-        folder = members[name][name]
-        run = SeedRun(store, config, parent, seed, fingerprint.of_model(config, seed, folder))
-        run.finish(folder)
+    for seed, (name, mark) in zip(config.seeds, fingerprint.of_models(config).items(), strict=True):
+        run = SeedRun(store, config, parent, seed, mark)
+        run.finish(members[name][name])
         runs[name] = run.run_id
     bag = config.active.bag
     finish_parent(store, parent, Path("report"), read_json(Path("metrics/bag.json"))[bag.method])
