@@ -155,6 +155,11 @@ def run(project: Path, *command: str, **changes: str) -> subprocess.CompletedPro
     )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put what needs the built demo first: one process then builds it while the other has tests that do not."""
+    items.sort(key=lambda item: "built" not in getattr(item, "fixturenames", ()))
+
+
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """A clone of the project in which nothing has run."""
@@ -193,8 +198,8 @@ def ready(built, empty_store, tmp_path_factory) -> Callable[..., Path]:
     def make(**train) -> Path:
         target = tmp_path_factory.mktemp("ready") / "project"
         shutil.copytree(built, target, symlinks=True)
-        shutil.rmtree(target / "models")
-        shutil.rmtree(target / "mlartifacts")
+        for left in ("models", "checkpoints", "mlartifacts"):
+            shutil.rmtree(target / left)
         shutil.copy(empty_store, target / "mlflow.db")
         edit_params(target, lambda params: params["demo"]["train"].update(train))
         return target

@@ -278,6 +278,7 @@ def test_predict_takes_patterns_and_tells_what_is_no_radiograph(radiographs):
 
 
 def test_a_served_model_takes_pixels_and_names_its_version(radiographs):
+    store(Path.cwd())
     best = json.loads(Path("metrics/promotion.json").read_text())["candidate"]
     model = mlflow.pyfunc.load_model(f"models:/{NAME}@champion")
     size = config.load().active.prepare.size
