@@ -155,9 +155,9 @@ def run(project: Path, *command: str, **changes: str) -> subprocess.CompletedPro
     )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put what needs the built demo first: one process then builds it while the other has tests that do not."""
-    items.sort(key=lambda item: "built" not in getattr(item, "fixturenames", ()))
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """Start the longest tests first, then what needs the built demo, so that neither process waits for the other."""
+    items.sort(key=lambda item: (item.get_closest_marker("long") is None, "built" not in item.fixturenames))
 
 
 @pytest.fixture

@@ -214,6 +214,7 @@ def wait_for(training: subprocess.Popen[str], project: Path, text: str) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.long
 def test_a_server_that_fails_hangs_and_dies_stops_no_training_and_is_told_all_when_it_is_back(ready, port):
     project, proxy = ready(epochs=40), Proxy(port)
     kept = f"sqlite:///{project / 'mlflow.db'}"
@@ -239,6 +240,7 @@ def test_a_server_that_fails_hangs_and_dies_stops_no_training_and_is_told_all_wh
     assert {path.name for path in (project / "kept").rglob("checkpoint/*")} == set(OUTS)
 
 
+@pytest.mark.long
 def test_a_server_that_stays_away_leaves_the_outs_and_a_run_that_promote_completes(ready, port):
     project = ready(epochs=15)
     with mlflow_server(project, port, store=f"sqlite:///{project / 'gone.db'}") as uri:

@@ -174,6 +174,7 @@ def ray_node(project: Path, *place: str, **changes: str) -> AbstractContextManag
     return background(project, *command, ready=lambda printed: "Ray runtime started" in printed, **changes)
 
 
+@pytest.mark.long
 def test_a_ray_cluster_of_two_nodes_trains_all_seeds_though_a_worker_is_killed(built, ready, port):
     project = ready()
     edit_params(project, lambda params: params.update(seeds=list(SEEDS)))

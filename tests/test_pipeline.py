@@ -232,6 +232,7 @@ def test_a_clone_with_the_outs_but_no_tracking_store_fills_its_own(built, tmp_pa
     assert len(seed_runs(clone)) == 2
 
 
+@pytest.mark.long
 def test_two_runs_from_nothing_give_the_same_lock(built, project):
     repro(project)
     first, again = locked(built), locked(project)

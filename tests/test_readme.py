@@ -87,6 +87,7 @@ def test_dvc_shows_metrics_and_plots(reader):
         assert name in page
 
 
+@pytest.mark.long
 def test_an_experiment_names_its_runs_until_it_is_removed_and_they_are_pruned(reader):
     client = MlflowClient(f"sqlite:///{reader / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("covid-xray-demo").experiment_id
@@ -109,6 +110,7 @@ def test_an_experiment_names_its_runs_until_it_is_removed_and_they_are_pruned(re
     assert "no run belongs to a removed experiment" in obey(reader, "cxr sync --prune")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("profile", "command"),
     [
