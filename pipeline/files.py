@@ -6,9 +6,11 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pandas as pd
+
+from pipeline.errors import UserError
 
 
 @contextmanager
@@ -41,6 +43,21 @@ def write_csv(path: Path, table: pd.DataFrame) -> None:
 def read_csv(path: Path) -> pd.DataFrame:
     """Read a table, in which the names of files are texts, also 0001 and NA, and only an empty field is missing."""
     return pd.read_csv(path, dtype={"file": str}, keep_default_na=False, na_values=[""])
+
+
+def read_texts(source: Path | IO[bytes], name: str) -> pd.DataFrame:
+    """Read a table that a person made: every field a text as it stands, and line n at index n - 2, blank or not.
+
+    Raises:
+        UserError: it is no such table; `name` says in the message which.
+    """
+    try:
+        table = pd.read_csv(source, dtype=str, keep_default_na=False, skip_blank_lines=False)
+    except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise UserError(f"{name} is not a CSV table: {' '.join(str(error).split())}") from None
+    if not isinstance(table.index, pd.RangeIndex):
+        raise UserError(f"{name}: lines have more fields than the header; take the last comma away")
+    return table
 
 
 def sha256(path: Path) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path, PureWindowsPath
 import pandas as pd
 
 from pipeline.errors import UserError, first_line
+from pipeline.files import read_texts
 
 METADATA = ["patient", "source", "view"]
 LITTER = ("", ".DS_Store", "Thumbs.db")  # folders, and what file managers leave, as they do ._names
@@ -126,16 +127,10 @@ def _table(archive: zipfile.ZipFile, path: Path, name: str, columns: list[str], 
         raise UserError(f"{path}: has no {name}; add it at the top of the zip") from None
     except DAMAGE as error:
         raise UserError(f"{path}: {name} is damaged in the zip ({first_line(error)}); fetch it again") from None
-    try:
-        # Blank lines are kept, so that a row's index tells its line.
-        table = pd.read_csv(io.BytesIO(text), dtype=str, keep_default_na=False, skip_blank_lines=False)
-    except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise UserError(f"{path}: {name} is not a CSV table: {' '.join(str(error).split())}") from None
+    table = read_texts(io.BytesIO(text), f"{path}: {name}")
     missing = [column for column in columns if column not in table]
     if missing:
         raise UserError(f"{path}: {name} has no column {missing[0]!r}; its header must be {','.join(columns)}")
-    if not isinstance(table.index, pd.RangeIndex):
-        raise UserError(f"{path}: {name}: lines have more fields than the header; take the last comma away")
     twice = table["File"][table["File"].duplicated()]
     if len(twice):
         raise UserError(f"{path}: {name} line {twice.index[0] + 2}: {twice.iloc[0]} is listed twice; keep one line")

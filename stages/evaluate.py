@@ -13,7 +13,7 @@ def evaluate() -> None:
     import numpy as np
     import pandas as pd
 
-    from pipeline import ensemble
+    from pipeline import ensemble, memory
     from pipeline.config import load
     from pipeline.dataset import Pack
     from pipeline.errors import UserError
@@ -33,6 +33,7 @@ def evaluate() -> None:
             "combined; their scores are in dvc metrics show. Set it to false to go on"
         )
     determinism.make_deterministic(params.cpu_threads)
+    memory.keep_freed()
     device = determinism.device()
     folders = {name: Path("models", name) for name in config.models}
     networks = {

@@ -20,12 +20,13 @@ def predict(files: tuple[str, ...], model: str, table: Path | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from pipeline import inference
+    from pipeline import inference, memory
     from pipeline.errors import UserError
     from pipeline.files import write_csv
     from pipeline.models import candidate
     from pipeline.training import determinism
 
+    memory.keep_freed()
     paths = inference.find(files)
     with _folder(model) as folder:
         judged = inference.judge(candidate.load(folder, determinism.device()), paths)

@@ -20,6 +20,7 @@ def train(seed: int) -> None:
     """Write models/seed-K/, and log to MLflow while it trains; go on where an interrupted training stopped."""
     import pandas as pd
 
+    from pipeline import memory
     from pipeline.config import load
     from pipeline.dataset import Pack
     from pipeline.files import write_csv, write_json
@@ -36,6 +37,7 @@ def train(seed: int) -> None:
     data, folder = Path("data"), Path(f"models/seed-{seed}")
     params = config.active.train
     determinism.make_deterministic(params.cpu_threads, compiled=params.compile)
+    memory.keep_freed()
     with Interruption() as stop, group.joined() as processes:
         pack = Pack(data / "images.npy", determinism.device())
         environment = determinism.environment(processes.count)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import track
 
 from pipeline.errors import UserError
+from pipeline.files import read_texts
 from pipeline.layout import LICENCE, METADATA
 
 log = logging.getLogger(__name__)
@@ -104,11 +105,9 @@ def read_csv(path: Path, columns: Iterable[str]) -> pd.DataFrame:
         UserError: it is not there, or no such table.
     """
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, skip_blank_lines=False)
+        table = read_texts(path, str(path))
     except FileNotFoundError:
         raise UserError(f"{path}: not found; it says what the images are") from None
-    except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise UserError(f"{path}: not a CSV table: {' '.join(str(error).split())}") from None
     for column in columns:
         if column not in table:
             raise UserError(f"{path}: no column {column!r}; it has {', '.join(map(str, table.columns))}")

@@ -1,0 +1,32 @@
+"""What training and judging free stays with the process, ready for the next step."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+MEASURE = """
+from pathlib import Path
+from resource import getpagesize
+from pipeline import memory
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * getpagesize() >> 20
+
+{first}
+before = resident()
+tensor = b"x" * (100 << 20)
+del tensor
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_freed_memory_is_kept_once_asked_for():
+    kept, plain = (
+        int(subprocess.check_output([sys.executable, "-c", MEASURE.format(first=first)]))
+        for first in ("memory.keep_freed()", "")
+    )
+    assert kept > 90
+    assert plain < 10
