@@ -7,13 +7,13 @@ Each figure is of a process of its own, for what the C library was told once it 
 
 import json
 import os
+import statistics
 import sys
+import time
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from multiprocessing import get_context
 
 import torch
-from common import alternate, seconds
 from torch.nn.functional import cross_entropy
 
 from pipeline import memory
@@ -24,26 +24,33 @@ SIZE, BATCH = 160, 32
 
 
 def main(count: int = 320, rounds: int = 5) -> None:
-    for work in (train, judge):
-        kept, plain = alternate(*(partial(alone, work, count, keep) for keep in (True, False)), rounds=rounds)
-        figures = {"images_per_second": round(kept, 1), "plain": round(plain, 1), "ratio": round(kept / plain, 2)}
+    kept, plain = zip(*([rates(count, keep) for keep in (True, False)] for _ in range(rounds)), strict=True)
+    for work in WORK:
+        ours, theirs = (statistics.median(one[work.__name__] for one in side) for side in (kept, plain))
+        figures = {"images_per_second": round(ours, 1), "plain": round(theirs, 1), "ratio": round(ours / theirs, 2)}
         print(json.dumps({"work": work.__name__} | figures))
 
 
-def alone(work, count: int, keep: bool) -> float:
+def rates(count: int, keep: bool) -> dict[str, float]:
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        return process.submit(rate, work, count, keep).result()
+        return process.submit(measure, count, keep).result()
 
 
-def rate(work, count: int, keep: bool) -> float:
+def measure(count: int, keep: bool) -> dict[str, float]:
     determinism.make_deterministic(len(os.sched_getaffinity(0)))
     if keep:
         memory.keep_freed()
     architecture = Architecture("timm/tf_efficientnet_lite0", [], 0, SIZE, "imagenet", SIZE, "stretch")
     network = Classifier(architecture).to(memory_format=torch.channels_last)
     images = torch.rand(BATCH, 3, SIZE, SIZE).contiguous(memory_format=torch.channels_last)
-    work(network, images)  # the first time, kernels are chosen and memory is fetched
-    return count / seconds(lambda: [work(network, images) for _ in range(0, count, BATCH)])
+    found = {}
+    for work in WORK:
+        work(network, images)  # the first time, kernels are chosen and memory is fetched
+        start = time.perf_counter()
+        for _ in range(0, count, BATCH):
+            work(network, images)
+        found[work.__name__] = count / (time.perf_counter() - start)
+    return found
 
 
 def train(network: Classifier, images: torch.Tensor) -> None:
@@ -54,6 +61,8 @@ def train(network: Classifier, images: torch.Tensor) -> None:
 def judge(network: Classifier, images: torch.Tensor) -> None:
     network.eval()(images)
 
+
+WORK = [train, judge]
 
 if __name__ == "__main__":
     main(*map(int, sys.argv[1:]))

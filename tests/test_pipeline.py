@@ -200,17 +200,18 @@ def test_promoting_again_changes_nothing(built):
     assert state() == before
 
 
-def test_a_lost_tracking_store_is_completed_from_the_outs_without_training(built):
+def test_a_lost_tracking_store_is_completed_from_the_outs_without_training(built, tmp_path):
     before = {run_.data.params["seed"]: run_ for run_ in seed_runs(built)}
     version = store(built).get_model_version_by_alias(NAME, "champion")
-    shutil.rmtree(built / "mlartifacts")
-    for path in built.glob("mlflow.db*"):
+    project = copy(built, tmp_path / "project")
+    shutil.rmtree(project / "mlartifacts")
+    for path in project.glob("mlflow.db*"):
         path.unlink()
 
-    promote_again(built)
+    promote_again(project)
 
-    client = store(built)
-    restored = seed_runs(built)
+    client = store(project)
+    restored = seed_runs(project)
     assert len(restored) == len(before)
     for run_ in restored:
         old = before[run_.data.params["seed"]]
