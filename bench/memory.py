@@ -29,12 +29,14 @@ def train(count: int) -> None:
     import torch
     from common import recipe
 
+    from pipeline import memory
     from pipeline.dataset import Pack
     from pipeline.training import determinism, loop
     from pipeline.training.checkpoint import Checkpoint
     from pipeline.training.group import Group
 
     determinism.make_deterministic(len(os.sched_getaffinity(0)))
+    memory.keep_freed()
     params = recipe(backbone="squeezenet1_1", size=64, batch_size=32, epochs=1, frozen_epochs=1, mixup_alpha=0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

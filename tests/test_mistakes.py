@@ -156,11 +156,11 @@ def test_a_seed_that_diverges_leaves_a_failed_run_and_no_out(ready):
 
 
 def test_too_little_memory_names_the_batch_size(ready):
-    project = ready(size=1024, batch_size=24, frozen_epochs=0)
-    ended = run(project, "bash", "-c", "ulimit -v 6000000; python -m stages.train --seed 0")
+    project = ready(size=1024, batch_size=64, frozen_epochs=0)
+    ended = run(project, "bash", "-c", "ulimit -v 9000000; python -m stages.train --seed 0")
     assert ended.returncode == 2, ended.stderr
     assert ended.stderr.strip().splitlines()[-1] == (
-        "Error: out of memory with train.batch_size = 24 at train.size = 1024; raise train.accumulate = 1 "
+        "Error: out of memory with train.batch_size = 64 at train.size = 1024; raise train.accumulate = 1 "
         "(the same batch in more parts), or lower one of the two"
     )
 
