@@ -1,6 +1,6 @@
 """Images per second of EfficientNet-Lite0 at 160 px on the CPU, with freed memory kept, against the C library as it is.
 
-python bench/allocator.py [IMAGES] [ROUNDS]
+python bench/allocator.py [BATCHES] [ROUNDS]
 
 Each figure is of a process of its own, for what the C library was told once it goes on doing.
 """
@@ -23,20 +23,20 @@ from pipeline.training import determinism
 SIZE, BATCH = 160, 32
 
 
-def main(count: int = 320, rounds: int = 5) -> None:
-    kept, plain = zip(*([rates(count, keep) for keep in (True, False)] for _ in range(rounds)), strict=True)
+def main(batches: int = 10, rounds: int = 5) -> None:
+    kept, plain = zip(*([rates(batches, keep) for keep in (True, False)] for _ in range(rounds)), strict=True)
     for work in WORK:
         ours, theirs = (statistics.median(one[work.__name__] for one in side) for side in (kept, plain))
         figures = {"images_per_second": round(ours, 1), "plain": round(theirs, 1), "ratio": round(ours / theirs, 2)}
         print(json.dumps({"work": work.__name__} | figures))
 
 
-def rates(count: int, keep: bool) -> dict[str, float]:
+def rates(batches: int, keep: bool) -> dict[str, float]:
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        return process.submit(measure, count, keep).result()
+        return process.submit(measure, batches, keep).result()
 
 
-def measure(count: int, keep: bool) -> dict[str, float]:
+def measure(batches: int, keep: bool) -> dict[str, float]:
     determinism.make_deterministic(len(os.sched_getaffinity(0)))
     if keep:
         memory.keep_freed()
@@ -47,9 +47,9 @@ def measure(count: int, keep: bool) -> dict[str, float]:
     for work in WORK:
         work(network, images)  # the first time, kernels are chosen and memory is fetched
         start = time.perf_counter()
-        for _ in range(0, count, BATCH):
+        for _ in range(batches):
             work(network, images)
-        found[work.__name__] = count / (time.perf_counter() - start)
+        found[work.__name__] = batches * BATCH / (time.perf_counter() - start)
     return found
 
 

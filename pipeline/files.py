@@ -46,7 +46,7 @@ def read_csv(path: Path) -> pd.DataFrame:
 
 
 def read_texts(source: Path | IO[bytes], name: str) -> pd.DataFrame:
-    """Read a table that a person made: every field a text as it stands, and line n at index n - 2, blank or not.
+    """Read a table that a person made: every field a text as it stands, and a row for every line, also a blank one.
 
     Raises:
         UserError: it is no such table; `name` says in the message which.
@@ -54,9 +54,12 @@ def read_texts(source: Path | IO[bytes], name: str) -> pd.DataFrame:
     try:
         table = pd.read_csv(source, dtype=str, keep_default_na=False, skip_blank_lines=False)
     except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise UserError(f"{name} is not a CSV table: {' '.join(str(error).split())}") from None
+        raise UserError(f"{name} is not a CSV table: {' '.join(str(error).split())}; save it as CSV in UTF-8") from None
     if not isinstance(table.index, pd.RangeIndex):
-        raise UserError(f"{name}: lines have more fields than the header; take the last comma away")
+        raise UserError(
+            f"{name}: the lines have more fields than the header; name every column there, or take away the commas at "
+            "their ends"
+        )
     return table
 
 

@@ -4,7 +4,7 @@ import contextlib
 import ctypes
 
 # The numbers of mallopt(3).
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
+TRIM_THRESHOLD, MMAP_MAX = -1, -4
 
 
 def keep_freed() -> None:
@@ -15,5 +15,5 @@ def keep_freed() -> None:
     """
     with contextlib.suppress(AttributeError, TypeError):  # no mallopt, as on a Mac; no name for the process, on Windows
         libc = ctypes.CDLL(None)
-        libc.mallopt(MMAP_THRESHOLD, 2**30)
-        libc.mallopt(TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(MMAP_MAX, 0)  # nothing is fetched for one tensor alone, to be given back with it
+        libc.mallopt(TRIM_THRESHOLD, -1)  # and nothing is given back from the end of the heap

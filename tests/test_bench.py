@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
         ("python bench/input.py", ["64", "16"], 1),
         ("python bench/training.py", ["16", "1"], 2),
         ("python bench/memory.py", ["150", "200"], 1),
-        ("python bench/allocator.py", ["32", "1"], 2),
+        ("python bench/allocator.py", ["1", "1"], 2),
         ("python bench/intervals.py", ["20"], 1),
         ("python bench/predict.py", ["1", "squeezenet1_1", "64"], 1),
     ],

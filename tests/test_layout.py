@@ -84,6 +84,12 @@ def test_a_missing_column_is_named(tmp_path, header, missing):
     assert message == f"{LABELS} has no column {missing!r}; its header must be File,Label"
 
 
+@pytest.mark.parametrize(("header", "line"), [("File", "a000.jpg,1"), ("File,Label", "a000.jpg,1,")])
+def test_lines_with_more_fields_than_the_header_are_refused(tmp_path, header, line):
+    message = refusal(zipped(tmp_path, train_labels=f"{header}\n{line}\n"))
+    assert message.startswith(f"{LABELS}: the lines have more fields than the header; name every column there")
+
+
 @pytest.mark.parametrize("label", ["2", "", "yes", "1.0", "-1", "NaN"])
 def test_a_label_that_is_not_0_or_1_is_named_with_its_line_and_file(tmp_path, label):
     lines = good()

@@ -16,8 +16,8 @@ def resident():
 
 {first}
 before = resident()
-tensor = b"x" * (100 << 20)
-del tensor
+block = b"x" * (100 << 20)
+del block
 print(resident() - before)
 """
 

@@ -25,10 +25,10 @@ COMMANDS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def reader(built, tmp_path_factory) -> Path:
+@pytest.fixture
+def reader(built, tmp_path) -> Path:
     """The built project as its reader has it: with results committed, and an environment that is set up."""
-    project = copy(built, tmp_path_factory.mktemp("reader") / "project")
+    project = copy(built, tmp_path / "project")
     (project / ".venv").mkdir()
     (project / ".venv/bin").symlink_to(Path(sys.executable).parent)
     (project / ".venv/run").touch()

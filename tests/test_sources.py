@@ -197,7 +197,10 @@ def test_a_table_without_a_test_set_holds_some_patients_out(tmp_path):
         ("image,what,who\n1.jpg,1,a\n9.jpg,1,b\n", "9.jpg: not found (1 missing in all)"),
         ("image,what,who\n1.jpg,1,a\n", "of 1 images, all would be on one side"),
         ("", "labels.csv is not a CSV table"),
-        ("image,what,who\n1.jpg,1,a,\n2.jpg,0,b,\n", "labels.csv: lines have more fields than the header"),
+        (
+            "image,what,who\n1.jpg,1,a,\n2.jpg,0,b,\n",
+            "labels.csv: the lines have more fields than the header",
+        ),
     ],
 )
 def test_a_table_that_cannot_be_used_is_refused_in_one_line(tmp_path, text, reason):
