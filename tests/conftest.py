@@ -28,11 +28,21 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 
 # Runs of all profiles in seconds: few and small images, two seeds, one or two epochs.
-QUICK = {"epochs": 2, "frozen_epochs": 1, "size": 32, "batch_size": 8, "cpu_threads": 1}
+ALONE = {"cpu_threads": 1}  # other tests have the other cores
+QUICK = {"epochs": 2, "frozen_epochs": 1, "size": 32, "batch_size": 8} | ALONE
 TINY = {
-    "demo": {"download": {"train": 32, "test": 8, "prevalence": 0.25}, "prepare": {"size": 48}, "train": QUICK},
-    "local": {"prepare": {"size": 48}, "train": QUICK},
-    "competition": {"weights": {"source": "none"}, "train": {"epochs": 1, "frozen_epochs": 0}},
+    "demo": {
+        "download": {"train": 32, "test": 8, "prevalence": 0.25},
+        "prepare": {"size": 48},
+        "train": QUICK,
+        "evaluate": ALONE,
+    },
+    "local": {"prepare": {"size": 48}, "train": QUICK, "evaluate": ALONE},
+    "competition": {
+        "weights": {"source": "none"},
+        "train": {"epochs": 1, "frozen_epochs": 0} | ALONE,
+        "evaluate": ALONE,
+    },
 }
 
 
