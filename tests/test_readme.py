@@ -25,16 +25,21 @@ COMMANDS = [
 ]
 
 
-@pytest.fixture
-def reader(built, tmp_path) -> Path:
-    """The built project as its reader has it: with results committed, and an environment that is set up."""
-    project = copy(built, tmp_path / "project")
+def as_read(built: Path, project: Path) -> Path:
+    """Copy the built project as its reader has it: with results committed, and an environment that is set up."""
+    copy(built, project)
     (project / ".venv").mkdir()
     (project / ".venv/bin").symlink_to(Path(sys.executable).parent)
     (project / ".venv/run").touch()
     run(project, "git", "add", "-A")
     run(project, "git", "commit", "-qm", "results")
     return project
+
+
+@pytest.fixture(scope="module")
+def reader(built, tmp_path_factory) -> Path:
+    """A reader's project, which tests may add to but not spoil."""
+    return as_read(built, tmp_path_factory.mktemp("reader") / "project")
 
 
 def test_each_command_of_the_documentation_is_run_by_a_test():
@@ -88,7 +93,8 @@ def test_dvc_shows_metrics_and_plots(reader):
 
 
 @pytest.mark.long
-def test_an_experiment_names_its_runs_until_it_is_removed_and_they_are_pruned(reader):
+def test_an_experiment_names_its_runs_until_it_is_removed_and_they_are_pruned(built, tmp_path):
+    reader = as_read(built, tmp_path / "project")
     client = MlflowClient(f"sqlite:///{reader / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("covid-xray-demo").experiment_id
     before = len(client.search_runs([experiment]))
@@ -118,7 +124,8 @@ def test_an_experiment_names_its_runs_until_it_is_removed_and_they_are_pruned(re
         ("competition", "dvc exp run -S profile=competition"),
     ],
 )
-def test_the_other_profiles_run_through_every_stage_also_in_a_copy_of_the_workspace(reader, tmp_path, profile, command):
+def test_the_other_profiles_run_through_every_stage_also_in_a_copy_of_the_workspace(built, tmp_path, profile, command):
+    reader = as_read(built, tmp_path / "project")
     archive = write_zip(tmp_path / "own.zip", archive_members(train=16, test=4, nested=profile == "competition"))
     if profile == "competition":  # the archive stands for Kaggle, which test_kaggle.py asks
         edit_params(reader, lambda params: params[profile].update(download={"source": "archive", "path": str(archive)}))
