@@ -32,7 +32,7 @@ def main(batches: int = 10, rounds: int = 5) -> None:
 
 
 def rates(batches: int, keep: bool) -> dict[str, float]:
-    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+    with ProcessPoolExecutor(1, get_context("fork")) as process:
         return process.submit(measure, batches, keep).result()
 
 

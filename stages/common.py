@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import gc
 import signal
 import sys
 from collections.abc import Callable
@@ -24,6 +25,7 @@ def stage(function: Callable[..., None]) -> click.Command:
 
     @functools.wraps(function)
     def run(debug: bool, **options: Any) -> None:
+        gc.set_threshold(50_000)  # a tenth of a start went to looking for garbage in what imports make to stay
         try:
             function(**options)
         except Interrupted as error:

@@ -91,36 +91,40 @@ def test_killed_after_its_run_was_closed_a_seed_repeats_nothing_in_mlflow(ready,
     assert_as_if_never_stopped(project, whole)
 
 
-def start(project: Path, *command: str, log: str = "train.log", **changes: str) -> subprocess.Popen[str]:
-    """Start a command that trains, and return it when its log tells the end of the first epoch."""
+def start(
+    project: Path, *command: str, log: str = "train.log", epoch: int = 1, **changes: str
+) -> subprocess.Popen[str]:
+    """Start a command that trains, and return it when its log tells the end of an epoch."""
     with (project / "train.log").open("w") as out:
         started = subprocess.Popen(
             command, cwd=project, env=environment(**changes), stdout=out, stderr=out, text=True, start_new_session=True
         )
-    while not (project / log).exists() or "epoch 1/" not in (project / log).read_text():
+    while not (project / log).exists() or f"epoch {epoch}/" not in (project / log).read_text():
         assert started.poll() is None, (project / "train.log").read_text()
         time.sleep(0.01)
     return started
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_after_the_step_and_training_goes_on_from_there(ready, number):
-    project = ready(epochs=30)
-    training = start(project, "python", "-m", "stages.train", "--seed", "0")
-    training.send_signal(number)
-    assert training.wait(180) == 128 + number
-    last = (project / "train.log").read_text().splitlines()[-1]
-    assert last.startswith("seed 0 stopped in epoch ")
-    assert last.endswith("; dvc repro goes on from there")
-    assert not list((project / "models").glob("**/*")) if (project / "models").exists() else True
-    (stopped,) = seed_runs(project)
-    assert stopped.info.status == "KILLED"
-    before = logged_steps(project)
-    assert len(before) < 30
+def test_a_signal_stops_after_the_step_and_training_goes_on_from_there(ready):
+    project, epochs = ready(epochs=30), 0
+    for number in (signal.SIGTERM, signal.SIGINT):
+        training = start(project, "python", "-m", "stages.train", "--seed", "0", epoch=epochs + 1)
+        training.send_signal(number)
+        assert training.wait(180) == 128 + number
+        said = (project / "train.log").read_text()
+        assert f"epoch {epochs}/" not in said
+        last = said.splitlines()[-1]
+        assert last.startswith("seed 0 stopped in epoch ")
+        assert last.endswith("; dvc repro goes on from there")
+        assert not list(project.glob("models/**/*"))
+        (stopped,) = seed_runs(project)
+        assert stopped.info.status == "KILLED"
+        epochs = len(logged_steps(project))
+        assert epochs < 30
 
     ended = run(project, "python", "-m", "stages.train", "--seed", "0")
     assert ended.returncode == 0, ended.stderr
-    assert f"epoch {len(before)}/" not in ended.stdout
+    assert f"epoch {epochs}/" not in ended.stdout
     assert logged_steps(project) == list(range(1, 31))
     (finished,) = seed_runs(project)
     assert any(key.startswith("system/") for key in finished.data.metrics)

@@ -163,9 +163,8 @@ def test_a_served_champion_answers_and_survives_a_bad_image(built, port):
     expected = pd.read_csv(built / "predictions/test.csv").iloc[0]
     with zipfile.ZipFile(built / "data/raw.zip") as archive:
         image = base64.b64encode(archive.read(f"test/test/{expected['file']}")).decode()
-    command = f"mlflow models serve -m models:/{NAME}@champion --env-manager local --port {port}"
-    uri = f"sqlite:///{built / 'mlflow.db'}"
-    with server(built, *command.split(), answers_at=f"http://127.0.0.1:{port}/ping", MLFLOW_TRACKING_URI=uri):
+    command = "mlflow models serve -m models:/covid-xray-demo@champion --env-manager local"
+    with server(built, *command.split(), "--port", str(port), answers_at=f"http://127.0.0.1:{port}/ping"):
         with pytest.raises(urllib.error.HTTPError) as refused:
             ask(base64.b64encode(b"no radiograph").decode())
         assert refused.value.code == 400

@@ -129,6 +129,7 @@ def test_the_other_profiles_run_through_every_stage_also_in_a_copy_of_the_worksp
     archive = write_zip(tmp_path / "own.zip", archive_members(train=16, test=4, nested=profile == "competition"))
     if profile == "competition":  # the archive stands for Kaggle, which test_kaggle.py asks
         edit_params(reader, lambda params: params[profile].update(download={"source": "archive", "path": str(archive)}))
+        edit_params(reader, lambda params: params.update(seeds=[0]))
         ended = run(reader, *command.split(), "--temp")
         run(reader, "git", "checkout", "params.yaml")
         assert ended.returncode == 0, ended.stdout + ended.stderr
@@ -138,8 +139,8 @@ def test_the_other_profiles_run_through_every_stage_also_in_a_copy_of_the_worksp
     client = MlflowClient(f"sqlite:///{reader / 'mlflow.db'}")
     experiment = client.get_experiment_by_name(f"covid-xray-{profile}").experiment_id
     seeds = client.search_runs([experiment], "params.lr != ''")
-    backbone = {"local": "timm/tf_efficientnet_lite0", "competition": "alexnet"}[profile]
-    assert [found.data.params["backbone"] for found in seeds] == [backbone] * 2
+    backbones = {"local": ["timm/tf_efficientnet_lite0"] * 2, "competition": ["alexnet"]}
+    assert [found.data.params["backbone"] for found in seeds] == backbones[profile]
     assert client.get_model_version_by_alias(f"covid-xray-{profile}", "champion")
 
 
@@ -164,10 +165,3 @@ def test_ray_data_judges_a_folder_as_predict_does(built, tmp_path):
     both = judged.merge(expected, on="file", suffixes=("", "_by_predict"), validate="one_to_one")
     assert len(both) == len(expected) == 8
     assert both["probability"].to_numpy() == pytest.approx(both["probability_by_predict"].to_numpy(), abs=1e-6)
-
-
-def test_the_champion_is_served(reader, port):
-    command = "mlflow models serve -m models:/covid-xray-demo@champion --env-manager local"
-    assert command in COMMANDS
-    with server(reader, *command.split(), "--port", str(port), answers_at=f"http://127.0.0.1:{port}/ping"):
-        pass
