@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -45,11 +45,11 @@ def read_csv(path: Path) -> pd.DataFrame:
     return pd.read_csv(path, dtype={"file": str}, keep_default_na=False, na_values=[""])
 
 
-def read_texts(source: Path | IO[bytes], name: str) -> pd.DataFrame:
+def read_texts(source: Path | IO[bytes], name: str, columns: Collection[str]) -> pd.DataFrame:
     """Read a table that a person made: every field a text as it stands, and a row for every line, also a blank one.
 
     Raises:
-        UserError: it is no such table; `name` says in the message which.
+        UserError: it is no table, or lacks one of the columns; `name` says in the message which.
     """
     try:
         table = pd.read_csv(source, dtype=str, keep_default_na=False, skip_blank_lines=False)
@@ -60,6 +60,10 @@ def read_texts(source: Path | IO[bytes], name: str) -> pd.DataFrame:
             f"{name}: the lines have more fields than the header; name every column there, or take away the commas at "
             "their ends"
         )
+    for column in columns:
+        if column not in table:
+            header = ",".join(map(str, table.columns))
+            raise UserError(f"{name}: no column {column!r}; its header is {header} and must have {','.join(columns)}")
     return table
 
 

@@ -127,10 +127,7 @@ def _table(archive: zipfile.ZipFile, path: Path, name: str, columns: list[str], 
         raise UserError(f"{path}: has no {name}; add it at the top of the zip") from None
     except DAMAGE as error:
         raise UserError(f"{path}: {name} is damaged in the zip ({first_line(error)}); fetch it again") from None
-    table = read_texts(io.BytesIO(text), f"{path}: {name}")
-    missing = [column for column in columns if column not in table]
-    if missing:
-        raise UserError(f"{path}: {name} has no column {missing[0]!r}; its header must be {','.join(columns)}")
+    table = read_texts(io.BytesIO(text), f"{path}: {name}", columns)
     twice = table["File"][table["File"].duplicated()]
     if len(twice):
         raise UserError(f"{path}: {name} line {twice.index[0] + 2}: {twice.iloc[0]} is listed twice; keep one line")

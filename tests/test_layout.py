@@ -81,7 +81,7 @@ def test_a_missing_table_is_named(tmp_path, name):
 )
 def test_a_missing_column_is_named(tmp_path, header, missing):
     message = refusal(zipped(tmp_path, train_labels=f"{header}\na000.jpg,1\n"))
-    assert message == f"{LABELS} has no column {missing!r}; its header must be File,Label"
+    assert message == f"{LABELS}: no column {missing!r}; its header is {header} and must have File,Label"
 
 
 @pytest.mark.parametrize(("header", "line"), [("File", "a000.jpg,1"), ("File,Label", "a000.jpg,1,")])
@@ -171,7 +171,8 @@ def test_patients_are_texts_and_na_is_a_name(tmp_path):
 
 def test_metadata_without_a_column_are_refused(tmp_path):
     message = refusal(zipped(tmp_path, metadata="File,source,view\n"))
-    assert message == "metadata.csv has no column 'patient'; its header must be File,patient,source,view"
+    must = "its header is File,source,view and must have File,patient,source,view"
+    assert message == f"metadata.csv: no column 'patient'; {must}"
 
 
 def test_licences_are_kept_where_metadata_have_them(tmp_path):

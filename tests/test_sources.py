@@ -187,7 +187,7 @@ def test_a_table_without_a_test_set_holds_some_patients_out(tmp_path):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("image,what\n1.jpg,1\n", "labels.csv: no column 'who'; it has image, what"),
+        ("image,what\n1.jpg,1\n", "labels.csv: no column 'who'; its header is image,what"),
         (
             "image,what,who\n1.jpg,1,a\n2.jpg,maybe,b\n3.jpg,maybe,c\n4.jpg,maybe,a\n",
             "what is 'maybe', which is in neither",

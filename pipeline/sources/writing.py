@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -98,20 +98,16 @@ def folder(path: Path | None, what: str) -> Path:
     return path
 
 
-def read_csv(path: Path, columns: Iterable[str]) -> pd.DataFrame:
+def read_csv(path: Path, columns: Collection[str]) -> pd.DataFrame:
     """Read a table of texts that has these columns.
 
     Raises:
         UserError: it is not there, or no such table.
     """
     try:
-        table = read_texts(path, str(path))
+        return read_texts(path, str(path), columns)
     except FileNotFoundError:
         raise UserError(f"{path}: not found; it says what the images are") from None
-    for column in columns:
-        if column not in table:
-            raise UserError(f"{path}: no column {column!r}; it has {', '.join(map(str, table.columns))}")
-    return table
 
 
 def _entry(name: str) -> zipfile.ZipInfo:
