@@ -127,7 +127,7 @@ def _markdown(card: Mapping[str, Any]) -> str:
         *(_table(name, card[name]) for name in ("subset", "source", "view", "size", "licence")),
         "## The label from the source alone",
         f"A guess that knows nothing but the source reaches accuracy {guess['accuracy']:.3f}, or F1 {guess['f1']:.3f}, "
-        "on the validation images. Only what a model scores above that, it surely has from the lungs."
+        "on the validation images. A model that scores no more may have learnt nothing else."
         if guess
         else "No such guess can be made: no two sources are known, or the one that validates is not trained on.",
         "## Duplicates",

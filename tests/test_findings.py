@@ -10,11 +10,12 @@ import pytest
 from conftest import ROOT
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from scipy.stats import beta
 from sklearn import metrics as sklearn
 
 from pipeline import config
 from pipeline.config import Config
-from pipeline.evaluation import calibration, curves, findings, operating, prevalence, shortcuts
+from pipeline.evaluation import calibration, curves, findings, operating, opinions, prevalence, shortcuts
 from pipeline.evaluation.findings import Findings
 from pipeline.evaluation.folds import FOLDS, cross_fit, folds
 from pipeline.evaluation.metrics import score
@@ -216,8 +217,8 @@ def test_a_shortcut_that_is_not_there_says_why():
     table, images = pack([""])
     found, facts = shortcuts.judge(table.assign(height=512), 0 * images)
     assert found.isna().all(axis=None)
-    assert facts["source"]["reason"] == "no source is known, or one only"
-    assert facts["traits"]["reason"] == "all files are of the same size"
+    assert facts["source"]["reason"] == "no source is known of the training images, or one only"
+    assert facts["traits"]["reason"] == "all training images are the same there"
     assert "the same" in facts["border"]["reason"]
     _, facts = shortcuts.judge(table.assign(label=0), images)
     assert facts["thumbnail"]["reason"] == "training images of one class only"
@@ -306,9 +307,33 @@ def test_the_summary_foretells_accuracy_at_the_expected_prevalence(tmp_path):
     assert best["expected_accuracy"] == pytest.approx(0.4 * best["recall"] + 0.6 * best["specificity"])
     assert best["expected_accuracy_low"] <= best["expected_accuracy"] <= best["expected_accuracy_high"]
     assert 0 < best["estimated_test_prevalence"] < 1
-    assert 0.4 in set(found.tables["plots/prevalence.csv"]["prevalence"])
+    assert 0.4 in set(found.tables["metrics/prevalence.csv"]["prevalence"])
     nothing = find(tmp_path, USUAL, shipped(expected_prevalence=None)).summary["best"]
     assert nothing["expected_accuracy"] is None
+
+
+def test_what_no_error_was_seen_in_is_not_foretold_as_sure():
+    labels = np.repeat([0, 1], [150, 20])
+    validation = opinions.Validation(labels, np.arange(170), 2000)
+    called = np.where(np.arange(170) < 7, 1, labels)  # seven false alarms, and no miss
+    sample = validation.samples(opinions.Opinion(called, None))
+    found = opinions.prevalence_table(validation, {"model": sample}, 0.5).set_index("prevalence").loc[0.5]
+    assert found["accuracy"] == pytest.approx((1 + 143 / 150) / 2)
+    # Half of Jeffreys' lower end for 20 of 20, and half of the specificity
+    assert found["accuracy_low"] == pytest.approx((beta.ppf(0.025, 20.5, 0.5) + 143 / 150) / 2, abs=0.01)
+    assert found["npv_low"] < 0.95 < found["npv"] == 1
+
+
+def test_a_source_that_was_held_out_has_its_figures_there(tmp_path):
+    settings = shipped()
+    split = settings.active.split.model_copy(update={"held_out_source": "a"})
+    profile = settings.active.model_copy(update={"split": split})
+    settings = settings.model_copy(update={"profiles": {settings.profile: profile}})
+    found = find(tmp_path, USUAL, settings, sources=("a",)).tables["metrics/slices.csv"]
+    left_out = found[found["by"] == "source left out"]
+    assert set(left_out["slice"]) == {"a"}
+    assert left_out["value"].notna().any()
+    assert "source" not in set(found["by"])
 
 
 def test_slices_say_how_small_they_are_and_what_would_need_another_training(tmp_path):

@@ -45,6 +45,7 @@ def test_the_figures_of_the_set_itself_are_its_scores(rows):
 @given(rows)
 def test_the_figures_of_a_resample_are_scikit_learns_with_its_weights(rows):
     labels, probabilities, groups = arrays(rows)
+    assume(len(set(groups)) > 1)
     called = (probabilities >= 0.5).astype(int)
     weights = resample(groups, 2)
     found, drawn = figures(labels, called, probabilities, weights).iloc[1], weights[1]

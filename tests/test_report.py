@@ -68,7 +68,7 @@ def made(folder: Path, labels: list[int], *, seeds: int = 2, known: bool = True,
     sets = ["test" if subset == "test" else "train" for subset in subsets]
     facts = {"file": files, "set": sets, "label": pd.array(every, "Int64"), "patient": patients, "view": ""}
     facts |= {"source": ["A", "B"] * (len(every) // 2) + ["A"] * (len(every) % 2) if known else ""}
-    table = pd.DataFrame({**facts, "licence": "", "width": 512, "height": 512, "xxh128": files})
+    table = pd.DataFrame({**facts, "licence": "", "width": 512, "height": 512, "bytes": 9, "xxh128": files})
     write_csv(folder / "data/manifest.csv", table)
     folds = [{"train": "1", "validation": "0", "test": ""}[subset] for subset in subsets]
     split = {"file": files, "group": files, "subset": subsets, "fold": folds}
@@ -83,9 +83,9 @@ def made(folder: Path, labels: list[int], *, seeds: int = 2, known: bool = True,
             Classifier(Architecture("resnet18", [], 0.0, 48, "none", 48, "stretch")),
             folder / f"models/seed-{seed}",
         )
-        classifier.save(network, own / "model.safetensors")
+        classifier.save(network, own)
         place = {"torch": "2", "device": "cpu", "cpu_threads": 1, "processes": 1}
-        classifier.describe(network, own / "model.json", own / "model.safetensors", {"environment": place})
+        classifier.describe(network, own, {"environment": place})
         write_json(own / "metrics.json", {"run": f"seed-{seed} · made", "epoch": 1})
         history = {"epoch": [1, 2], "train_loss": [0.7, 0.6], "loss": [0.7, 0.6], "f1": [0.0, 0.5]}
         write_csv(own / "history.csv", pd.DataFrame(history))

@@ -67,14 +67,14 @@ def find(
     samples = {name: validation.samples(voice) for name, voice in voices.items()}
     models = {name: judges[name].probabilities for name in [*seeds, chosen]}
     rule = judges[chosen].rule
-    combined = {subset: ensemble.combine(table[members], rule) for subset, table in subsets.items()}
+    combined = {subset: ensemble.combine(table, rule) for subset, table in subsets.items()}
     disputed = {name: ensemble.disputed(table, combined[name], len(members)) for name, table in subsets.items()}
     calibrations, reliability = opinions.calibration_table(validation, models)
-    ahead = opinions.prevalence_table({name: samples[name] for name in [*seeds, chosen]}, params.expected_prevalence)
-    roles = {"best": (best, [best]), "bag": (chosen, members)}
-    shifts = {}
-    for role, (name, of) in roles.items():
-        old, new = (ensemble.judge(table[of], judges[name].rule)["probability"] for table in (given, test))
+    shown = {name: samples[name] for name in [*seeds, chosen]}
+    ahead = opinions.prevalence_table(validation, shown, params.expected_prevalence)
+    roles, shifts = {"best": best, "bag": chosen}, {}
+    for role, name in roles.items():
+        old, new = (ensemble.judge(table, judges[name].rule)["probability"] for table in (given, test))
         shifts[role] = _shift(labels, old, new)
     intervals = opinions.interval_table(validation, voices, samples)
     tables = {
@@ -83,11 +83,15 @@ def find(
         "metrics/seeds.csv": opinions.seed_table({seed: samples[seed] for seed in seeds}),
         "metrics/operating_points.csv": _operating_points(judges, labels, params.operating_point),
         "metrics/calibration.csv": calibrations,
-        "metrics/slices.csv": opinions.slice_table(validation, facts, {name: voices[name] for name in (best, chosen)}),
+        "metrics/prevalence.csv": ahead,
+        "metrics/reliability.csv": reliability,
+        "metrics/slices.csv": opinions.slice_table(
+            validation, facts, {name: voices[name] for name in (best, chosen)}, config.active.split.held_out_source
+        ),
         "metrics/disagreement.csv": ensemble.disagreement(given[members], rule.thresholds),
-        "plots/reliability.csv": reliability,
-        "plots/prevalence.csv": ahead,
-        "plots/bag_growth.csv": ensemble.growth(labels, given[members], rule),
+        "plots/bag_growth.csv": ensemble.growth(labels, given, rule),
+        "plots/bag_prevalence.csv": ahead.query("model == @chosen"),
+        "plots/bag_reliability.csv": reliability.query("model == @chosen and calibration == 'none'"),
         "predictions/disputed.csv": pd.concat(disputed, names=["subset"]).reset_index("subset"),
         "predictions/adapted.csv": pd.DataFrame(
             {"file": test["file"]} | {name: shift["probabilities"] for name, shift in shifts.items()}
@@ -96,7 +100,7 @@ def find(
     summary = {
         role: _summary(name, judges[name].rule, intervals, calibrations, ahead, params.expected_prevalence)
         | {"estimated_test_prevalence": _number(shifts[role]["prevalence"])}
-        for role, (name, _) in roles.items()
+        for role, name in roles.items()
     }
     return Findings(tables, summary)
 

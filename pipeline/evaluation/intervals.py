@@ -15,6 +15,7 @@ EPS = np.finfo(float).eps
 OF_CALLS = ["accuracy", "f1", "recall", "precision", "specificity", "balanced_accuracy"]
 OF_PROBABILITIES = ["loss", "auroc", "average_precision", "brier", "calibration_error"]
 NEEDS = {
+    "f1": "no positive image",
     "recall": "no positive image",
     "specificity": "no negative image",
     "precision": "no image is called positive",
@@ -32,11 +33,12 @@ def resample(groups: np.ndarray, count: int) -> np.ndarray:
         count: how many times.
 
     Returns:
-        (1 + count, N), how often each image is drawn; in the first row, which is the set itself, once.
+        (1 + count, N), how often each image is drawn; in the first row, which is the set itself, once. One group alone
+        has only that row: to draw it again says nothing of chance.
     """
     _, index = np.unique(groups, return_inverse=True)
     size = index.max() + 1
-    drawn = np.random.default_rng(0).multinomial(size, np.full(size, 1 / size), size=count)
+    drawn = np.random.default_rng(0).multinomial(size, np.full(size, 1 / size), size=count if size > 1 else 0)
     return np.concatenate([np.ones((1, len(index)), np.int32), drawn.astype(np.int32)[:, index]])
 
 
@@ -87,8 +89,8 @@ def intervals(labels: np.ndarray, called: np.ndarray, groups: np.ndarray, sample
     among = {"accuracy": labels | ~labels, "recall": labels, "specificity": ~labels, "precision": called}
     for metric, sample in samples.items():
         row = {"metric": metric, "value": sample[0], "low": np.nan, "high": np.nan, "method": "", "reason": ""}
-        if np.isnan(sample[0]):
-            row["reason"] = NEEDS[str(metric)]
+        if np.isnan(sample[0]) or (metric == "f1" and not labels.any()):
+            row |= {"value": np.nan, "reason": NEEDS[str(metric)]}
         elif metric in among and (count == len(groups) or sample[0] in (0, 1)):
             inside = among[str(metric)]
             size = len(np.unique(groups[inside]))
@@ -119,7 +121,8 @@ def differences(
 
     Returns:
         A row per figure: `metric`, `difference` (ours less theirs), the `low` and `high` end of its 95 % interval,
-        and the `probability`, the share of resamples in which it is above the margin.
+        and the `probability`, the share of resamples in which it is above the margin; these are NaN where no resample
+        has the figure.
     """
     rows = []
     for metric in metrics or ours.columns.intersection(theirs.columns, sort=False):
@@ -133,24 +136,22 @@ def differences(
 
 class Difference(TypedDict):
     difference: float
-    low: float
-    high: float
-    probability: float
+    low: float | None
+    high: float | None
+    probability: float | None
 
 
 def f1_difference(
     labels: np.ndarray, groups: np.ndarray, ours: np.ndarray, theirs: np.ndarray, resamples: int, margin: float = 0
 ) -> Difference:
-    """Compare the F1 of two models by the labels, 0 or 1, that they give; see `differences`."""
+    """Compare the F1 of two models by the labels, 0 or 1, that they give; see `differences`, whose NaN are None."""
     weights = resample(groups, resamples)
     mine, other = (figures(labels, called, None, weights) for called in (ours, theirs))
-    found = differences(mine, other, ["f1"], margin).iloc[0]
-    return {
-        "difference": float(found["difference"]),
-        "low": float(found["low"]),
-        "high": float(found["high"]),
-        "probability": float(found["probability"]),
-    }
+    found = differences(mine, other, ["f1"], margin).drop(columns="metric").iloc[0]
+    low, high, probability = (
+        None if np.isnan(found[key]) else float(found[key]) for key in ("low", "high", "probability")
+    )
+    return {"difference": float(found["difference"]), "low": low, "high": high, "probability": probability}
 
 
 def percentiles(sample: pd.Series) -> tuple[float, float]:

@@ -21,6 +21,7 @@ from pipeline.evaluation.intervals import (
 )
 
 SMALL = 10  # images of a class, below which a slice says little
+LEFT_OUT = "source left out"
 EDGES = {"below 512": 0, "512 to 1023": 512, "1024 to 2047": 1024, "2048 and more": 2048}  # shorter edge, pixels
 COLUMNS = ["model", "measured", "metric", "value", "low", "high", "method", "reason"]
 
@@ -139,40 +140,56 @@ def calibration_table(validation: Validation, models: Mapping[str, np.ndarray]) 
     ]
 
 
-def prevalence_table(samples: Mapping[str, pd.DataFrame], expected: float | None) -> pd.DataFrame:
+def prevalence_table(
+    validation: Validation, samples: Mapping[str, pd.DataFrame], expected: float | None
+) -> pd.DataFrame:
     """Carry every model to other prevalences, the expected one among them.
 
     Returns:
-        A row per model and prevalence: `accuracy`, `ppv` and `npv`, each with the ends of its interval, which are
-        missing where no resample differs.
+        A row per model and prevalence: `accuracy`, `ppv` and `npv`, each with the ends of its interval.
     """
-    rows = []
+    rows, positive = [], validation.labels == 1
     for name, sample in samples.items():
         if not len(sample):
             continue
+        sensitivity = _possible(sample["recall"].to_numpy(), len(np.unique(validation.groups[positive])))
+        specificity = _possible(sample["specificity"].to_numpy(), len(np.unique(validation.groups[~positive])))
         for share in sorted({*prevalence.GRID, *([expected] if expected else [])}):
             row = {"model": name, "prevalence": share}
-            carried = prevalence.carried(sample["recall"].to_numpy(), sample["specificity"].to_numpy(), share)
-            for figure, values in carried.items():
+            for figure, values in prevalence.carried(sensitivity, specificity, share).items():
                 low, high = percentiles(pd.Series(values))
-                if low == high:  # no resample has an error, which says nothing of how rare they are
-                    low = high = np.nan
                 row |= {figure: values[0], f"{figure}_low": low, f"{figure}_high": high}
             rows.append(row)
     return pd.DataFrame(rows)
 
 
-def slice_table(validation: Validation, table: pd.DataFrame, opinions: Mapping[str, Opinion]) -> pd.DataFrame:
+def _possible(shares: np.ndarray, count: int) -> np.ndarray:
+    """Return a share of `count` groups on every resample; where none differs, draw what it may be.
+
+    That no error was seen does not say that there is none: the draws are of Jeffreys' posterior (Brown, Cai and
+    DasGupta 2001).
+    """
+    if np.isnan(shares[0]) or np.nanmin(shares) < np.nanmax(shares):
+        return shares
+    hits = shares[0] * count
+    drawn = np.random.default_rng(0).beta(hits + 0.5, count - hits + 0.5, len(shares))
+    return np.append(shares[:1], drawn[1:])
+
+
+def slice_table(
+    validation: Validation, table: pd.DataFrame, opinions: Mapping[str, Opinion], held_out: str | None
+) -> pd.DataFrame:
     """Score models on the images of one source, view or size.
 
     Args:
         validation: the set.
         table: a row per image, with `source`, `view`, `width` and `height`.
         opinions: of the models.
+        held_out: the source that was not trained on, if there is one.
 
     Returns:
         `by`, `slice`, `images`, `positives`, `small` (too few of a class to say much), and the columns of
-        `interval_table`. Of every source that was left out of training there is a row that says why it is missing.
+        `interval_table`. For a source that was trained on, a row says why its figures when left out are missing.
     """
     edges = np.searchsorted(list(EDGES.values()), table[["width", "height"]].min(axis="columns"), side="right") - 1
     kinds = {"source": table["source"], "view": table["view"], "size": pd.Series(list(EDGES), dtype=str).iloc[edges]}
@@ -193,14 +210,16 @@ def slice_table(validation: Validation, table: pd.DataFrame, opinions: Mapping[s
             }
             found = interval_table(inside, own, {name: inside.samples(opinion) for name, opinion in own.items()})
             counts = np.bincount(inside.labels, minlength=2)
+            kind = LEFT_OUT if by == "source" and value == held_out else by
             parts.append(
-                found.assign(by=by, slice=value, images=len(rows), positives=counts[1], small=counts.min() < SMALL)
+                found.assign(by=kind, slice=value, images=len(rows), positives=counts[1], small=counts.min() < SMALL)
             )
         if not known:
             parts.append(pd.DataFrame({"by": [by], "slice": [""], "reason": [f"no {by} is known"]}))
         elif by == "source":
-            reason = "needs a training without this source; these models have seen it"
-            parts.append(pd.DataFrame({"by": "source left out", "slice": known, "reason": reason}))
+            seen = [value for value in known if value != held_out]
+            reason = "needs a training without this source: split.held_out_source"
+            parts.append(pd.DataFrame({"by": LEFT_OUT, "slice": seen, "reason": reason}))
     return pd.concat(parts)[["by", "slice", "images", "positives", "small", *COLUMNS]]
 
 

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 
 import pandas as pd
 import torch
-from rich.progress import track
 
 from pipeline.dataset import Pack
 from pipeline.models.classifier import Classifier
+from pipeline.progress import shown
 
 
 def predict(networks: Mapping[str, Classifier], pack: Pack, rows: list[int], batch_size: int) -> pd.DataFrame:
@@ -15,6 +15,6 @@ def predict(networks: Mapping[str, Classifier], pack: Pack, rows: list[int], bat
     batches = torch.tensor(rows).split(batch_size)
     parts = [
         torch.stack([network.probabilities(pixels) for network in networks.values()], dim=1).cpu()
-        for _, pixels in track(pack.batches(batches), "predicting", len(batches))
+        for _, pixels in shown(pack.batches(batches), "predicting", len(batches))
     ]
     return pd.DataFrame(torch.cat(parts).numpy(), columns=list(networks))

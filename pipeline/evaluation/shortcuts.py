@@ -49,14 +49,17 @@ def judge(table: pd.DataFrame, images: np.ndarray) -> tuple[pd.DataFrame, dict[s
             table[["source"]].to_numpy(),
             make_pipeline(OneHotEncoder(handle_unknown="ignore"), LogisticRegression()),
         ),
-        "traits": (traits.to_numpy(float), DecisionTreeClassifier(max_leaf_nodes=16, min_samples_leaf=5)),
+        "traits": (
+            traits.to_numpy(float),
+            DecisionTreeClassifier(max_leaf_nodes=16, min_samples_leaf=5, random_state=0),
+        ),
         "thumbnail": (pictures.reshape(len(used), -1), pixels),
         "border": (pictures[:, frame], pixels),
     }
     found, facts = {}, dict[str, Shortcut]()
     for name, (features, model) in fits.items():
         learnt, judged = np.split(features, [len(labels)])
-        reason = _refused(name, learnt, labels)
+        reason = _refused(name, learnt, judged, labels)
         threshold = None if reason else float(labels.mean())
         facts[name] = {"features": features.shape[1], "threshold": threshold, "reason": reason}
         found[name] = np.full(len(judged), np.nan) if reason else model.fit(learnt, labels).predict_proba(judged)[:, 1]
@@ -74,11 +77,11 @@ def thumbnails(images: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return np.concatenate(parts).astype(np.float32)
 
 
-def _refused(name: str, learnt: np.ndarray, labels: np.ndarray) -> str:
+def _refused(name: str, learnt: np.ndarray, judged: np.ndarray, labels: np.ndarray) -> str:
     if len(np.unique(labels)) < 2:
         return "training images of one class only"
-    if (learnt == learnt[0]).all():
-        return {"source": "no source is known, or one only", "traits": "all files are of the same size"}.get(
-            name, "all training images are the same there"
-        )
+    for subset, features in {"training": learnt, "validation": judged}.items():
+        if (features == features[0]).all():
+            known = {"source": "no source is known of the {} images, or one only"}
+            return known.get(name, "all {} images are the same there").format(subset)
     return ""

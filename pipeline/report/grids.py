@@ -11,7 +11,7 @@ from pipeline.report.table import MISSING
 SHADES = 7  # from the worst of a row to its best
 SHOWN = ["f1", "recall", "specificity", "precision", "accuracy", "auroc", "average_precision", "brier", "loss"]
 SHORTCUTS = {
-    "source": "source alone", "traits": "image size alone", "thumbnail": "16×16 thumbnail",
+    "source": "source alone", "traits": "size of image and file alone", "thumbnail": "16×16 thumbnail",
     "border": "border, lungs blacked out",
 }  # fmt: skip
 
@@ -133,7 +133,7 @@ def calibration(results: Results) -> Grid:
 
 
 def prevalence(name: str) -> Grid:
-    table = pd.read_csv("plots/prevalence.csv")
+    table = pd.read_csv("metrics/prevalence.csv")
     grid = Grid(["prevalence", "PPV", "NPV", "accuracy"])
     for _, row in table[table["model"] == name].iterrows():
         figures = [
@@ -157,9 +157,8 @@ def shortcuts(results: Results) -> Grid:
 
 def slices(results: Results) -> Grid:
     """Give a row to each slice and its F1, sensitivity, specificity and AUROC of the best model."""
-    table = pd.read_csv("metrics/slices.csv").fillna({"slice": "", "reason": "", "model": ""})
     grid = Grid(["slice", "images", "positives", "sensitivity", "specificity", "F1", "AUROC"])
-    for (by, name), part in table.groupby(["by", "slice"], sort=False):
+    for (by, name), part in results.slices.groupby(["by", "slice"], sort=False):
         own = part[part["model"] == results.best].set_index("metric")
         if own.empty:
             missing = Estimate(float("nan"), reason=part["reason"].iloc[0])
@@ -190,9 +189,9 @@ def bags(results: Results) -> Grid:
     return grid
 
 
-def spread() -> Grid:
+def spread(results: Results) -> Grid:
     """Say how the figures spread over the seeds."""
-    table = pd.read_csv("metrics/seeds.csv").set_index("metric")
+    table = results.spread
     grid = Grid(["", *(NAMES[metric] for metric in SHOWN)])
     names = {"mean": "mean", "deviation": "standard deviation", "lowest": "lowest", "highest": "highest"}
     for key, row in table.loc[SHOWN, list(names)].T.iterrows():

@@ -62,7 +62,7 @@ def _content(results: Results) -> dict[str, Any]:
         "expected": params.evaluate.expected_prevalence, "versus_bag": words.versus_bag(results),
         "cautions": words.cautions(results, outside), "sections": SECTIONS, "rivals": words.rivals(results),
         "added": [words.added(results, name) for name in results.shortcuts],
-        "models": grids.models(results), "spread": grids.spread(), "calibration": grids.calibration(results),
+        "models": grids.models(results), "spread": grids.spread(results), "calibration": grids.calibration(results),
         "operating_points": grids.operating_points(results), "prevalence": grids.prevalence(best),
         "shortcuts": grids.shortcuts(results), "slices": grids.slices(results), "bags": grids.bags(results),
         "disagreement": grids.disagreement(), "data": grids.data(results), "charts": _charts(results),
@@ -80,7 +80,7 @@ def explained(results: Results) -> list[Image]:
     labels, probabilities = results.validation["label"].to_numpy(), results.validation[best].to_numpy()
     chosen = gradcam.choose(labels, probabilities, threshold)
     folder = Path("models", best)
-    network = classifier.load(folder / "model.safetensors", folder / "model.json", torch.device("cpu"))
+    network = classifier.load(folder, torch.device("cpu"))
     pixels = [results.images[_place(results, results.validation["file"].iloc[row])] for row in chosen["row"]]
     answers = [int(probabilities[row] >= threshold) for row in chosen["row"]]
     maps = gradcam.explain(network, torch.from_numpy(np.stack(pixels)), answers)
@@ -101,7 +101,7 @@ def explained(results: Results) -> list[Image]:
 def disputed(results: Results) -> list[Image]:
     """Show the images on which most members disagree."""
     count = len(results.config.bagged)
-    table = read_csv(Path("predictions/disputed.csv"))
+    table = read_csv(Path("predictions/disputed.csv"))  # the most disputed ones of each subset come first
     table["margin"] = (2 * table["votes"] - count).abs()
     return [
         Image(
@@ -123,9 +123,9 @@ def _charts(results: Results) -> dict[str, str]:
         found["curves"] = charts.roc(labels, models, best, pd.read_csv("plots/bag_roc.csv")) + charts.precision_recall(
             labels, models, best, pd.read_csv("plots/bag_precision_recall.csv")
         )
-    bins = pd.read_csv("plots/reliability.csv")
+    bins = pd.read_csv("metrics/reliability.csv")
     found["reliability"] = charts.reliability(bins[bins["model"] == best], "none", "temperature and bias")
-    carried, summary = pd.read_csv("plots/prevalence.csv"), results.summary["best"]
+    carried, summary = pd.read_csv("metrics/prevalence.csv"), results.summary["best"]
     expected = results.config.active.evaluate.expected_prevalence
     marks = {"validation": labels.mean(), "test, estimated": summary["estimated_test_prevalence"], "expected": expected}
     own = carried[carried["model"] == best]

@@ -78,6 +78,16 @@ class Results:
         return {name: name[len("shortcut (") : -1] for name in self.models if name.startswith("shortcut")}
 
     @cached_property
+    def spread(self) -> pd.DataFrame:
+        """`mean`, `deviation`, `lowest`, `highest` and `reason` of the seeds, by metric."""
+        return read_csv(Path("metrics/seeds.csv")).set_index("metric")
+
+    @cached_property
+    def slices(self) -> pd.DataFrame:
+        """What the bag stage says of every source, view and size; texts that are missing are empty."""
+        return read_csv(Path("metrics/slices.csv")).fillna({"slice": "", "reason": "", "model": ""})
+
+    @cached_property
     def positives(self) -> int:
         return int(self.validation["label"].sum())
 

@@ -6,10 +6,11 @@ import numpy as np
 import pandas as pd
 
 from pipeline.report.gradcam import EVEN
-from pipeline.report.grids import SHORTCUTS, percent, told, told_difference
-from pipeline.report.results import Estimate, Results
+from pipeline.report.grids import SHORTCUTS, number, percent, told, told_difference
+from pipeline.report.results import Estimate, Results, as_estimate
 
 FEW = 100  # positive validation images, below which intervals are wide
+CHANCE = 0.5  # AUROC of what knows nothing
 TELLING = 0.6  # AUROC of the source alone, above which it gives labels away
 SHIFTED = 0.1  # difference of prevalence, above which a set is another population
 
@@ -58,18 +59,11 @@ def cautions(results: Results, outside: np.ndarray) -> list[Caution]:
     found: list[tuple[str, str, str]] = []
     if results.config.active.download.source == "phantom":
         found.append(("The radiographs are drawings", "What is measured on them says nothing of people.", "data"))
-    if shortcuts := rivals(results):
-        figures = [f"{_short(results, name)} {told(results.estimate(name, 'auroc'))}" for name in shortcuts]
-        why = f"AUROC of {'; '.join(figures)}. It may have learnt where images come from."
-        found.append(("What needs no radiology is not distinguishable from it", why, "shortcuts"))
-    source = next((model for model, name in results.shortcuts.items() if name == "source"), None)
-    alone = results.estimate(source, "auroc") if source else Estimate(np.nan, reason="not measured")
-    if alone.missing:
-        why = f"The source alone: – ({alone.reason})."
-        found.append(("Disease and source cannot be told apart", why, "shortcuts"))
-    elif alone.value > TELLING:
-        why = f"Alone it has AUROC {told(alone)}. On images from elsewhere, and at other prevalences, expect less."
-        found.append(("The source gives labels away", why, "prevalence"))
+    found += _of_sources(results)
+    if len(results.config.models) > 1:
+        mean, deviation = (number(float(results.spread[key]["f1"])) for key in ("mean", "deviation"))
+        why = f"The {len(results.config.models)} seeds have F1 {mean} ± {deviation}. Expect that of another one."
+        found.append(("It is the best by the same images that measure it", why, "models"))
     if results.positives < FEW:
         each = f"; each is {percent(1 / results.positives)} of sensitivity" if results.positives else ""
         why = f"{results.positives} of {len(results.validation)}{each}. Models differ by chance."
@@ -89,6 +83,28 @@ def cautions(results: Results, outside: np.ndarray) -> list[Caution]:
         why = "The images that measure also chose the threshold: there are too few to keep the two apart."
         found.append(("Figures flatter", why, "operating"))
     return [Caution(*parts) for parts in found]
+
+
+def _of_sources(results: Results) -> list[tuple[str, str, str]]:
+    found = []
+    if shortcuts := rivals(results):
+        figures = [f"{_short(results, name)} {told(results.estimate(name, 'auroc'))}" for name in shortcuts]
+        why = f"AUROC of {'; '.join(figures)}. It may have learnt where images come from."
+        found.append(("It does not surely surpass what needs no radiology", why, "shortcuts"))
+    source = next((model for model, name in results.shortcuts.items() if name == "source"), None)
+    alone = results.estimate(source, "auroc") if source else Estimate(np.nan, reason="not measured")
+    if alone.missing:
+        why = f"The source alone: – ({alone.reason})."
+        found.append(("Disease and source cannot be told apart", why, "shortcuts"))
+    elif alone.value > TELLING:
+        why = f"Alone it has AUROC {told(alone)}. On images from elsewhere, and at other prevalences, expect less."
+        found.append(("The source gives labels away", why, "prevalence"))
+    within = results.slices.query("by == 'source' and metric == 'auroc' and model == @results.best")
+    unsure = within[within["value"].notna() & ~(within["low"] > CHANCE)].sort_values("value")
+    if len(unsure):
+        why = f"Among those of {unsure['slice'].iloc[0]} it has AUROC {told(as_estimate(unsure.iloc[0]))}."
+        found.append(("On images of one source it may know nothing", why, "slices"))
+    return found
 
 
 def _short(results: Results, shortcut: str) -> str:
