@@ -1,5 +1,6 @@
 """A candidate's judgement of files, each decoded once."""
 
+import glob
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -8,12 +9,12 @@ import numpy as np
 import pandas as pd
 import torch
 from joblib import Parallel, delayed
-from rich.progress import track
 
 from pipeline import images
 from pipeline.config import Resize
 from pipeline.errors import UserError
 from pipeline.models.candidate import BATCH, Candidate
+from pipeline.progress import shown
 
 
 def find(names: Iterable[str]) -> list[Path]:
@@ -25,7 +26,9 @@ def find(names: Iterable[str]) -> list[Path]:
     found: dict[Path, None] = {}  # in order, each once
     for name in names:
         path = Path(name)
-        meant = [path] if path.is_file() else sorted(path.rglob("*") if path.is_dir() else _matching(name))
+        pattern = glob.escape(name) if path.exists() else name
+        matching = glob.glob(pattern, recursive=True)  # noqa: PTH207  # Path.glob takes no absolute pattern
+        meant = sorted(path.rglob("*") if path.is_dir() else map(Path, matching))
         of_name = [one for one in meant if one.is_file() and not one.name.startswith(".")]
         if not of_name:
             raise UserError(f"{name}: no file is there; name radiographs, folders or patterns")
@@ -43,7 +46,7 @@ def judge(candidate: Candidate, paths: list[Path]) -> pd.DataFrame:
     decoded = Parallel(n_jobs=-1, prefer="threads", return_as="generator")(
         delayed(_decode)(path, candidate.packed_size, candidate.resize) for path in paths
     )
-    left, rows = iter(track(decoded, "judging", len(paths))), []
+    left, rows = shown(decoded, "judging", len(paths)), []
     while part := list(islice(left, BATCH)):
         usable = [pixels for pixels in part if isinstance(pixels, np.ndarray)]
         judged = iter(candidate.judge(torch.from_numpy(np.stack(usable))).to_dict("records") if usable else [])
@@ -53,12 +56,6 @@ def judge(candidate: Candidate, paths: list[Path]) -> pd.DataFrame:
     table = pd.DataFrame(rows, columns=["probability", "label", "reason"])
     table.insert(0, "file", [str(path) for path in paths])
     return table.astype({"label": "Int64"})
-
-
-def _matching(pattern: str) -> list[Path]:
-    path = Path(pattern)
-    root = Path(path.anchor)
-    return list(root.glob(str(path.relative_to(path.anchor)))) if any(sign in pattern for sign in "*?[") else []
 
 
 def _decode(path: Path, size: int, resize: Resize) -> np.ndarray | str:

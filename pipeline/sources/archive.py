@@ -13,7 +13,8 @@ def write(params: ArchiveParams, target: Path) -> None:
     """Copy the zip as it is, or zip the folder in the order of its names.
 
     Raises:
-        UserError: no path is given, there is neither a zip nor a folder, or the folder has a link that leaves it.
+        UserError: no path is given, there is neither a zip nor a folder, or the folder has a link that leaves it, or
+            the target in it.
     """
     if params.path is None:
         raise UserError(
@@ -32,6 +33,8 @@ def write(params: ArchiveParams, target: Path) -> None:
 
 
 def _zip(folder: Path, target: Path) -> None:
+    if target.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{folder}: {target.parent}, where the zip is made, is in it; name the radiographs' own folder")
     for path in folder.rglob("*"):
         if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
             raise UserError(f"{path}: a symbolic link that leaves {folder}; put the file itself there")

@@ -18,9 +18,8 @@ import pandas as pd
 from joblib import cpu_count
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from rich.console import Console
-from rich.progress import track
 
+from pipeline.progress import shown
 from pipeline.sources import writing
 
 if TYPE_CHECKING:
@@ -70,12 +69,10 @@ def write(params: "PhantomParams", target: Path) -> None:
         "source": [case.source for case in planned],
         "view": [case.view for case in planned],
     })  # fmt: skip
-    console = Console(stderr=True)
     # A forked worker could inherit a lock that the progress bar's thread holds; a spawned one cannot.
     with ProcessPoolExecutor(cpu_count(), multiprocessing.get_context("spawn")) as pool:
         drawn = pool.map(_jpeg, planned, chunksize=8)
-        shown = track(drawn, "Drawing radiographs", len(planned), console=console, disable=not console.is_terminal)
-        writing.write(rows, shown, target)
+        writing.write(rows, shown(drawn, "drawing radiographs", len(planned)), target)
 
 
 def cases(params: "PhantomParams") -> list[Case]:

@@ -7,12 +7,11 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import pandas as pd
-from rich.console import Console
-from rich.progress import track
 
 from pipeline.errors import UserError
 from pipeline.files import read_texts
 from pipeline.layout import LICENCE, METADATA
+from pipeline.progress import shown
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +67,7 @@ def write_files(rows: pd.DataFrame, target: Path) -> None:
     if rows["label"].isna().all() or rows["label"].notna().all():
         raise UserError(f"of {len(rows)} images, all would be on one side of training and test; add some")
     images = (path.read_bytes() if found else None for path, found in zip(rows["path"], there, strict=True))
-    console = Console(stderr=True)
-    write(rows, track(images, "Packing", len(rows), console=console, disable=not console.is_terminal), target)
+    write(rows, shown(images, "packing", len(rows)), target)
 
 
 def held_out(patient: pd.Series, file: pd.Series, share: float) -> pd.Series:
