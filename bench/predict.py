@@ -23,13 +23,14 @@ def main(count: int = 8, backbone: str = "alexnet", size: int = 224) -> None:
     drawn = radiographs()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        models = {f"seed-{index}": folder / "models" / str(index) for index in range(MEMBERS)}
-        for model in models.values():
+        names = [f"seed-{index}" for index in range(MEMBERS)]
+        models = [folder / name for name in names]
+        for model in models:
             network = Classifier(Architecture(backbone, [256, 128], 0, size, "none", size, "stretch"))
-            classifier.save(network, model / "model.safetensors")
-            classifier.describe(network, model / "model.json", model / "model.safetensors", {})
-        rule = Rule("mean", "mean", 0.5, [0.5] * MEMBERS, [1 / MEMBERS] * MEMBERS)
-        candidate.assemble(folder / "bag", models, rule)
+            classifier.save(network, model)
+            classifier.describe(network, model, {})
+        rule = Rule(names, "mean", "mean", 0.5, [0.5] * MEMBERS, [1 / MEMBERS] * MEMBERS)
+        candidate.assemble(folder / "bag", folder, rule)
         files = [folder / f"{index}.jpg" for index in range(count)]
         for index, file in enumerate(files):
             file.write_bytes(drawn[index % DRAWN])
@@ -41,8 +42,8 @@ def main(count: int = 8, backbone: str = "alexnet", size: int = 224) -> None:
         def plain() -> float:
             def judge(file: Path) -> None:
                 pixels = torch.from_numpy(images.decode(file.read_bytes(), size, "stretch")[0].copy())[None]
-                for model in models.values():
-                    classifier.load(model / "model.safetensors", model / "model.json", cpu).probabilities(pixels)
+                for model in models:
+                    classifier.load(model, cpu).probabilities(pixels)
 
             return count / seconds(lambda: [judge(file) for file in files])
 

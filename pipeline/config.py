@@ -13,6 +13,7 @@ from pipeline.errors import UserError
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 Weight = Annotated[float, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Resize = Literal["stretch", "pad"]
 Method = Literal["vote", "mean", "logits", "greedy"]
 Tie = Literal["positive", "negative", "mean"]
@@ -33,7 +34,7 @@ class PhantomParams(Section):
     test_prevalence: Share
     strength: Annotated[float, Field(gt=0)]  # how visible opacities are; at 1 some are very faint
     confounding: Share  # how far the source tells the label: 0 not at all, 1 wholly
-    seed: int
+    seed: Seed
 
 
 class ArchiveParams(Section):
@@ -111,7 +112,7 @@ class PrepareParams(Section):
 
 class SplitParams(Section):
     folds: Annotated[int, Field(ge=2)]  # equal parts, of which one validates
-    seed: int
+    seed: Seed
     cross_validate: bool  # each seed on a fold of its own
     held_out_source: str | None  # the source that validates, and is not trained on, in place of a fold
 
@@ -203,7 +204,7 @@ class Profile(Section):
 
 class Config(Section):
     profile: str
-    seeds: Annotated[list[int], Field(min_length=1)]
+    seeds: Annotated[list[Seed], Field(min_length=1)]
     profiles: dict[str, Profile]
 
     @model_validator(mode="before")

@@ -11,13 +11,15 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit
 
-from pipeline.config import EvaluateParams, Method, Tie
+from pipeline.config import Config, EvaluateParams, Method, Tie
+from pipeline.errors import UserError
 from pipeline.evaluation import operating
 from pipeline.evaluation.calibration import SURE, logits
 from pipeline.evaluation.metrics import THRESHOLD, called
 from pipeline.files import read_json
 
 METHODS: tuple[Method, ...] = get_args(Method)
+BAG = "bag"
 RULES = Path("metrics/candidates.json")
 PICKS = 50  # of the greedy selection
 SUBSETS = 100  # of each size, at most, that are tried when the bag grows
@@ -27,10 +29,11 @@ SUBSETS = 100  # of each size, at most, that are tried when the bag grows
 class Rule:
     """How members answer as one.
 
-    `thresholds` are the operating points of the members, by which they vote, and `threshold` that of their combined
-    probability. `weights` are the members' shares in the greedy selection, equal where there is none.
+    `thresholds` are the operating points of the members, in their order, by which they vote, and `threshold` that of
+    their combined probability. `weights` are the members' shares in the greedy selection, equal where there is none.
     """
 
+    members: list[str]
     method: Method
     tie: Tie
     threshold: float
@@ -43,33 +46,32 @@ def fit(labels: np.ndarray, members: pd.DataFrame, method: Method, tie: Tie, par
 
     Args:
         labels: (N,), 0 or 1.
-        members: (N, M), P(positive); a single member is its own majority.
+        members: (N, M), P(positive), a named column each; a single member is its own majority.
         method: by which they answer.
         tie: who wins an even vote.
         params: with the rule that chooses thresholds.
     """
-    thresholds = operating.thresholds(labels, members, params)
-    if members.shape[1] == 1:
-        return Rule("mean", "mean", thresholds.iloc[0], list(thresholds), [1.0])
-    weights = greedy(labels, members.to_numpy()) if method == "greedy" else [1 / members.shape[1]] * members.shape[1]
-    draft = Rule(method, tie, THRESHOLD, list(thresholds), weights)
+    thresholds, names = operating.thresholds(labels, members, params), members.columns.tolist()
+    if len(names) == 1:
+        return Rule(names, "mean", "mean", thresholds.iloc[0], list(thresholds), [1.0])
+    weights = greedy(labels, members.to_numpy()) if method == "greedy" else [1 / len(names)] * len(names)
+    draft = Rule(names, method, tie, THRESHOLD, list(thresholds), weights)
     probability = judge(members, draft)["probability"]
     return replace(draft, threshold=operating.choose(labels, probability.to_numpy(), params))
 
 
-def combine(members: pd.DataFrame, rule: Rule) -> pd.DataFrame:
-    """Combine the members' P(positive), one column each, in every way there is.
+def combine(predictions: pd.DataFrame, rule: Rule) -> pd.DataFrame:
+    """Combine the members' P(positive) in every way there is.
 
     Args:
-        members: (N, M), in [0, 1].
-        rule: of the M members; its tie says who wins an even vote: the positives, the negatives, or the side of the
-            mean probability.
+        predictions: a row per image, with a column per member, in [0, 1].
+        rule: its tie says who wins an even vote: the positives, the negatives, or the side of the mean probability.
 
     Returns:
         `votes`, how many members call the image positive; `vote`, 0 or 1, what most of them call it; and the
         probabilities `mean`, `logits` (of the mean logit) and `greedy` (the weighted mean).
     """
-    values = members.to_numpy(dtype=float)
+    values = predictions[rule.members].to_numpy(dtype=float)
     votes = (values >= np.array(rule.thresholds)).sum(axis=1)
     mean = values.mean(axis=1)
     wins_tie = mean >= rule.threshold if rule.tie == "mean" else rule.tie == "positive"
@@ -81,20 +83,27 @@ def combine(members: pd.DataFrame, rule: Rule) -> pd.DataFrame:
         "logits": expit(logits(values).mean(axis=1)),
         "greedy": values @ np.array(rule.weights),
     }
-    return pd.DataFrame(columns, members.index)
+    return pd.DataFrame(columns, predictions.index)
 
 
-def judge(members: pd.DataFrame, rule: Rule) -> pd.DataFrame:
-    """Return the `probability` (of a vote, the mean) and `label`, 0 or 1, of the members (N, M) as one."""
-    combined = combine(members, rule)
+def judge(predictions: pd.DataFrame, rule: Rule) -> pd.DataFrame:
+    """Return the `probability` (of a vote, the mean) and `label`, 0 or 1, of the members as one; see `combine`."""
+    combined = combine(predictions, rule)
     probability = combined["mean" if rule.method == "vote" else rule.method]
     label = combined["vote"] if rule.method == "vote" else called(probability, rule.threshold)
     return pd.DataFrame({"probability": probability, "label": label})
 
 
-def read_rules() -> dict[str, Rule]:
-    """Return the rule of every candidate by name, as the bag stage chose it."""
-    return {name: Rule(**rule) for name, rule in read_json(RULES).items()}
+def read_rules(config: Config) -> dict[str, Rule]:
+    """Return the rule of every candidate by name, as the bag stage chose it.
+
+    Raises:
+        UserError: it chose for other seeds or members than those that are configured now.
+    """
+    rules = {name: Rule(**rule) for name, rule in read_json(RULES).items()}
+    if set(rules) != {*config.models, BAG} or rules[BAG].members != config.bagged:
+        raise UserError("params.yaml: seeds or bag.members are not those of the present bag; run: dvc repro bag")
+    return rules
 
 
 def greedy(labels: np.ndarray, members: np.ndarray) -> list[float]:
@@ -119,18 +128,18 @@ def greedy(labels: np.ndarray, members: np.ndarray) -> list[float]:
     return [float(share) for share in shares]
 
 
-def growth(labels: np.ndarray, members: pd.DataFrame, rule: Rule) -> pd.DataFrame:
+def growth(labels: np.ndarray, predictions: pd.DataFrame, rule: Rule) -> pd.DataFrame:
     """Score bags of 1 to M members: all subsets of each size, or `SUBSETS` of them where there are more.
 
     Args:
         labels: (N,), 0 or 1.
-        members: (N, M), P(positive).
-        rule: of the M members; a smaller bag votes where it votes, and else takes the mean probability.
+        predictions: (N, …), with a column per member, P(positive).
+        rule: a smaller bag votes where it votes, and else takes the mean probability.
 
     Returns:
         A row per size: `members`, `subsets`, the mean `f1` and its `lowest` and `highest` value.
     """
-    values, count = members.to_numpy(dtype=float), members.shape[1]
+    values, count = predictions[rule.members].to_numpy(dtype=float), len(rule.members)
     votes = values >= np.array(rule.thresholds)
     positive = np.asarray(labels, dtype=bool)[:, None]
     rng, rows = np.random.default_rng(0), []

@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 
 from pipeline.errors import UserError
-from pipeline.files import write_csv
+from pipeline.files import read_texts, write_csv
 
 
 def write(path: Path, labels: pd.Series, sample: pd.DataFrame) -> None:
@@ -30,6 +30,9 @@ def write(path: Path, labels: pd.Series, sample: pd.DataFrame) -> None:
 
 
 def read(path: Path) -> pd.Series:
-    """Read the labels of a submission file back, by file."""
-    table = pd.read_csv(path, dtype={"File": str}, keep_default_na=False)
-    return table.set_index("File")["Label"]
+    """Read the labels of a submission file back, texts by file.
+
+    Raises:
+        UserError: it is no table of `File,Label`.
+    """
+    return read_texts(path, str(path), ["File", "Label"]).set_index("File")["Label"]

@@ -32,18 +32,18 @@ def bag() -> None:
         for way in ensemble.METHODS
     }
     chosen = bags[params.method]
-    write_json(ensemble.RULES, {name: asdict(rule) for name, rule in {**rules, "bag": chosen}.items()})
+    write_json(ensemble.RULES, {name: asdict(rule) for name, rule in {**rules, ensemble.BAG: chosen}.items()})
 
     combined = {}
     for subset, predictions in subsets.items():
-        ways = ensemble.combine(predictions[members], chosen)
-        ways["greedy"] = ensemble.combine(predictions[members], bags["greedy"])["greedy"]
+        ways = ensemble.combine(predictions, chosen)
+        ways["greedy"] = ensemble.combine(predictions, bags["greedy"])["greedy"]
         combined[subset] = pd.concat([predictions.filter(["file", "label"]), ways], axis="columns")
     write_csv(Path("predictions/bag.csv"), pd.concat(combined, names=["subset"]).reset_index("subset"))
 
     scores = {}
     for way, rule in bags.items():
-        answer = ensemble.judge(validation[members], rule)
+        answer = ensemble.judge(validation, rule)
         scores[way] = score(labels, answer["probability"].to_numpy(), answer["label"].to_numpy())
     scores["vote"] |= {"loss": None, "auroc": None, "average_precision": None}
     write_json(Path("metrics/bag.json"), scores)
@@ -51,7 +51,7 @@ def bag() -> None:
     shown = {f"bag ({way})": scores[way] for way in dict.fromkeys(["vote", "mean", params.method])}
     table.write(Path("report"), table.tabulate({**singles, **shown}))
 
-    answer = ensemble.judge(validation[members], chosen)
+    answer = ensemble.judge(validation, chosen)
     probability = answer["probability"].to_numpy()
     write_csv(Path("plots/bag_roc.csv"), curves.roc_table(labels, probability))
     write_csv(Path("plots/bag_precision_recall.csv"), curves.precision_recall_table(labels, probability))

@@ -3,9 +3,11 @@
 import errno
 import functools
 import gc
+import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -25,6 +27,7 @@ def stage(function: Callable[..., None]) -> click.Command:
 
     @functools.wraps(function)
     def run(debug: bool, **options: Any) -> None:
+        prefer_own_programs()
         gc.set_threshold(50_000)  # a tenth of a start went to looking for garbage in what imports make to stay
         try:
             function(**options)
@@ -40,6 +43,11 @@ def stage(function: Callable[..., None]) -> click.Command:
             raise Refusal(line) from None
 
     return click.command()(click.option("--debug", is_flag=True, help="Show where an error comes from.")(run))
+
+
+def prefer_own_programs() -> None:
+    """Let `dvc` and `python` be those beside this Python, whether its environment was activated or not."""
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
 def _line(error: Exception) -> str:

@@ -36,10 +36,7 @@ def evaluate() -> None:
     memory.keep_freed()
     device = determinism.device()
     folders = {name: Path("models", name) for name in config.models}
-    networks = {
-        name: classifier.load(folder / "model.safetensors", folder / "model.json", device)
-        for name, folder in folders.items()
-    }
+    networks = {name: classifier.load(folder, device) for name, folder in folders.items()}
     averaged = [networks[name] for name in config.bagged]
     no_soup = ensemble.no_soup(config.active.weights.source, config.active.train.hidden, len(averaged))
     judges = networks if no_soup else {**networks, SOUP: soup.average(averaged)}

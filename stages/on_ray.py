@@ -2,9 +2,9 @@
 
 import logging
 import os
+import re
 import socket
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from pipeline.config import Config
 from pipeline.errors import UserError, first_line, redacted
 from pipeline.tracking.runs import parent_run
 from pipeline.tracking.store import connect
+from stages.common import prefer_own_programs
 
 RETRIES = 3  # of a seed whose worker or machine was lost
 
@@ -52,9 +53,8 @@ def train(address: str, config: Config) -> dict[int, str]:
             f"no node at {address} has train.cpu_threads = {config.active.train.cpu_threads} cores, the largest has "
             f"{cores:g}; start nodes with more (ray start --num-cpus N)"
         )
-    parent_run(
-        connect(config.model_name), config
-    )  # made once, here; tasks that look for it at once would each make one
+    # Made once, here; tasks that look for it at once would each make one.
+    parent_run(connect(config.model_name), config)
     gpus = int(ray.cluster_resources().get("GPU", 0) > 0)
     task = ray.remote(num_cpus=config.active.train.cpu_threads, num_gpus=gpus, max_retries=RETRIES)(_train)
     source = _said("git", "config", "remote.origin.url") or str(Path.cwd())
@@ -75,8 +75,7 @@ def train(address: str, config: Config) -> dict[int, str]:
 
 
 def _train(seed: int, source: str, commit: str, tracking_uri: str) -> None:
-    # The worker's own environment comes first, whatever shell it was started from.
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    prefer_own_programs()
     if tracking_uri:
         os.environ["MLFLOW_TRACKING_URI"] = tracking_uri
     with tempfile.TemporaryDirectory(prefix=f"seed-{seed}-") as name:
@@ -91,8 +90,8 @@ def _train(seed: int, source: str, commit: str, tracking_uri: str) -> None:
 def _run(folder: Path, *command: str) -> None:
     ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if ended.returncode:
-        lines = [line for line in (ended.stdout + ended.stderr).splitlines() if "error: " in line.lower()]
-        raise UserError(redacted(f"{' '.join(command)}: {lines[0] if lines else ended.stderr.strip()}"))
+        told = re.search(r".*(error|fatal): .*", ended.stdout + ended.stderr, re.IGNORECASE)
+        raise UserError(redacted(f"{' '.join(command)}: {told[0] if told else ended.stderr.strip()}"))
 
 
 def _said(*command: str) -> str:

@@ -14,7 +14,7 @@ from stages.common import stage
 @click.option(
     "--model", default="champion", help="An alias or a version of the registry; or seed-K or bag, from models/."
 )
-@click.option("--csv", "table", type=click.Path(path_type=Path), help="Write the table here instead.")
+@click.option("--csv", "table", type=click.Path(path_type=Path, dir_okay=False), help="Write the table here instead.")
 def predict(files: tuple[str, ...], model: str, table: Path | None) -> None:
     """Judge FILES: images, folders and patterns. For research, not for diagnosis."""
     from rich.console import Console
@@ -54,10 +54,9 @@ def _folder(model: str) -> Iterator[Path]:
     from pipeline.models import candidate
 
     config = load()
-    local = candidate.members(config)
-    if model in local:
+    if model in (*config.models, ensemble.BAG):
         with tempfile.TemporaryDirectory() as scratch:
-            candidate.assemble(Path(scratch), local[model], ensemble.read_rules()[model])
+            candidate.assemble(Path(scratch), Path("models"), ensemble.read_rules(config)[model])
             yield Path(scratch)
     else:
         from pipeline.tracking import registry

@@ -14,7 +14,7 @@ def rollback(because: str) -> None:
     from pipeline.tracking.store import connect
 
     config = load()
-    last = registry.before(registry.history(connect(config.model_name), config.model_name))
+    last = registry.before(connect(config.model_name), config.model_name)
     decision = sync.crown(config, last.version, because, rollback=True)
     click.echo(sync.said(config.model_name, decision))
 

@@ -46,10 +46,8 @@ def _labels(config: "Config") -> "dict[str, pd.Series]":
     from pipeline.files import read_csv, read_json
 
     test, adapted = (read_csv(Path(f"predictions/{name}.csv")).set_index("file") for name in ("test", "adapted"))
-    rules, seeds, members = ensemble.read_rules(), config.models, config.bagged
-    labels = {seed: ensemble.judge(test[[seed]], rules[seed])["label"] for seed in seeds}
+    labels = {name: ensemble.judge(test, rule)["label"] for name, rule in ensemble.read_rules(config).items()}
     labels["best"] = labels[best_model(read_json(Path("metrics/evaluate.json")))]
-    labels["bag"] = ensemble.judge(test[members], rules["bag"])["label"]
     for role in adapted.dropna(axis="columns"):
         labels[f"{role}-adapted"] = called(adapted[role])
     return labels
@@ -74,8 +72,8 @@ def _send(name: str, message: str, yes: bool) -> None:
         raise UserError(f"--send {name}: there is no such file; choose one of {', '.join(names)}")
     file = Path(f"submissions/{name}.csv")
     digest, present = sha256(file), None
-    with suppress(KeyError):  # of a seed that was not there when the predictions were made
-        present = _labels(config)[name].to_dict()
+    with suppress(KeyError):  # what cannot be calibrated is not adapted
+        present = _labels(config)[name].astype(str).to_dict()
     if submission.read(file).to_dict() != present:
         raise UserError(f"{file}: not what the present predictions say; run: dvc repro submit")
     model = name.removesuffix("-adapted")

@@ -66,14 +66,13 @@ def train(seed: int) -> None:
             def log(epoch: "Epoch", best: "Classifier | None") -> None:
                 outbox.put(lambda run: run.log_epoch(epoch.row(), epoch.ended, epoch.images_per_second))
                 if best:
-                    weights = Path(scratch, "model.safetensors")
-                    classifier.save(best, weights)  # while MLflow is away, over what it has not yet taken
-                    outbox.put(lambda run: run.take_checkpoint(weights))
+                    classifier.save(best, Path(scratch))  # while MLflow is away, over what it has not yet taken
+                    outbox.put(lambda run: run.take_checkpoint(Path(scratch, classifier.WEIGHTS)))
 
             trained = training.run(checkpoint, log, asked_to_stop)
             facts = {"fingerprint": mark, "environment": environment}
-            classifier.save(trained.network, folder / "model.safetensors")
-            classifier.describe(trained.network, folder / "model.json", folder / "model.safetensors", facts)
+            classifier.save(trained.network, folder)
+            classifier.describe(trained.network, folder, facts)
             write_csv(folder / "history.csv", pd.DataFrame([epoch.row() for epoch in trained.history]))
             name = fingerprint.seed_name(config, seed, mark)  # by which DVC's figures name the MLflow run
             write_json(folder / "metrics.json", {"run": name, "epoch": trained.best.epoch, **trained.best.scores})

@@ -163,6 +163,8 @@ def test_a_missing_key_is_named(tmp_path, path):
         ("demo.prepare.size", 2049, "less than or equal to 2048"),
         ("demo.prepare.max_quarantined", -0.1, "greater than or equal to 0"),
         ("demo.split.folds", 1, "greater than or equal to 2"),
+        ("demo.split.seed", -1, "greater than or equal to 0"),
+        ("demo.download.seed", 2**32, "less than 4294967296"),
         ("demo.evaluate.batch_size", -1, "greater than 0"),
         ("demo.evaluate.operating_point", "0.5", "'youden' or 'sensitivity'"),
         ("demo.evaluate.expected_prevalence", 1, "less than 1"),

@@ -5,11 +5,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import ROOT, refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import ensemble
-from pipeline.config import EvaluateParams
+from pipeline.config import EvaluateParams, load
 from pipeline.ensemble import Rule
 from pipeline.files import write_json
 from pipeline.models import candidate, classifier, soup
@@ -26,12 +27,15 @@ members = st.integers(1, 7).flatmap(
 )
 
 
-def rule(count: int, tie: str = "mean", method: str = "vote") -> Rule:
-    return Rule(method, tie, 0.5, [0.5] * count, [1 / count] * count)
+def rule(given: pd.DataFrame, tie: str = "mean", method: str = "vote") -> Rule:
+    """Return a rule of equal members, which are the columns."""
+    count = given.shape[1]
+    return Rule(list(given), method, tie, 0.5, [0.5] * count, [1 / count] * count)
 
 
 def votes(rows: list[list[float]], tie: str) -> list[int]:
-    return list(ensemble.combine(pd.DataFrame(rows), rule(len(rows[0]), tie))["vote"])
+    given = pd.DataFrame(rows)
+    return list(ensemble.combine(given, rule(given, tie))["vote"])
 
 
 @pytest.mark.parametrize(("tie", "low", "high"), [("positive", 1, 1), ("negative", 0, 0), ("mean", 0, 1)])
@@ -46,7 +50,8 @@ def test_a_mean_of_exactly_half_wins_the_tie_for_the_positives():
 @settings(max_examples=60, deadline=None)
 @given(members, st.sampled_from(["positive", "negative", "mean"]))
 def test_the_majority_wins_whoever_wins_ties(rows, tie):
-    found = ensemble.combine(pd.DataFrame(rows), rule(len(rows[0]), tie))
+    table = pd.DataFrame(rows)
+    found = ensemble.combine(table, rule(table, tie))
     for index, row in enumerate(rows):
         count, mean = sum(value >= 0.5 for value in row), found["mean"][index]
         assert found["votes"][index] == count
@@ -65,29 +70,31 @@ def test_the_order_of_the_members_does_not_change_the_vote(rows):
 
 
 def test_members_vote_at_their_own_operating_points():
-    own = replace(rule(3), thresholds=[0.1, 0.7, 0.9])
-    found = ensemble.combine(pd.DataFrame([[0.2, 0.7, 0.8], [0.2, 0.6, 0.8]]), own)
+    rows = pd.DataFrame([[0.2, 0.7, 0.8], [0.2, 0.6, 0.8]])
+    found = ensemble.combine(rows, replace(rule(rows), thresholds=[0.1, 0.7, 0.9]))
     assert list(found["votes"]) == [2, 1]
     assert list(found["vote"]) == [1, 0]
 
 
 def test_the_mean_of_logits_is_that_of_a_geometric_mean_of_odds_and_finite_at_0_and_1():
-    found = ensemble.combine(pd.DataFrame([[0.5, 0.8], [0.0, 1.0]]), rule(2))["logits"]
+    rows = pd.DataFrame([[0.5, 0.8], [0.0, 1.0]])
+    found = ensemble.combine(rows, rule(rows))["logits"]
     assert found[0] == pytest.approx(2 / 3)  # odds of 1 and 4
     assert found[1] == pytest.approx(0.5)
 
 
 def test_the_bags_labels_are_its_vote_or_what_the_threshold_makes_of_its_probability():
     rows = pd.DataFrame([[0.6, 0.6, 0.0], [0.5, 0.5, 0.5]])
-    assert list(ensemble.judge(rows, rule(3))["label"]) == [1, 1]
-    assert list(ensemble.judge(rows, rule(3, method="mean"))["label"]) == [0, 1]
-    assert list(ensemble.judge(rows, replace(rule(3, method="mean"), threshold=0.3))["label"]) == [1, 1]
-    weighted = replace(rule(3, method="greedy"), weights=[0.5, 0.5, 0.0])
+    assert list(ensemble.judge(rows, rule(rows))["label"]) == [1, 1]
+    assert list(ensemble.judge(rows, rule(rows, method="mean"))["label"]) == [0, 1]
+    assert list(ensemble.judge(rows, replace(rule(rows, method="mean"), threshold=0.3))["label"]) == [1, 1]
+    weighted = replace(rule(rows, method="greedy"), weights=[0.5, 0.5, 0.0])
     assert list(ensemble.judge(rows, weighted)["probability"]) == [0.6, 0.5]
 
 
 def test_the_bag_keeps_the_index_of_its_members():
-    found = ensemble.judge(pd.DataFrame({"a": [0.6, 0.2]}, index=["x.jpg", "y.jpg"]), rule(1, "positive"))
+    rows = pd.DataFrame({"a": [0.6, 0.2]}, index=["x.jpg", "y.jpg"])
+    found = ensemble.judge(rows, rule(rows, "positive"))
     assert found["label"].to_dict() == {"x.jpg": 1, "y.jpg": 0}
 
 
@@ -122,7 +129,7 @@ def test_of_members_of_which_one_is_always_right_greedy_selection_takes_that_one
 @pytest.mark.parametrize("method", ["vote", "mean", "logits"])
 def test_the_bag_grows_from_the_members_to_the_whole(method):
     labels, given = judged()
-    whole = rule(5, method=method)
+    whole = rule(given, method=method)
     found = ensemble.growth(labels, given, whole)
     assert list(found["members"]) == [1, 2, 3, 4, 5]
     assert list(found["subsets"]) == [5, 10, 10, 5, 1]
@@ -135,9 +142,9 @@ def test_the_bag_grows_from_the_members_to_the_whole(method):
 
 def test_of_many_members_a_sample_of_bags_is_tried_and_the_same_one_twice():
     labels, given = judged(40, 14)
-    found = ensemble.growth(labels, given, rule(14))
+    found = ensemble.growth(labels, given, rule(given))
     assert found["subsets"].max() == ensemble.SUBSETS
-    assert found.equals(ensemble.growth(labels, given, rule(14)))
+    assert found.equals(ensemble.growth(labels, given, rule(given)))
 
 
 def test_disagreement_is_the_share_of_images_called_differently():
@@ -151,14 +158,15 @@ def test_disputed_images_are_listed_the_most_disputed_first():
     rows = pd.DataFrame({"a": [0.9, 0.1, 0.9, 0.9], "b": [0.9, 0.1, 0.1, 0.1], "c": [0.9, 0.1, 0.1, 0.1]})
     rows["d"] = [0.9, 0.1, 0.1, 0.9]
     files = pd.DataFrame({"file": ["same", "none", "one", "even"]})
-    found = ensemble.disputed(files, ensemble.combine(rows, rule(4)), 4)
+    found = ensemble.disputed(files, ensemble.combine(rows, rule(rows)), 4)
     assert list(found["file"]) == ["even", "one"]
 
 
 def test_a_single_member_is_its_own_majority():
     labels, given = judged()
     for method in ensemble.METHODS:
-        assert ensemble.fit(labels, given[["seed-0"]], method, "positive", PARAMS) == rule(1, method="mean")
+        alone = given[["seed-0"]]
+        assert ensemble.fit(labels, alone, method, "positive", PARAMS) == rule(alone, method="mean")
 
 
 def test_thresholds_of_members_and_bag_are_chosen_by_the_rule():
@@ -187,7 +195,7 @@ def test_on_a_shared_frozen_backbone_the_average_of_weights_answers_with_the_mea
     pixels = torch.randint(0, 256, (6, 32, 32), dtype=torch.uint8)
     each = pd.DataFrame({str(index): one.probabilities(pixels).numpy() for index, one in enumerate(networks)})
     found = soup.average(networks).probabilities(pixels).numpy()
-    assert found == pytest.approx(ensemble.combine(each, rule(3))["logits"].to_numpy(), abs=1e-5)
+    assert found == pytest.approx(ensemble.combine(each, rule(each))["logits"].to_numpy(), abs=1e-5)
 
 
 def test_weights_are_averaged_only_where_members_share_their_start():
@@ -199,36 +207,47 @@ def test_weights_are_averaged_only_where_members_share_their_start():
 
 # Candidates
 
+BAGGED = pd.DataFrame(columns=["seed-0", "seed-1"])
+
 
 @pytest.fixture
-def models(tmp_path) -> dict[str, Path]:
-    """Two models as training leaves them."""
-    folders = {f"seed-{seed}": tmp_path / f"models/seed-{seed}" for seed in (0, 1)}
-    for seed, folder in enumerate(folders.values()):
-        classifier.save(made := network(seed), folder / "model.safetensors")
-        classifier.describe(made, folder / "model.json", folder / "model.safetensors", {})
-    return folders
+def models(tmp_path) -> Path:
+    """A folder with seed-0 and seed-1 as training leaves them."""
+    for seed in (0, 1):
+        folder = tmp_path / f"models/seed-{seed}"
+        classifier.save(made := network(seed), folder)
+        classifier.describe(made, folder, {})
+    return tmp_path / "models"
 
 
 def test_a_candidate_answers_by_the_rule_that_was_written_with_it(tmp_path, models):
     pixels = torch.randint(0, 256, (5, 32, 32), dtype=torch.uint8)
-    each = pd.DataFrame({str(seed): network(seed).probabilities(pixels).numpy() for seed in (0, 1)})
-    own = Rule("greedy", "mean", float(each["1"].median()), [0.1, 0.2], [0.0, 1.0])
+    each = pd.DataFrame({f"seed-{seed}": network(seed).probabilities(pixels).numpy() for seed in (0, 1)})
+    own = Rule(list(each), "greedy", "mean", float(each["seed-1"].median()), [0.1, 0.2], [0.0, 1.0])
     candidate.assemble(tmp_path / "bag", models, own)
     found = candidate.load(tmp_path / "bag", torch.device("cpu")).judge(pixels)
-    assert found["probability"].to_numpy() == pytest.approx(each["1"].to_numpy(), abs=1e-6)
+    assert found["probability"].to_numpy() == pytest.approx(each["seed-1"].to_numpy(), abs=1e-6)
     assert list(found["label"]) == list(ensemble.judge(each, own)["label"])
     assert 0 < found["label"].sum() < 5
 
 
 def test_candidates_that_differ_in_an_operating_point_alone_are_different_models(tmp_path, models):
     for threshold in (0.4, 0.5):
-        candidate.assemble(tmp_path / str(threshold), models, replace(rule(2), threshold=threshold))
+        own = replace(rule(BAGGED), threshold=threshold)
+        candidate.assemble(tmp_path / str(threshold), models, own)
     assert candidate.identity(tmp_path / "0.4") != candidate.identity(tmp_path / "0.5")
 
 
-def test_the_rules_of_all_candidates_are_read_as_they_were_written(tmp_path, monkeypatch):
+def test_rules_are_read_as_they_were_written_and_refused_when_seeds_or_members_have_changed_since(
+    tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
-    rules = {"seed-0": rule(1, method="mean"), "bag": rule(2)}
+    config = load(ROOT / "params.yaml")
+    two = config.model_copy(update={"seeds": [0, 1]})
+    rules = {**{name: rule(BAGGED[[name]], method="mean") for name in BAGGED}, "bag": rule(BAGGED)}
     write_json(ensemble.RULES, {name: asdict(one) for name, one in rules.items()})
-    assert ensemble.read_rules() == rules
+    assert ensemble.read_rules(two) == rules
+    bag = two.active.bag.model_copy(update={"members": [1]})
+    profiles = {two.profile: two.active.model_copy(update={"bag": bag})}
+    for changed in (config, two.model_copy(update={"profiles": profiles})):
+        assert refusal(ensemble.read_rules, changed).endswith("not those of the present bag; run: dvc repro bag")

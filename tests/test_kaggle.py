@@ -317,8 +317,9 @@ def test_no_stage_of_the_pipeline_sends_or_deletes_what_was_sent():
     assert not any(sending.LOG.is_relative_to(out) for out in stages["submit"]["outs"])  # which DVC deletes
 
 
-def rule(members: int) -> dict:
-    return asdict(Rule("mean", "mean", 0.5, [0.5] * members, [1 / members] * members))
+def rule(*members: str) -> dict:
+    count = len(members)
+    return asdict(Rule(list(members), "mean", "mean", 0.5, [0.5] * count, [1 / count] * count))
 
 
 @pytest.fixture(scope="module")
@@ -329,7 +330,9 @@ def finished(tmp_path_factory, empty_store) -> Path:
     for name, content in {
         "data/manifest.csv": "file\n", "data/split.csv": "file\n", "data/weights/origin.json": "{}",
         "metrics/evaluate.json": json.dumps({"seed-0": {"f1": 0.8, "loss": 0}, "seed-1": {"f1": 0.9, "loss": 0}}),
-        "metrics/candidates.json": json.dumps({"seed-0": rule(1), "seed-1": rule(1), "bag": rule(2)}),
+        "metrics/candidates.json": json.dumps(
+            {"seed-0": rule("seed-0"), "seed-1": rule("seed-1"), "bag": rule("seed-0", "seed-1")}
+        ),
         "predictions/test.csv": "file,seed-0,seed-1\nt000.jpg,0.1,0.9\nt001.jpg,0.8,0.7\nt002.jpg,0.2,0.6\n",
         "predictions/adapted.csv": "file,best,bag\nt000.jpg,0.4,0.4\nt001.jpg,0.8,0.7\nt002.jpg,0.2,0.6\n",
     }.items():  # fmt: skip

@@ -38,6 +38,12 @@ def test_an_archive_that_is_not_there_is_named(project):
     assert "nowhere.zip: not found; put a zip or a folder there" in refusal(project, "download")
 
 
+def test_a_folder_that_holds_what_it_is_packed_into_is_refused(project):
+    use_archive(project, ".")
+    assert "data, where the zip is made, is in it; name the radiographs' own folder" in refusal(project, "download")
+    assert not (project / "data/raw.zip").exists()
+
+
 def test_no_archive_says_where_to_get_it(project):
     use_archive(project, None)
     assert "download the competition's zip" in refusal(project, "download")

@@ -202,30 +202,30 @@ def test_probabilities_are_the_softmax_of_the_positive_logit():
 @pytest.fixture
 def saved(tmp_path):
     network = Classifier(architecture(LITE, packed_size=80, hidden=[8])).eval()
-    weights, description = tmp_path / "model.safetensors", tmp_path / "model.json"
-    classifier.save(network, weights)
-    classifier.describe(network, description, weights, {"fingerprint": "abc"})
-    return network, weights, description
+    classifier.save(network, tmp_path)
+    classifier.describe(network, tmp_path, {"fingerprint": "abc"})
+    return network, tmp_path
 
 
 def test_a_saved_model_comes_back_with_bit_equal_probabilities(saved):
-    network, weights, description = saved
-    back = classifier.load(weights, description, CPU)
+    network, folder = saved
+    back = classifier.load(folder, CPU)
     assert not back.training
     assert back.architecture == network.architecture
     assert torch.equal(back.probabilities(radiographs()), network.probabilities(radiographs()))
 
 
 def test_the_description_holds_the_weights_hash_and_the_facts_given(saved):
-    _, weights, description = saved
-    facts = json.loads(description.read_text())
-    assert facts["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    _, folder = saved
+    facts = json.loads((folder / "model.json").read_text())
+    assert facts["weights_sha256"] == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert facts["fingerprint"] == "abc"
     assert facts["packed_size"] == 80
 
 
 def test_the_weights_file_is_safetensors_with_nothing_but_the_state(saved):
-    network, weights, _ = saved
+    network, folder = saved
+    weights = folder / "model.safetensors"
     with safe_open(weights, "pt") as content:
         assert set(content.keys()) == set(network.state_dict())
         assert not content.metadata() or set(content.metadata()) == {"format"}
@@ -238,26 +238,26 @@ def test_the_weights_file_is_safetensors_with_nothing_but_the_state(saved):
 def test_weights_saved_with_channels_last_are_loaded_the_same(tmp_path):
     network = Classifier(architecture()).eval()
     expected = network.probabilities(radiographs())
-    classifier.save(network.to(memory_format=torch.channels_last), tmp_path / "w.safetensors")
-    classifier.describe(network, tmp_path / "m.json", tmp_path / "w.safetensors", {})
-    back = classifier.load(tmp_path / "w.safetensors", tmp_path / "m.json", CPU)
+    classifier.save(network.to(memory_format=torch.channels_last), tmp_path)
+    classifier.describe(network, tmp_path, {})
+    back = classifier.load(tmp_path, CPU)
     assert torch.equal(back.probabilities(radiographs()), expected)
 
 
 def test_other_weights_than_the_described_ones_are_refused(saved):
-    network, weights, description = saved
+    network, folder = saved
     nn.init.zeros_(network.head.logits.weight)
-    classifier.save(network, weights)
-    message = refusal(classifier.load, weights, description, CPU)
+    classifier.save(network, folder)
+    message, weights = refusal(classifier.load, folder, CPU), folder / "model.safetensors"
     assert message == f"{weights}: not the weights that model.json describes; run: dvc checkout {weights}"
 
 
 @pytest.mark.parametrize("absent", ["model.safetensors", "model.json"])
 def test_a_missing_file_of_a_model_is_named(saved, absent):
-    _, weights, description = saved
-    weights.with_name(absent).unlink()
+    _, folder = saved
+    (folder / absent).unlink()
     with pytest.raises(FileNotFoundError, match=absent):
-        classifier.load(weights, description, CPU)
+        classifier.load(folder, CPU)
 
 
 # First weights
@@ -377,7 +377,8 @@ def test_a_hash_in_the_name_that_agrees_is_accepted_and_one_that_does_not_is_ref
     assert (tmp_path / "out" / "backbone.safetensors").exists()
     bad = shutil.copy(state_file, tmp_path / "squeezenet-0badc0de.pth")
     message = refusal(pretrained.provide, SMALL, str(bad), tmp_path / "none")
-    assert message == f"{bad}: damaged: its sha256 begins with {digest}, not 0badc0de; fetch it again"
+    advice = "fetch it again, or take 0badc0de out of its name if that is no hash"
+    assert message == f"{bad}: damaged: its sha256 begins with {digest}, not 0badc0de; {advice}"
     assert not (tmp_path / "none").exists()
 
 

@@ -176,6 +176,31 @@ def test_a_person_overrules_the_gate_for_good_and_rollback_goes_back_one_champio
     assert (tags["decision"], tags["champion_then"]) == ("promoted: rolled back", third)
 
 
+def test_rollback_passes_over_versions_that_were_deleted(promoted):
+    first, (second, third) = aliases(promoted)["champion"], others()
+    for version in (second, third):
+        said(f"cxr promote --model {version} --because 'it is another'")
+    store(promoted).delete_model_version(NAME, third)
+    assert f"version {first} (" in said("cxr rollback")
+
+
+def test_a_best_model_that_is_champion_already_is_recorded_where_the_last_decision_was_about_another(promoted):
+    best = aliases(promoted)["challenger"]
+    said(f"cxr promote --model {others()[0]} --because 'for a while'")
+    connect(NAME).client.set_registered_model_alias(NAME, "champion", best)
+    registry.crown(connect(NAME), NAME, registry.find(connect(NAME), NAME, best), "by another machine")
+    assert "it is champion already" in said("cxr promote")
+    shown = json.loads(Path("metrics/promotion.json").read_text())
+    assert (shown["version"], shown["decisions"][-1]["version"]) == (best, best)
+
+
+def test_a_bag_of_other_members_than_are_configured_is_neither_registered_nor_judged_by(promoted, radiographs):
+    edit_params(promoted, lambda params: params["demo"]["bag"].update(members=[1]))
+    for command in ("sync", f"predict {radiographs} --model bag", "submit"):
+        assert refused(f"cxr {command}").endswith("not those of the present bag; run: dvc repro bag")
+    assert len(registry.versions(connect(NAME), NAME)) == 3
+
+
 def test_the_commands_of_the_documents_follow_one_another(promoted):
     if aliases(promoted)["champion"] == "3":
         said("cxr promote --model 1 --because anyway")
@@ -267,6 +292,8 @@ def test_predict_gives_the_probabilities_of_evaluate(radiographs, model):
 
 
 def test_predict_takes_patterns_and_tells_what_is_no_radiograph(radiographs):
+    assert "t.csv: 8 files" in said(f"cxr predict '{radiographs}/**.jpg' --model seed-0 --csv t.csv")
+    assert "is a directory" in refused(f"cxr predict {radiographs} --model seed-0 --csv {radiographs}")
     (radiographs / "broken.jpg").write_bytes(b"\xff\xd8no image")
     ended = typed(f"cxr predict '{radiographs}/*.jpg' --model seed-0")
     assert ended.exit_code == 2

@@ -43,10 +43,10 @@ def test_a_file_has_the_probability_it_had_in_evaluate_however_it_is_judged(tmp_
     torch.manual_seed(0)
     facts = {"hidden": [], "dropout": 0.0, "size": 40, "normalisation": "imagenet"}
     network = Classifier(Architecture("squeezenet1_1", **facts, packed_size=pack.size, resize=pack.resize)).eval()
-    weights = tmp_path / "model.safetensors"
-    classifier.save(network, weights)
-    classifier.describe(network, tmp_path / "model.json", weights, {})
-    candidate.assemble(tmp_path / "candidate", {"seed-0": tmp_path}, Rule("mean", "mean", 0.5, [0.5], [1.0]))
+    classifier.save(network, tmp_path / "seed-0")
+    classifier.describe(network, tmp_path / "seed-0", {})
+    rule = Rule(["seed-0"], "mean", "mean", 0.5, [0.5], [1.0])
+    candidate.assemble(tmp_path / "candidate", tmp_path, rule)
     expected = predict({"seed-0": network}, pack, list(rows.index), batch_size=4)["seed-0"].to_numpy()[1:]
     assert list(rows["file"][1:]) == list(files)
     assert len(set(expected.round(6))) > 3

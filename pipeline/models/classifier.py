@@ -18,6 +18,7 @@ from pipeline.files import read_json, replacing, sha256, write_json
 from pipeline.models import backbones
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"  # what a saved model's folder holds
 POSITIVE = 1  # index of the COVID-19 class in the logits
 
 
@@ -133,27 +134,29 @@ def load_pretrained(network: Classifier, folder: Path) -> None:
     network.backbone.load_state_dict({name: state[name] for name in wanted})
 
 
-def save(network: Classifier, weights: Path) -> None:
-    with replacing(weights) as aside:
+def save(network: Classifier, folder: Path) -> None:
+    """Write the weights alone, as safetensors, into the folder."""
+    with replacing(folder / WEIGHTS) as aside:
         # Writing by ourselves says so when the disk is full.
         aside.write_bytes(save_tensors({name: value.contiguous() for name, value in network.state_dict().items()}))
 
 
-def describe(network: Classifier, description: Path, weights: Path, facts: dict[str, Any]) -> None:
+def describe(network: Classifier, folder: Path, facts: dict[str, Any]) -> None:
     """Write, as JSON, what `load` needs beside the weights, and `facts` about the model."""
-    write_json(description, {**asdict(network.architecture), "weights_sha256": sha256(weights), **facts})
+    digest = sha256(folder / WEIGHTS)
+    write_json(folder / DESCRIPTION, {**asdict(network.architecture), "weights_sha256": digest, **facts})
 
 
-def load(weights: Path, description: Path, device: torch.device) -> Classifier:
-    """Load a saved model, ready to predict; nothing in the files is executed.
+def load(folder: Path, device: torch.device) -> Classifier:
+    """Load a model that was saved and described in the folder, ready to predict; nothing in the files is executed.
 
     Raises:
         FileNotFoundError: a file is missing.
         UserError: the weights are not the ones the description names.
     """
-    facts = read_json(description)
+    facts, weights = read_json(folder / DESCRIPTION), folder / WEIGHTS
     if sha256(weights) != facts["weights_sha256"]:
-        raise UserError(f"{weights}: not the weights that {description.name} describes; run: dvc checkout {weights}")
+        raise UserError(f"{weights}: not the weights that {DESCRIPTION} describes; run: dvc checkout {weights}")
     network = Classifier(Architecture(**{name: facts[name] for name in Architecture.__dataclass_fields__}))
     network.load_state_dict(load_file(weights))
     return network.to(device).eval()

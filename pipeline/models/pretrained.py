@@ -1,5 +1,6 @@
 """The backbone's first weights: fetched, verified, and kept as safetensors."""
 
+import errno
 import pickle
 import re
 import shutil
@@ -106,6 +107,8 @@ def _download(url: str, folder: Path) -> Path:
                 raise UserError(f"{url}: the server answers {error.code} {error.reason}; {advice}") from None
             reason = f"the server answers {error.code} {error.reason}"
         except (OSError, HTTPException) as error:
+            if getattr(error, "errno", None) == errno.ENOSPC:
+                raise
             reason = str(error)
         time.sleep(2**attempt)
     raise UserError(f"{url}: cannot be fetched ({reason}); {advice}")
@@ -116,7 +119,10 @@ def _verified(file: Path) -> str:
     digest = sha256(file)
     named = re.search(r"-([0-9a-f]{8,64})\.\w+$", file.name)
     if named and not digest.startswith(named[1]):
-        raise UserError(f"{file}: damaged: its sha256 begins with {digest[:8]}, not {named[1]}; fetch it again")
+        raise UserError(
+            f"{file}: damaged: its sha256 begins with {digest[:8]}, not {named[1]}; fetch it again, or take {named[1]} "
+            "out of its name if that is no hash"
+        )
     return digest
 
 

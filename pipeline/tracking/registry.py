@@ -171,22 +171,28 @@ def settle(store: Store, name: str) -> None:
 
 def _last(store: Store, name: str) -> Reign | None:
     """Return the last reign whose version was not deleted."""
-    there = {str(version.version) for version in versions(store, name)}
+    there = _there(store, name)
     return next((reign for reign in reversed(history(store, name)) if reign.version in there), None)
 
 
-def before(reigns: list[Reign]) -> Reign:
+def _there(store: Store, name: str) -> set[str]:
+    return {str(version.version) for version in versions(store, name)}
+
+
+def before(store: Store, name: str) -> Reign:
     """Return the reign that a rollback goes back to; a second one goes back further.
 
     Raises:
         UserError: the first champion is still in place, or there is none.
     """
     standing: list[Reign] = []
-    for reign in reigns:
+    for reign in history(store, name):
         if reign.rollback:
             standing.pop()
         else:
             standing.append(reign)
+    there = _there(store, name)
+    standing = [reign for reign in standing if reign.version in there]
     if len(standing) < 2:
         raise UserError("there is no champion to go back to; see: cxr history")
     return standing[-2]

@@ -15,6 +15,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from pipeline import ensemble, layout
 from pipeline.config import Config
+from pipeline.ensemble import BAG
 from pipeline.errors import UserError
 from pipeline.evaluation import calibration
 from pipeline.evaluation.intervals import f1_difference
@@ -22,12 +23,12 @@ from pipeline.evaluation.metrics import Scores, best_model, score
 from pipeline.files import dvc_hash, read_csv, read_json, write_json
 from pipeline.manifest import read_split
 from pipeline.models import candidate
-from pipeline.models.candidate import BAG
 from pipeline.tracking import fingerprint, registry
 from pipeline.tracking.runs import MANIFEST, SeedRun, finish_parent, origin, parent_run, runs_of_others
 from pipeline.tracking.store import Store, connect
 
 DECISIONS = Path("metrics/promotion.json")
+SPLIT = Path("data/split.csv")
 
 
 class Decision(TypedDict):
@@ -70,8 +71,8 @@ def sync(config: Config) -> Decision:
             if _number(registry.champion(store, name)) == _number(champion):  # nobody was promoted meanwhile
                 if _number(champion) != _number(versions[best]):
                     _carry_out(store, versions[best], champion, decision)
-                elif not DECISIONS.exists():
-                    _record(decision)
+                elif [one["version"] for one in _decisions()[-1:]] != [decision["version"]]:
+                    _record(decision)  # that it is champion already, where the last row is about another one
                 return decision
 
 
@@ -134,22 +135,22 @@ def remove(config: Config, runs: Collection[Run]) -> None:
 
 def complete(store: Store, config: Config) -> dict[str, ModelVersion]:
     """Make the runs and the registered versions that are missing; return the version of every candidate by name."""
-    parent = parent_run(store, config)
-    members, runs = candidate.members(config), {BAG: parent.info.run_id}
+    rules, parent = ensemble.read_rules(config), parent_run(store, config)
+    runs = {BAG: parent.info.run_id}
     for seed, (name, mark) in zip(config.seeds, fingerprint.of_models(config).items(), strict=True):
         run = SeedRun(store, config, parent, seed, mark)
-        run.finish(members[name][name])
+        run.finish(Path("models", name))
         runs[name] = run.run_id
     bag = config.active.bag
     finish_parent(store, parent, Path("report"), read_json(Path("metrics/bag.json"))[bag.method])
 
     table = read_split(MANIFEST.parent)
     example = np.load("data/images.npy", mmap_mode="r")[table.index[table["subset"] == "validation"][0]]
-    rules, versions, shared = ensemble.read_rules(), {}, {"data": dvc_hash(MANIFEST), **origin()}
-    for name, folders in members.items():
+    versions, shared = {}, {"data": dvc_hash(MANIFEST), "split": dvc_hash(SPLIT), **origin()}
+    for name, rule in rules.items():
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch, registry.FOLDER)
-            candidate.assemble(folder, folders, rules[name])
+            candidate.assemble(folder, Path("models"), rule)
             versions[name] = registry.register(
                 store, config.model_name, runs[name], folder, example, {"candidate": name, **shared}
             )
@@ -165,11 +166,8 @@ class Judged:
         table = read_split(MANIFEST.parent).set_index("file").loc[predictions["file"]]
         self.files, self.labels = predictions["file"], predictions["label"].to_numpy()
         self.groups = table["group"].to_numpy()
-        rules = ensemble.read_rules()
-        answers = {
-            name: ensemble.judge(predictions[list(members)], rules[name])
-            for name, members in candidate.members(config).items()
-        }
+        rules = ensemble.read_rules(config)
+        answers = {name: ensemble.judge(predictions, rule) for name, rule in rules.items()}
         self.probabilities, self.called = (
             pd.DataFrame({name: answer[column] for name, answer in answers.items()})
             for column in ("probability", "label")
@@ -228,12 +226,16 @@ def decide(
     ours = judged.called[best].to_numpy()
     found = f1_difference(judged.labels, judged.groups, ours, theirs, params.resamples, params.margin)
     theirs_f1 = scores["f1"] - found["difference"]
-    promoted = found["probability"] >= params.min_probability
-    why = (
-        f"{figure}, {theirs_f1:.4f} of version {champion.version}, the champion{' before' if promoted else ''}; "
-        f"difference {found['difference']:+.4f} (95 % {found['low']:+.4f} to {found['high']:+.4f}), better with "
-        f"probability {found['probability']:.2f}, {params.min_probability} is required"
-    )
+    promoted = found["probability"] is not None and found["probability"] >= params.min_probability
+    saw = "" if known or champion.tags.get("split") == dvc_hash(SPLIT) else ", which may have trained on these images"
+    why = f"{figure}, {theirs_f1:.4f} of version {champion.version}, the champion{' before' if promoted else ''}{saw}; "
+    if found["probability"] is None:
+        why += "the resamples do not tell them apart"
+    else:
+        why += (
+            f"difference {found['difference']:+.4f} (95 % {found['low']:+.4f} to {found['high']:+.4f}), better with "
+            f"probability {found['probability']:.2f}, {params.min_probability} is required"
+        )
     return {**decision, **found, "promoted": promoted, "champion_f1": theirs_f1, "why": why}
 
 
@@ -255,9 +257,13 @@ def _carry_out(
     _record(decision)
 
 
+def _decisions() -> list[Decision]:
+    return list(read_json(DECISIONS)["decisions"]) if DECISIONS.exists() else []
+
+
 def _record(decision: Decision) -> None:
-    decisions = read_json(DECISIONS)["decisions"] if DECISIONS.exists() else []
-    if not decisions or decision != decisions[-1]:
+    decisions = _decisions()
+    if decisions[-1:] != [decision]:
         write_json(DECISIONS, {**decision, "decisions": [*decisions, decision]})
 
 

@@ -52,10 +52,10 @@ class Checkpoint:
 
         A damaged or foreign file is set aside with a warning.
         """
-        if not self.path.exists():
-            return None
         try:
             return self._read()
+        except FileNotFoundError:
+            return None
         except (MemoryError, OSError):
             raise  # it may be whole
         except Exception as error:  # noqa: BLE001  # whatever is wrong with it, the seed trains from the start
