@@ -184,6 +184,18 @@ def test_a_model_that_looks_at_the_border_puts_a_warning_light_on(built, monkeyp
         assert ("It looks at the border" in [caution.what for caution in found]) == said
 
 
+@pytest.mark.parametrize(("value", "low", "warned"), [(0.4, 0.1, True), (0.9, 0.6, False), (1.0, np.nan, False)])
+def test_a_source_within_which_the_model_may_know_nothing_is_named(built, monkeypatch, value, low, warned):
+    monkeypatch.chdir(built)
+    results = Results(config.load())
+    row = {"by": "source", "slice": "B", "model": results.best, "metric": "auroc", "value": value, "low": low}
+    vars(results)["slices"] = pd.DataFrame([row | {"high": low + 0.3, "reason": ""}])
+    why = [
+        one.why for one in words.cautions(results, np.array([0.1])) if one.what.startswith("On images of one source")
+    ]
+    assert why == ([f"Among those of B it has AUROC {value:.3f} (0.100 to 0.400)."] if warned else [])
+
+
 def test_a_missing_figure_of_a_table_has_a_letter_and_each_reason_is_given_once():
     grid = Grid(["", "F1", "AUROC"])
     grid.add("one", Estimate(0.5, 0.4, 0.6), Estimate(np.nan, reason="one class"))

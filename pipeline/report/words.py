@@ -100,7 +100,7 @@ def _of_sources(results: Results) -> list[tuple[str, str, str]]:
         why = f"Alone it has AUROC {told(alone)}. On images from elsewhere, and at other prevalences, expect less."
         found.append(("The source gives labels away", why, "prevalence"))
     within = results.slices.query("by == 'source' and metric == 'auroc' and model == @results.best")
-    unsure = within[within["value"].notna() & ~(within["low"] > CHANCE)].sort_values("value")
+    unsure = within[within["low"].fillna(within["value"]) <= CHANCE].sort_values("value")
     if len(unsure):
         why = f"Among those of {unsure['slice'].iloc[0]} it has AUROC {told(as_estimate(unsure.iloc[0]))}."
         found.append(("On images of one source it may know nothing", why, "slices"))
