@@ -13,6 +13,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
+import timm  # noqa: F401  # here, and not in each process that is forked
 import torch
 from torch.nn.functional import cross_entropy
 

@@ -187,19 +187,31 @@ def empty_store(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory, worker_id) -> Path:
-    """A clone in which the demo has run once; tests may add to it but not spoil it.
-
-    Processes that share the tests run the demo once for all, and each takes a copy.
-    """
+def once(tmp_path_factory, worker_id) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Makes a folder for all processes that share the tests: the first one that asks fills it."""
     base = tmp_path_factory.getbasetemp()
-    shared = (base if worker_id == "master" else base.parent) / "built/project"
-    with FileLock(base.parent / "built.lock"):
-        if not (shared.parent / "whole").exists():
-            ended = run(clone(shared), "dvc", "repro")
-            assert ended.returncode == 0, ended.stdout + ended.stderr
-            (shared.parent / "whole").touch()
-    return copy(shared, tmp_path_factory.mktemp("own") / "project")
+    common = base if worker_id == "master" else base.parent
+
+    def fill(name: str, make: Callable[[Path], object]) -> Path:
+        folder, whole = common / name, common / f"{name}.whole"
+        with FileLock(common / f"{name}.lock"):
+            if not whole.exists():
+                make(folder)
+                whole.touch()
+        return folder
+
+    return fill
+
+
+@pytest.fixture(scope="session")
+def built(once, tmp_path_factory) -> Path:
+    """A clone in which the demo has run; tests may add to it but not spoil it."""
+
+    def run_demo(project: Path) -> None:
+        ended = run(clone(project), "dvc", "repro")
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+
+    return copy(once("built", run_demo), tmp_path_factory.mktemp("own") / "project")
 
 
 @pytest.fixture(scope="session")

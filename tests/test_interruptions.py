@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -17,6 +18,8 @@ from killing import FAULTS
 
 pytestmark = pytest.mark.slow
 
+# Trains, but waits for MLflow no longer than a test has time.
+IMPATIENT = "from pipeline.tracking import outbox; outbox.PATIENCE = 3; from stages.train import train; train()"
 OUTS = ["model.safetensors", "model.json", "history.csv", "metrics.json"]
 EPOCHS = 8
 
@@ -31,12 +34,16 @@ def logged_steps(project: Path) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def whole(ready) -> Path:
-    """A project in which seed 0 was trained without a stop."""
-    project = ready(epochs=EPOCHS)
-    ended = run(project, "python", "-m", "stages.train", "--seed", "0")
-    assert ended.returncode == 0, ended.stderr
-    return project
+def whole(ready, once) -> Path:
+    """A folder with the models/ of a project in which seed 0 was trained without a stop."""
+
+    def train(folder: Path) -> None:
+        project = ready(epochs=EPOCHS)
+        ended = run(project, "python", "-m", "stages.train", "--seed", "0")
+        assert ended.returncode == 0, ended.stderr
+        shutil.copytree(project / "models", folder / "models")
+
+    return once("seed", train)
 
 
 def kill_and_finish(project: Path, faults: list) -> list[int]:
@@ -248,7 +255,7 @@ def test_a_server_that_fails_hangs_and_dies_stops_no_training_and_is_told_all_wh
 def test_a_server_that_stays_away_leaves_the_outs_and_a_run_that_promote_completes(ready, port):
     project = ready(epochs=15)
     with mlflow_server(project, port, store=f"sqlite:///{project / 'gone.db'}") as uri:
-        training = start(project, "python", "-m", "stages.train", "--seed", "0", MLFLOW_TRACKING_URI=uri)
+        training = start(project, "python", "-c", IMPATIENT, "--seed", "0", MLFLOW_TRACKING_URI=uri)
     assert training.wait(300) == 0
     assert "MLflow did not take all of this run; cxr sync completes it" in (project / "train.log").read_text()
     assert set(outs(project)) == set(OUTS)
