@@ -1,5 +1,6 @@
 import io
 import os
+import shlex
 import shutil
 import socket
 import sqlite3
@@ -22,6 +23,7 @@ from PIL import Image
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
+    from click.testing import Result
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
@@ -269,6 +271,30 @@ def mlflow_server(folder: Path, port: int, *options: str, store: str, **changes:
     environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **changes}
     with server(folder, *command, *places, *options, answers_at=f"{uri}/health", **environment):
         yield uri
+
+
+def typed(command: str) -> "Result":
+    """Run a `cxr` command in this process, where it need not import all again."""
+    from click.testing import CliRunner
+
+    from stages.cli import cxr
+
+    program, *arguments = shlex.split(command)
+    assert program == "cxr"
+    return CliRunner().invoke(cxr, arguments)
+
+
+def said(command: str) -> str:
+    ended = typed(command)
+    assert ended.exit_code == 0, ended.output
+    return ended.output
+
+
+def refused(command: str) -> str:
+    """Return the last line of a command that must fail."""
+    ended = typed(command)
+    assert ended.exit_code == 2, ended.output
+    return ended.stderr.strip().splitlines()[-1]
 
 
 def refusal(function: Callable[..., object], *arguments: object) -> str:

@@ -14,7 +14,7 @@ import pandas as pd
 import psutil
 import pytest
 import yaml
-from conftest import ROOT, background, commit, edit_params, environment, run, seed_runs
+from conftest import ROOT, background, commit, edit_params, environment, refused, run, seed_runs
 from test_interruptions import outs, start
 
 pytestmark = pytest.mark.slow
@@ -137,16 +137,15 @@ def test_ctrl_c_stops_every_seed_at_its_checkpoint(ready):
     assert run(project, "dvc", "status").returncode == 0  # no lock is left behind
 
 
-def test_a_cluster_is_told_what_it_needs_in_one_line(ready):
+def test_a_cluster_is_told_what_it_needs_in_one_line(ready, monkeypatch):
     project = ready()
+    monkeypatch.chdir(project)
     for missing in (
         "there is no default DVC remote; run: dvc remote add",
         "dvc.yaml is not committed",
         "no Ray cluster",
     ):
-        ended = run(project, "cxr", "train-all", "--ray", "127.0.0.1:1")
-        assert ended.returncode == 2
-        assert missing in ended.stderr.splitlines()[-1]
+        assert missing in refused("cxr train-all --ray 127.0.0.1:1")
         if missing.startswith("there"):
             run(project, "dvc", "remote", "add", "-d", "shared", str(project.parent / "remote"))
             commit(project)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 import socket
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -13,14 +12,12 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
-from click.testing import CliRunner, Result
-from conftest import copy, edit_params, seed_runs, store
+from conftest import copy, edit_params, refused, said, seed_runs, store, typed
 from filelock import FileLock
 
 from pipeline import config
 from pipeline.tracking import registry, runs
 from pipeline.tracking.store import Store, connect
-from stages.cli import cxr
 
 pytestmark = pytest.mark.slow
 
@@ -35,25 +32,6 @@ def promoted(built, tmp_path, monkeypatch) -> Path:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("COLUMNS", "200")
     return tmp_path / "project"
-
-
-def typed(command: str) -> Result:
-    program, *arguments = shlex.split(command)
-    assert program == "cxr"
-    return CliRunner().invoke(cxr, arguments)
-
-
-def said(command: str) -> str:
-    ended = typed(command)
-    assert ended.exit_code == 0, ended.output
-    return ended.output
-
-
-def refused(command: str) -> str:
-    """Return the last line of a command that must fail."""
-    ended = typed(command)
-    assert ended.exit_code == 2, ended.output
-    return ended.stderr.strip().splitlines()[-1]
 
 
 def aliases(project: Path) -> dict[str, str]:
