@@ -1,6 +1,6 @@
 """Radiographs per second that a bag of ten judges, against a loop that loads each member for each image.
 
-python bench/predict.py [IMAGES] [BACKBONE] [SIZE]
+python bench/predict.py [IMAGES] [BACKBONE] [SIZE] [ROUNDS]
 """
 
 import json
@@ -19,7 +19,7 @@ from pipeline.models.classifier import Architecture, Classifier
 MEMBERS = 10
 
 
-def main(count: int = 8, backbone: str = "alexnet", size: int = 224) -> None:
+def main(count: int = 8, backbone: str = "alexnet", size: int = 224, rounds: int = 3) -> None:
     drawn = radiographs()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -47,7 +47,7 @@ def main(count: int = 8, backbone: str = "alexnet", size: int = 224) -> None:
 
             return count / seconds(lambda: [judge(file) for file in files])
 
-        mine, theirs = alternate(ours, plain, rounds=3)
+        mine, theirs = alternate(ours, plain, rounds=rounds)
     figures = {"images": count, "backbone": backbone, "size": size}
     print(
         json.dumps(

@@ -1,12 +1,14 @@
 """Whether probabilities mean what they say, and what makes them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from scipy.optimize import minimize_scalar
 from scipy.special import expit, logit
+
+from pipeline.evaluation.metrics import one_class
 
 BINS = 10  # of equal width, into which probabilities are sorted
 SURE = 1e-7  # a float32 that says 1 is at least this far from it
@@ -63,7 +65,7 @@ Fit = Callable[[np.ndarray, np.ndarray], Calibration | None]
 
 def scaled(labels: np.ndarray, probabilities: np.ndarray) -> Calibration | None:
     """Fit a temperature (Guo, Pleiss, Sun and Weinberger 2017) by likelihood; None where there is one class only."""
-    if _one_class(labels):
+    if one_class(labels):
         return None
     odds, signs = logits(probabilities), 2 * np.asarray(labels, dtype=float) - 1
 
@@ -85,13 +87,9 @@ def corrected(labels: np.ndarray, probabilities: np.ndarray) -> Calibration | No
     """
     from sklearn.linear_model import LogisticRegression
 
-    if _one_class(labels):
+    if one_class(labels):
         return None
     # The weak penalty keeps it finite where the classes do not overlap.
     fitted = LogisticRegression(C=1e3).fit(logits(probabilities)[:, None], labels)
     slope, bias = float(fitted.coef_[0, 0]), float(fitted.intercept_[0])
     return Calibration(1 / slope, bias) if slope > np.exp(-STEEPEST) else None
-
-
-def _one_class(labels: Sequence[int] | np.ndarray) -> bool:
-    return len(np.unique(labels)) < 2

@@ -15,12 +15,13 @@ from sklearn.metrics import (
     roc_curve,
 )
 
+from pipeline.evaluation.metrics import one_class
 from pipeline.files import replacing
 
 
 def roc_table(labels: np.ndarray, probabilities: np.ndarray) -> pd.DataFrame:
     """Return the points of the curve, `fpr` and `tpr`; none where there is one class only."""
-    if _one_class(labels):
+    if one_class(labels):
         return pd.DataFrame(columns=["fpr", "tpr"])
     fpr, tpr, _ = roc_curve(labels, probabilities)
     return pd.DataFrame({"fpr": fpr, "tpr": tpr})
@@ -28,7 +29,7 @@ def roc_table(labels: np.ndarray, probabilities: np.ndarray) -> pd.DataFrame:
 
 def precision_recall_table(labels: np.ndarray, probabilities: np.ndarray) -> pd.DataFrame:
     """Return the points of the curve, `recall` and `precision`; none where there is one class only."""
-    if _one_class(labels):
+    if one_class(labels):
         return pd.DataFrame(columns=["recall", "precision"])
     precision, recall, _ = precision_recall_curve(labels, probabilities)
     return pd.DataFrame({"recall": recall, "precision": precision})
@@ -37,7 +38,7 @@ def precision_recall_table(labels: np.ndarray, probabilities: np.ndarray) -> pd.
 def draw_roc(path: Path, labels: np.ndarray, models: pd.DataFrame) -> None:
     """Draw one ROC curve per column of P(positive); none where there is one class only."""
     axes = _axes()
-    for name in models if not _one_class(labels) else []:
+    for name in models if not one_class(labels) else []:
         RocCurveDisplay.from_predictions(labels, models[name], name=name, ax=axes)
     axes.set(title="ROC on the validation set", xlabel="1 − specificity", ylabel="sensitivity")
     _save(path, axes)
@@ -46,7 +47,7 @@ def draw_roc(path: Path, labels: np.ndarray, models: pd.DataFrame) -> None:
 def draw_precision_recall(path: Path, labels: np.ndarray, models: pd.DataFrame) -> None:
     """Draw one precision–recall curve per column of P(positive); none where there is one class only."""
     axes = _axes()
-    for name in models if not _one_class(labels) else []:
+    for name in models if not one_class(labels) else []:
         PrecisionRecallDisplay.from_predictions(labels, models[name], name=name, ax=axes)
     axes.set(
         title="Precision and recall on the validation set", xlabel="recall (sensitivity)", ylabel="precision (PPV)"
@@ -77,10 +78,6 @@ def draw_training(path: Path, histories: Mapping[str, pd.DataFrame]) -> None:
     figure.axes[-1].legend(fontsize="x-small")
     with replacing(path) as aside:
         figure.savefig(aside, format="png", dpi=110)
-
-
-def _one_class(labels: np.ndarray) -> bool:
-    return len(np.unique(labels)) < 2
 
 
 def _axes() -> Axes:

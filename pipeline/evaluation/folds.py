@@ -7,6 +7,8 @@ from typing import TypeVar
 import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold
 
+from pipeline.evaluation.metrics import one_class
+
 FOLDS = 5
 Chosen = TypeVar("Chosen")
 
@@ -28,7 +30,7 @@ def folds(labels: np.ndarray, groups: np.ndarray) -> list[tuple[np.ndarray, np.n
         # Groups of both classes may leave a fold without one.
         warnings.filterwarnings("ignore", "The least populated class", UserWarning)
         found = list(StratifiedGroupKFold(FOLDS, shuffle=True, random_state=0).split(labels, labels, groups))
-    return found if all(len(np.unique(labels[choose])) == 2 for choose, _ in found) else []
+    return found if not any(one_class(labels[choose]) for choose, _ in found) else []
 
 
 def cross_fit(

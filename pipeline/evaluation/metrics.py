@@ -5,6 +5,7 @@ from typing import TypedDict, TypeVar
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 LOWER_IS_BETTER = ["loss", "brier", "calibration_error"]
 THRESHOLD = 0.5  # the operating point: P(positive) from which an image is called positive
@@ -46,7 +47,7 @@ def score(labels: np.ndarray, probabilities: np.ndarray, predicted: np.ndarray |
         predicted = called(probabilities)
     (tn, fp), (fn, tp) = confusion_matrix(labels, predicted, labels=[0, 1]).tolist()
     recall, specificity = _share(tp, tp + fn), _share(tn, tn + fp)
-    both = recall is not None and specificity is not None
+    both = not one_class(labels)
     return {
         "loss": float(log_loss(labels, probabilities, labels=[0, 1])),
         "accuracy": (tp + tn) / len(labels),
@@ -63,6 +64,11 @@ def score(labels: np.ndarray, probabilities: np.ndarray, predicted: np.ndarray |
 def called(probabilities: Probabilities, threshold: float = THRESHOLD) -> Probabilities:
     """Return the labels, 0 or 1, that the operating point makes of P(positive)."""
     return (probabilities >= threshold).astype(int)
+
+
+def one_class(labels: ArrayLike) -> bool:
+    """Tell whether there are no labels of two kinds, so that what needs both cannot be had."""
+    return len(np.unique(labels)) < 2
 
 
 def best_model(models: Mapping[str, Scores]) -> str:

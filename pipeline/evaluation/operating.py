@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline.config import EvaluateParams
-from pipeline.evaluation.metrics import THRESHOLD
+from pipeline.evaluation.metrics import THRESHOLD, one_class
 
 
 def choose(labels: np.ndarray, probabilities: np.ndarray, params: EvaluateParams) -> float:
@@ -24,7 +24,7 @@ def choose(labels: np.ndarray, probabilities: np.ndarray, params: EvaluateParams
         good ones the nearest to 0.5. It is 0.5 where there is one class only.
     """
     labels, probabilities = np.asarray(labels, dtype=int), np.asarray(probabilities, dtype=float)
-    if params.operating_point == "half" or len(np.unique(labels)) < 2:
+    if params.operating_point == "half" or one_class(labels):
         return THRESHOLD
     values = np.unique(probabilities)
     thresholds = np.append(values[0] / 2, (values[1:] + values[:-1]) / 2)

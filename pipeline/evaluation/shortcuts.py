@@ -14,6 +14,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from sklearn.tree import DecisionTreeClassifier
 
+from pipeline.evaluation.metrics import one_class
+
 GRID = 16  # edge of the thumbnails
 FRAME = 2  # width of the border, of these 16
 CHUNK = 256  # images that are read at once
@@ -78,7 +80,7 @@ def thumbnails(images: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def _refused(name: str, learnt: np.ndarray, judged: np.ndarray, labels: np.ndarray) -> str:
-    if len(np.unique(labels)) < 2:
+    if one_class(labels):
         return "training images of one class only"
     for subset, features in {"training": learnt, "validation": judged}.items():
         if (features == features[0]).all():
