@@ -9,6 +9,7 @@ import pandas as pd
 
 from pipeline.evaluation.metrics import score
 from pipeline.files import replacing, write_json
+from pipeline.markdown import markdown_table
 
 LISTED = 20  # in card.md; card.json has all
 UNKNOWN = "not known"
@@ -142,10 +143,9 @@ def _markdown(card: Mapping[str, Any]) -> str:
 
 
 def _table(name: str, counts: Mapping[str, Mapping[str, int]]) -> str:
-    rows = [[key.replace("|", "\\|"), *map(str, row.values())] for key, row in counts.items()]
-    more = [f"\n{len(rows) - LISTED} more are in card.json."] if len(rows) > LISTED else []
-    lines = [[name, *COLUMNS], ["---", "---:", "---:", "---:"], *rows[:LISTED]]
-    return "\n".join([f"## By {name}\n", *(f"| {' | '.join(line)} |" for line in lines), *more])
+    rows = [[key, *map(str, row.values())] for key, row in counts.items()]
+    more = f"\n\n{len(rows) - LISTED} more are in card.json." if len(rows) > LISTED else ""
+    return f"## By {name}\n\n{markdown_table([name, *COLUMNS], rows[:LISTED])}{more}"
 
 
 def _listed(title: str, items: Sequence[str]) -> list[str]:

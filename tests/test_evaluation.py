@@ -157,7 +157,7 @@ def test_a_figure_that_no_model_has_is_a_dash_without_a_warning(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         table.write(tmp_path, table.tabulate({f"seed-{seed}": score(*labelled(5, 0, 2, 0)) for seed in range(2)}))
-    assert "| precision | – | – |" in (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
+    assert "| PPV | – | – |" in (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
 
 
 def test_the_table_is_the_same_bytes_twice(tmp_path):

@@ -7,6 +7,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
+NAMES = {
+    "accuracy": "accuracy", "f1": "F1", "recall": "sensitivity", "precision": "PPV", "specificity": "specificity",
+    "balanced_accuracy": "balanced accuracy", "loss": "loss", "auroc": "AUROC",
+    "average_precision": "average precision", "brier": "Brier score", "calibration_error": "calibration error",
+}  # fmt: skip
 LOWER_IS_BETTER = ["loss", "brier", "calibration_error"]
 THRESHOLD = 0.5  # the operating point: P(positive) from which an image is called positive
 

@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
-from pipeline.evaluation.metrics import LOWER_IS_BETTER
-from pipeline.report.results import NAMES, Estimate, Results, as_estimate
+from pipeline.evaluation.metrics import LOWER_IS_BETTER, NAMES
+from pipeline.markdown import markdown_table
+from pipeline.report.results import Estimate, Results, as_estimate
 from pipeline.report.table import MISSING
 
 SHADES = 7  # from the worst of a row to its best
@@ -239,9 +240,8 @@ def data(results: Results) -> Grid:
 def markdown(grid: Grid) -> str:
     """Write a grid as Markdown; the reasons of dashes follow them."""
     reasons = dict(grid.notes)
-    lines = [grid.head, ["---", *["---:"] * (len(grid.head) - 1)]]
-    lines += [[f"{cell.text} ({reasons[cell.note]})" if cell.note else cell.text for cell in row] for row in grid.rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    rows = ([f"{cell.text} ({reasons[cell.note]})" if cell.note else cell.text for cell in row] for row in grid.rows)
+    return markdown_table(grid.head, rows)
 
 
 def _bare(value: float, reason: str) -> Estimate:

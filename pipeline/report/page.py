@@ -10,11 +10,12 @@ import numpy as np
 import pandas as pd
 import torch
 
+from pipeline.evaluation.metrics import NAMES
 from pipeline.files import read_csv, read_json, replacing
 from pipeline.models import classifier
 from pipeline.report import charts, gradcam, grids, pictures, words
 from pipeline.report.grids import Grid
-from pipeline.report.results import NAMES, Results
+from pipeline.report.results import Results
 
 DISPUTED = 12  # images that are shown, at most
 SECTIONS = {

@@ -12,12 +12,6 @@ from pipeline.config import Config
 from pipeline.files import read_csv, read_json
 from pipeline.manifest import read_split
 
-NAMES = {
-    "accuracy": "accuracy", "f1": "F1", "recall": "sensitivity", "precision": "PPV", "specificity": "specificity",
-    "balanced_accuracy": "balanced accuracy", "loss": "loss", "auroc": "AUROC",
-    "average_precision": "average precision", "brier": "Brier score", "calibration_error": "calibration error",
-}  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Estimate:

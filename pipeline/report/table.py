@@ -7,8 +7,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from pipeline.evaluation.metrics import LOWER_IS_BETTER, Scores
+from pipeline.evaluation.metrics import LOWER_IS_BETTER, NAMES, Scores
 from pipeline.files import replacing, write_csv
+from pipeline.markdown import markdown_table
 
 MISSING = "–"
 
@@ -22,13 +23,9 @@ def write(folder: Path, table: pd.DataFrame) -> None:
     """Write `table.csv`, `table.md` and `table.png`."""
     write_csv(folder / "table.csv", table.rename_axis("metric").reset_index())
     text = table.map(_text)
-    lines = [
-        ["", *table.columns],
-        ["---", *["---:"] * table.shape[1]],
-        *([_name(key), *text.loc[key]] for key in table.index),
-    ]
+    shown = markdown_table(["", *table.columns], ([NAMES[key], *text.loc[key]] for key in table.index))
     with replacing(folder / "table.md") as aside:
-        aside.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines), encoding="utf-8")
+        aside.write_text(f"{shown}\n", encoding="utf-8")
     with replacing(folder / "table.png") as aside:
         _draw(table, text).savefig(aside, format="png", dpi=130)
 
@@ -45,16 +42,11 @@ def _draw(table: pd.DataFrame, text: pd.DataFrame) -> Figure:
     for (row, column), value in np.ndenumerate(text.to_numpy()):
         axes.text(column, row, value, ha="center", va="center", fontsize=9)
     axes.set_xticks(range(table.shape[1]), list(table.columns), fontsize=9)
-    axes.set_yticks(range(len(table)), [_name(key) for key in table.index], fontsize=9)
+    axes.set_yticks(range(len(table)), [NAMES[key] for key in table.index], fontsize=9)
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     return figure
-
-
-def _name(key: str) -> str:
-    upper = {"f1": "F1", "auroc": "AUROC"}
-    return upper.get(key, key.replace("_", " "))
 
 
 def _text(value: float) -> str:
