@@ -27,6 +27,7 @@ NO_RADIOGRAPH = {"CT", "MR", "NM", "PT", "US"}  # of DICOM's modalities
 UNUSUAL = re.compile(rb"\xff[\xc2\xe1-\xef]")  # in a JPEG's header: progressive, or more said than JFIF says
 JPEG = b"\xff\xd8"
 SCAN = b"\xff\xda"
+QUANTISATION = b"\xff\xdb"
 UPRIGHT = {  # how to turn what EXIF says lies otherwise
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -85,6 +86,15 @@ def square(grey: np.ndarray, size: int, resize: Resize) -> np.ndarray:
     if resize == "pad":
         return np.asarray(ImageOps.pad(image, (size, size), method, color=0))
     return np.asarray(image.resize((size, size), method))
+
+
+def coarseness(data: bytes) -> float:
+    """Return the mean step, 1 to 255, of a JPEG's first quantisation table; 0 for any other file.
+
+    The table is of the program that made the JPEG and of the quality it was told, and so gives away where it was made.
+    """
+    place = data.find(QUANTISATION)
+    return sum(data[place + 5 : place + 69]) / 64 if data.startswith(JPEG) and place > 0 else 0.0
 
 
 def _is_bytes(values: np.ndarray) -> bool:

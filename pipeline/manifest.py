@@ -10,7 +10,8 @@ from pipeline.errors import UserError
 def read(data: Path) -> pd.DataFrame:
     """Read `manifest.csv` from the folder `data`: unknown texts are empty, the label of a test image is missing."""
     text = dict.fromkeys(["file", "set", "patient", "source", "view", "licence", "xxh128", "phash"], "str")
-    types = {**text, "label": "Int64", **dict.fromkeys(["width", "height", "bytes"], "int64")}
+    numbers = {**dict.fromkeys(["width", "height", "bytes"], "int64"), "coarseness": "float64"}
+    types = {**text, **numbers, "label": "Int64"}
     return pd.read_csv(data / "manifest.csv", dtype=types, keep_default_na=False, na_values={"label": [""]})
 
 

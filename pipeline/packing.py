@@ -21,7 +21,7 @@ from pipeline.errors import UserError, first_line
 from pipeline.files import replacing, write_csv, write_json
 from pipeline.progress import shown
 
-FACTS = ["width", "height", "bytes", "xxh128", "phash", "reason"]
+FACTS = ["width", "height", "bytes", "coarseness", "xxh128", "phash", "reason"]
 
 # Each worker process opens the zip and the array once.
 _archive: zipfile.ZipFile
@@ -33,10 +33,10 @@ def pack(raw: Path, params: PrepareParams, target: Path) -> None:
     """Write `images.npy`, `images.json`, `manifest.csv` and `quarantine.csv` into the folder `target`.
 
     The array is uint8 of shape (N, size, size). Row i of the manifest is image i: file, set, label, patient, source,
-    view, licence, width and height (of the upright image, pixels), bytes (of the file), the XXH3 hash of its pixels, so
-    that the manifest's own hash stands for the array, and their perceptual hash. Workers write their rows into the file
-    themselves: memory does not grow with N. The JSON says how the images became square, which a model must know to do
-    the same.
+    view, licence, width and height (of the upright image, pixels), bytes and `coarseness` (of the file), the XXH3 hash
+    of its pixels, so that the manifest's own hash stands for the array, and their perceptual hash. Workers write their
+    rows into the file themselves: memory does not grow with N. The JSON says how the images became square, which a
+    model must know to do the same.
 
     Raises:
         UserError: a test image is not usable, or more labelled ones than `max_quarantined` allows.
@@ -74,21 +74,22 @@ def _open(raw: Path, array: Path, start: int) -> None:
     _archive, _array, _start = zipfile.ZipFile(raw), os.open(array, os.O_WRONLY), start
 
 
-def _decode(row: int, member: str, params: PrepareParams) -> tuple[int, int, int, str, str, str]:
+def _decode(row: int, member: str, params: PrepareParams) -> tuple[int, int, int, float, str, str, str]:
     if not member:
-        return 0, 0, 0, "", "", "no such image in the archive"
+        return 0, 0, 0, 0, "", "", "no such image in the archive"
     try:
         data = layout.content(_archive, member)
     except layout.DAMAGE as reason:
-        return 0, 0, 0, "", "", f"damaged in the zip: {first_line(reason)}"
+        return 0, 0, 0, 0, "", "", f"damaged in the zip: {first_line(reason)}"
     try:
         pixels, (width, height) = images.decode(data, params.size, params.resize)
     except images.UnusableError as reason:
-        return 0, 0, 0, "", "", str(reason)
+        return 0, 0, 0, 0, "", "", str(reason)
     # Writing, unlike a memory map, says so when the disk is full.
     if os.pwrite(_array, pixels.data, _start + row * pixels.nbytes) < pixels.nbytes:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    return width, height, len(data), xxh3_128_hexdigest(pixels.data), duplicates.perceptual_hash(pixels), ""
+    hashes = xxh3_128_hexdigest(pixels.data), duplicates.perceptual_hash(pixels)
+    return width, height, len(data), images.coarseness(data), *hashes, ""
 
 
 def _check(bad: pd.DataFrame, labelled: int, allowed: float) -> None:

@@ -138,6 +138,13 @@ def test_a_jpeg_made_from_grey_has_the_pixels_that_pillow_gives(mode, subsamplin
         assert (images._grey_jpeg(data) is None) == ("progressive" in options)
 
 
+@pytest.mark.parametrize("quality", [20, 75, 95, 100])
+def test_how_coarse_a_jpeg_is_stands_in_its_quantisation_table(quality):
+    data = encoded(Image.fromarray(chest()), "JPEG", quality=quality)
+    assert images.coarseness(data) == np.mean(Image.open(io.BytesIO(data)).quantization[0])
+    assert images.coarseness(encoded(Image.fromarray(chest()), "PNG")) == 0
+
+
 def test_a_tint_becomes_luma():
     grey = Image.fromarray(chest())
     for black, white in [("#000000", "#ffe8c0"), ("#001030", "#e0f0ff")]:

@@ -54,7 +54,7 @@ def test_the_manifest_lists_every_image_with_its_label_and_shape(raw, tmp_path):
     known = ["file", "set", "label", "patient", "source", "view", "licence"]
     pd.testing.assert_frame_equal(table[known], rows[known])
     assert (table[["width", "height"]] == 64).all(axis=None)
-    assert list(table.columns) == [*known, "width", "height", "bytes", "xxh128", "phash"]
+    assert list(table.columns) == [*known, "width", "height", "bytes", "coarseness", "xxh128", "phash"]
 
 
 def test_metadata_are_kept_and_a_patient_named_na_stays_one(tmp_path):

@@ -41,7 +41,7 @@ def test_every_stage_leaves_its_files_with_their_columns(built):
     columns = {
         "data/manifest.csv": [
             *("file", "set", "label", "patient", "source", "view", "licence", "width", "height", "bytes"),
-            *("xxh128", "phash"),
+            *("coarseness", "xxh128", "phash"),
         ],
         "data/quarantine.csv": ["file", "set", "label", "reason"],
         "data/split.csv": ["file", "group", "subset", "fold"],

@@ -453,8 +453,8 @@ def test_on_cuda_a_seed_repeats_its_bytes_and_is_near_the_cpu(pack, weights, tmp
 
 def write_tables(folder, split: str) -> None:
     (folder / "manifest.csv").write_text(
-        "file,set,label,patient,source,view,licence,width,height,bytes,xxh128,phash\n"
-        "a.jpg,train,1,NA,,PA,,64,64,9,aa,00\nb.jpg,train,0,,,,,64,64,9,bb,00\nt.jpg,test,,,,,,64,64,9,cc,00\n"
+        "file,set,label,patient,source,view,licence,width,height,bytes,coarseness,xxh128,phash\n"
+        "a.jpg,train,1,NA,,PA,,64,64,9,16.5,aa,00\nb.jpg,train,0,,,,,64,64,9,16.5,bb,00\nt.jpg,test,,,,,,64,64,9,0,cc,00\n"
     )
     (folder / "split.csv").write_text(split)
 

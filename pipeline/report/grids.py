@@ -12,7 +12,7 @@ from pipeline.report.table import MISSING
 SHADES = 7  # from the worst of a row to its best
 SHOWN = ["f1", "recall", "specificity", "precision", "accuracy", "auroc", "average_precision", "brier", "loss"]
 SHORTCUTS = {
-    "source": "source alone", "traits": "size of image and file alone", "thumbnail": "16×16 thumbnail",
+    "source": "source alone", "traits": "size of image and JPEG traits alone", "thumbnail": "16×16 thumbnail",
     "border": "border, lungs blacked out",
 }  # fmt: skip
 
