@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from pipeline.evaluation.metrics import NAMES
+from pipeline.evaluation.metrics import NAMES, one_class
 from pipeline.files import read_csv, read_json, replacing
 from pipeline.models import classifier
 from pipeline.report import charts, gradcam, grids, pictures, words
@@ -120,7 +120,7 @@ def _charts(results: Results) -> dict[str, str]:
     models = results.validation[results.config.models]
     histories = {name: pd.read_csv(f"models/{name}/history.csv") for name in results.config.models}
     found = {"training": "".join(charts.training(histories, column, title, best) for column, title in TRAINING.items())}
-    if len(np.unique(labels)) == 2:
+    if not one_class(labels):
         found["curves"] = charts.roc(labels, models, best, pd.read_csv("plots/bag_roc.csv")) + charts.precision_recall(
             labels, models, best, pd.read_csv("plots/bag_precision_recall.csv")
         )
