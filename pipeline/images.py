@@ -93,8 +93,12 @@ def coarseness(data: bytes) -> float:
 
     The table is of the program that made the JPEG and of the quality it was told, and so gives away where it was made.
     """
-    place = data.find(QUANTISATION)
-    return sum(data[place + 5 : place + 69]) / 64 if data.startswith(JPEG) and place > 0 else 0.0
+    if not data.startswith(JPEG):
+        return 0.0
+    place = len(JPEG)
+    while place < len(data) and data[place : place + 2] != QUANTISATION:  # in EXIF there may be a thumbnail's
+        place += 2 + int.from_bytes(data[place + 2 : place + 4])
+    return sum(data[place + 5 : place + 69]) / 64
 
 
 def _is_bytes(values: np.ndarray) -> bool:

@@ -1,4 +1,4 @@
-"""How the C library holds memory."""
+"""How the C library holds memory, and what it looks like when there is no more."""
 
 import contextlib
 import ctypes
@@ -17,3 +17,8 @@ def keep_freed() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(MMAP_MAX, 0)  # nothing is fetched for one tensor alone, to be given back with it
         libc.mallopt(TRIM_THRESHOLD, -1)  # and nothing is given back from the end of the heap
+
+
+def ran_out(error: Exception) -> bool:
+    """Tell whether Python, CUDA or torch's allocator on the CPU, whose error has no type of its own, had no memory."""
+    return isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error)

@@ -16,10 +16,11 @@ from kagglesdk.kaggle_client import KaggleClient
 
 from pipeline.config import Config, KaggleParams
 from pipeline.errors import UserError
-from pipeline.files import write_csv
+from pipeline.files import read_texts, write_csv
 from pipeline.kaggle import TIMEOUT, insist, page
 
 LOG = Path("submissions.csv")  # not in submissions/, which DVC deletes whenever it writes it anew
+COLUMNS = ["sent", "competition", "file", "model", "message", "sha256", "submission", "public_score"]
 POLL, PATIENCE = 5, 900  # seconds between two looks at the score, and until nobody looks any more
 
 
@@ -83,10 +84,17 @@ def public_score(client: KaggleClient, params: KaggleParams, number: int) -> flo
     raise UserError(f"{where} has no score yet; look there, nothing sends it again")
 
 
+def sent() -> pd.DataFrame:
+    """Return what was sent so far, a row of texts per submission.
+
+    Raises:
+        UserError: `LOG` is not as it was written.
+    """
+    return read_texts(LOG, str(LOG), COLUMNS) if LOG.exists() else pd.DataFrame(columns=COLUMNS)
+
+
 def record(row: dict[str, Any]) -> None:
-    """Append a row to `LOG`, in place of an earlier one about the same submission."""
-    table = pd.DataFrame([row]).astype(object)
-    if LOG.exists():
-        known = pd.read_csv(LOG, dtype=object, keep_default_na=False)
-        table = pd.concat([known[known["submission"] != str(row["submission"])], table])
-    write_csv(LOG, table)
+    """Append a row of `COLUMNS` to `LOG`, in place of an earlier one about the same submission."""
+    known = sent()
+    others = known[known["submission"] != str(row["submission"])]
+    write_csv(LOG, pd.concat([others, pd.DataFrame([row], dtype=object)]))

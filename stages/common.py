@@ -52,15 +52,18 @@ def prefer_own_programs() -> None:
 
 def _line(error: Exception) -> str:
     """Say what is wrong and what to do; nothing for what no user can mend."""
+    line = ""
     if type(error).__name__ == "MlflowException":  # known by its name, for importing MLflow takes seconds
-        return f"MLflow cannot do it: {first_line(error)}; look at the server that MLFLOW_TRACKING_URI names"
+        line = f"MLflow cannot do it: {first_line(error)}; look at the server that MLFLOW_TRACKING_URI names"
     match error:
         case UserError():
-            return str(error)
+            line = str(error)
         case FileNotFoundError():
-            return f"{error.filename or error}: not found; run: dvc repro"
+            line = f"{error.filename or error}: not found; run: dvc repro"
         case PermissionError():
-            return f"{error.filename or error}: permission denied; change its rights or its owner"
+            line = f"{error.filename or error}: permission denied; change its rights or its owner"
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
-            return f"the disk is full ({error.filename or 'while writing'}); free some space and run again"
-    return ""
+            line = f"the disk is full ({error.filename or 'while writing'}); free some space and run again"
+        case OSError(filename=str() | Path() as path, strerror=str() as reason):
+            line = f"{path}: {reason}; correct that path, or look what is there"
+    return line

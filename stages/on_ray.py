@@ -40,6 +40,8 @@ def train(address: str, config: Config) -> dict[int, str]:
     changed = _said("git", "status", "--porcelain", "--untracked-files=no")
     if changed:
         raise UserError(f"{changed.split()[-1]} is not committed, so no other machine can see it; commit it")
+    if _said("git", "remote") and not _said("git", "branch", "--remotes", "--contains", "HEAD"):
+        raise UserError("the present commit is on no remote, so no other machine can see it; run: git push")
     try:
         if address != "auto":  # Ray itself would try for minutes
             host, _, port = address.rpartition("/")[2].rpartition(":")
@@ -58,7 +60,8 @@ def train(address: str, config: Config) -> dict[int, str]:
     gpus = int(ray.cluster_resources().get("GPU", 0) > 0)
     task = ray.remote(num_cpus=config.active.train.cpu_threads, num_gpus=gpus, max_retries=RETRIES)(_train)
     source = _said("git", "config", "remote.origin.url") or str(Path.cwd())
-    given = source, _said("git", "rev-parse", "HEAD"), os.environ.get("MLFLOW_TRACKING_URI", "")
+    tracking = {key: value for key, value in os.environ.items() if key.startswith("MLFLOW_TRACKING_")}
+    given = source, _said("git", "rev-parse", "HEAD"), tracking
     seeds = {task.remote(seed, *given): seed for seed in config.seeds}
     waiting, failed = list(seeds), dict[int, str]()
     while waiting:
@@ -74,10 +77,9 @@ def train(address: str, config: Config) -> dict[int, str]:
     return failed
 
 
-def _train(seed: int, source: str, commit: str, tracking_uri: str) -> None:
+def _train(seed: int, source: str, commit: str, tracking: dict[str, str]) -> None:
     prefer_own_programs()
-    if tracking_uri:
-        os.environ["MLFLOW_TRACKING_URI"] = tracking_uri
+    os.environ |= tracking
     with tempfile.TemporaryDirectory(prefix=f"seed-{seed}-") as name:
         clone = Path(name)
         _run(clone, "git", "clone", "--quiet", source, ".")

@@ -18,6 +18,7 @@ from stages.common import stage
 def predict(files: tuple[str, ...], model: str, table: Path | None) -> None:
     """Judge FILES: images, folders and patterns. For research, not for diagnosis."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from pipeline import inference, memory
@@ -37,7 +38,7 @@ def predict(files: tuple[str, ...], model: str, table: Path | None) -> None:
         shown = Table("file", "probability", "label", "")
         for row in judged.to_dict("records"):
             figures = ("–", "–") if row["reason"] else (f"{row['probability']:.4f}", str(row["label"]))
-            shown.add_row(row["file"], *figures, row["reason"])
+            shown.add_row(escape(row["file"]), *figures, escape(row["reason"]))
         Console().print(shown)
     unusable = judged["reason"].ne("").sum()
     if unusable:

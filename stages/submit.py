@@ -80,6 +80,7 @@ def _send(name: str, message: str, yes: bool) -> None:
     if model == "best":
         model = best_model(read_json(Path("metrics/evaluate.json")))
     marks = {"bag": fingerprint.of_training(config), **fingerprint.of_models(config)}
+    sending.sent()  # what cannot be added to is refused before anything is sent
     store = connect(config.model_name)
     run = runs.find(store, marks[model])
     if run is None:
@@ -94,8 +95,8 @@ def _send(name: str, message: str, yes: bool) -> None:
             "sent": sent, "competition": competition.competition, "file": name, "model": model, "message": message,
             "sha256": digest, "submission": number,
         }  # fmt: skip
-        sending.record({**row, "public_score": None})
         click.echo(f"submission {number} is sent, and waits for its public score")
+        sending.record({**row, "public_score": None})
         score = sending.public_score(client, competition, number)
         sending.record({**row, "public_score": score})
     runs.log_metrics(store.client, run.info.run_id, {"kaggle/public_score": score})

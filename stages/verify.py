@@ -19,7 +19,7 @@ def verify() -> None:
     damaged = []
     for version in versions:
         try:
-            registry.check(version)
+            registry.load(version)
             click.echo(f"version {version.version}: as it was registered")
         except UserError as error:
             damaged.append(str(error))

@@ -324,6 +324,15 @@ def test_what_no_error_was_seen_in_is_not_foretold_as_sure():
     assert found["npv_low"] < 0.95 < found["npv"] == 1
 
 
+def test_a_perfect_model_is_not_foretold_to_err_about_both_classes_at_once():
+    labels = np.repeat([0, 1], 30)
+    validation = opinions.Validation(labels, np.arange(60), 2000)
+    sample = validation.samples(opinions.Opinion(labels, None))
+    found = opinions.prevalence_table(validation, {"model": sample}, 0.5).set_index("prevalence").loc[0.5]
+    drawn = np.random.default_rng(1).beta(30.5, 0.5, (2, 20_000)).mean(axis=0)
+    assert found["accuracy_low"] == pytest.approx(np.quantile(drawn, 0.025), abs=0.005)
+
+
 def test_a_source_that_was_held_out_has_its_figures_there(tmp_path):
     settings = shipped()
     split = settings.active.split.model_copy(update={"held_out_source": "a"})

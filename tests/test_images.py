@@ -141,7 +141,11 @@ def test_a_jpeg_made_from_grey_has_the_pixels_that_pillow_gives(mode, subsamplin
 @pytest.mark.parametrize("quality", [20, 75, 95, 100])
 def test_how_coarse_a_jpeg_is_stands_in_its_quantisation_table(quality):
     data = encoded(Image.fromarray(chest()), "JPEG", quality=quality)
-    assert images.coarseness(data) == np.mean(Image.open(io.BytesIO(data)).quantization[0])
+    own = np.mean(Image.open(io.BytesIO(data)).quantization[0])
+    exif = b"\xff\xe1" + struct.pack(">H", len(data) + 2) + data  # in which a thumbnail has a table, too
+    finest = encoded(Image.fromarray(chest()), "JPEG", quality=100)
+    assert images.coarseness(data) == own
+    assert images.coarseness(finest[:2] + exif + finest[2:]) == 1
     assert images.coarseness(encoded(Image.fromarray(chest()), "PNG")) == 0
 
 

@@ -34,11 +34,23 @@ def radiographs(count: int, per_group: int = 1) -> tuple[np.ndarray, np.ndarray,
 def test_the_figures_of_the_set_itself_are_its_scores(rows):
     labels, probabilities, groups = arrays(rows)
     found = figures(labels, probabilities >= 0.5, probabilities, resample(groups, 3)).iloc[0]
-    scores = score(labels, probabilities)
+    scores = dict(score(labels, probabilities))
+    if not labels.any():
+        scores["f1"] = None
     for metric, value in scores.items():
         assert math.isnan(found[metric]) if value is None else found[metric] == pytest.approx(value), metric
     assert found["brier"] == pytest.approx(np.mean((labels - probabilities) ** 2))
     assert found["calibration_error"] == pytest.approx(calibration.error(labels, probabilities))
+
+
+def test_a_resample_without_a_positive_says_nothing_of_f1():
+    labels = np.repeat([1, 0], [3, 97])
+    called = labels.copy()
+    called[-1] = 1  # one false alarm
+    samples = figures(labels, called, None, resample(np.arange(100), 2000))
+    assert samples["f1"].isna().equals(samples["recall"].isna())
+    found = intervals(labels, called, np.arange(100), samples).set_index("metric").loc["f1"]
+    assert 0.4 <= found["low"] < found["value"] == pytest.approx(6 / 7)
 
 
 @settings(max_examples=60, deadline=None)

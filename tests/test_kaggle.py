@@ -409,6 +409,15 @@ def test_a_second_submission_is_a_second_row(send, finished):
     assert list(table["public_score"]) == [0.965] * 2
 
 
+@pytest.mark.parametrize("content", ["", "<<<<<<< HEAD\nsent,competition\n", "sent\n1,2,3\n1\n"])
+def test_a_damaged_list_of_submissions_is_refused_before_another_is_made(send, kaggle, finished, content):
+    (finished / "submissions.csv").write_text(content)
+    ended = send("--send", "bag", "-m", "x", "--yes")
+    assert ended.exit_code == 2
+    assert ended.stderr.startswith("Error: submissions.csv")
+    assert not kaggle.asked
+
+
 def test_without_a_yes_nothing_is_sent(send, kaggle, finished):
     assert send("--send", "bag", "-m", "x", answer="n\n").output.endswith("nothing is sent\n")
     assert send("--send", "bag", "-m", "x").exit_code == 1  # nobody answers

@@ -140,18 +140,15 @@ def test_ctrl_c_stops_every_seed_at_its_checkpoint(ready):
 def test_a_cluster_is_told_what_it_needs_in_one_line(ready, monkeypatch):
     project = ready()
     monkeypatch.chdir(project)
-    for missing in (
-        "there is no default DVC remote; run: dvc remote add",
-        "dvc.yaml is not committed",
-        "no Ray cluster",
-    ):
+    for missing, mended in {
+        "there is no default DVC remote; run: dvc remote add": f"dvc remote add -d shared {project.parent / 'remote'}",
+        "config is not committed": "git commit -qam shared",
+        "no Ray cluster": f"git remote add origin {project}/.git",
+        "the present commit is on no remote, so no other machine can see it; run: git push": "git fetch -q origin",
+        "no Ray cluster answers at 127.0.0.1:1": "true",
+    }.items():
         assert missing in refused("cxr train-all --ray 127.0.0.1:1")
-        if missing.startswith("there"):
-            run(project, "dvc", "remote", "add", "-d", "shared", str(project.parent / "remote"))
-            commit(project)
-            (project / "dvc.yaml").write_text((project / "dvc.yaml").read_text() + "\n")
-        else:
-            run(project, "git", "checkout", "dvc.yaml")
+        assert do(project, mended).returncode == 0
 
 
 def training_worker() -> psutil.Process | None:

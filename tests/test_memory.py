@@ -5,6 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from pipeline import memory
 
 MEASURE = """
 from pathlib import Path
@@ -30,3 +33,11 @@ def test_freed_memory_is_kept_once_asked_for():
     )
     assert kept > 90
     assert plain < 10
+
+
+def test_an_allocation_that_fails_is_known_from_other_errors():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert memory.ran_out(caught.value)
+    assert memory.ran_out(MemoryError())
+    assert not memory.ran_out(RuntimeError("a damaged checkpoint"))

@@ -383,7 +383,7 @@ def test_a_hash_in_the_name_that_agrees_is_accepted_and_one_that_does_not_is_ref
 
 
 @pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
-@pytest.mark.parametrize("content", [b"", b"no weights at all", b"\x80\x04" + b"x" * 100])
+@pytest.mark.parametrize("content", [b"", b"no weights at all", b"csv,with,numbers\n1,2,3\n", b"\x80\x04" + b"x" * 100])
 def test_a_file_that_holds_no_state_is_refused(tmp_path, name, content):
     path = tmp_path / name
     path.write_bytes(content)

@@ -74,7 +74,7 @@ def test_sync_does_nothing_twice(promoted):
 
 def test_a_champion_of_another_training_is_scored_anew_on_the_present_validation_set(promoted):
     if aliases(promoted)["champion"] != "3":
-        said("cxr promote --model 3 --because 'it is the bag'")
+        registry.crown(connect(NAME), NAME, registry.find(connect(NAME), NAME, "3"), "it is the bag")
     bag = json.loads(Path("metrics/bag.json").read_text())["vote"]
     edit_params(promoted, lambda params: params["demo"]["bag"].update(method="mean"))  # makes another bag
     line = said("cxr promote")
@@ -137,14 +137,14 @@ def test_what_misses_a_floor_does_not_become_champion_even_where_there_is_none(p
 def test_a_person_overrules_the_gate_for_good_and_rollback_goes_back_one_champion_after_another(promoted):
     first, (second, third) = aliases(promoted)["champion"], others()
     said(f'cxr promote --model {second} --because "it is smaller"')
-    said(f'cxr promote --model {third} --because "it is kinder"')
+    said(f'cxr promote --model {third} --because "it is kinder [/b]"')
     assert aliases(promoted)["champion"] == third
     assert f"version {second} (" in said("cxr rollback")
     assert f"version {first} (" in said('cxr rollback --because "it was better"')
     assert aliases(promoted)["champion"] == first
     assert refused("cxr rollback") == "Error: there is no champion to go back to; see: cxr history"
     shown = said("cxr history")
-    for reason in ("by hand: it is smaller", "by hand: it is kinder", "rolled back", "it was better"):
+    for reason in ("by hand: it is smaller", "by hand: it is kinder [/b]", "rolled back", "it was better"):
         assert reason in shown
     assert "now" in shown
     assert [reign.version for reign in registry.history(connect(NAME), NAME)] == [first, second, third, second, first]
@@ -152,6 +152,34 @@ def test_a_person_overrules_the_gate_for_good_and_rollback_goes_back_one_champio
     assert [row["version"] for row in rows] == [first, second, third, second, first]
     tags = store(promoted).get_model_version(NAME, second).tags
     assert (tags["decision"], tags["champion_then"]) == ("promoted: rolled back", third)
+
+
+def test_what_a_person_decided_stands_until_a_newer_version_passes_the_gate(promoted):
+    best, (other, _) = aliases(promoted)["challenger"], others()
+    said(f"cxr promote --model {other} --because 'it is smaller'")
+    for _ in range(2):
+        assert f"version {best} (" in (line := said("cxr sync"))
+        assert "is challenger, not champion: validation F1 " in line
+        assert f"but a person chose version {other} over it" in line
+        assert aliases(promoted)["champion"] == other
+
+    def edit(params: dict) -> None:
+        params["demo"]["evaluate"]["operating_point"] = "best_f1"  # makes candidates of their own
+        params["demo"]["promote"]["min_probability"] = 0.0
+
+    edit_params(promoted, edit)
+    said("cxr bag")
+    assert "is champion: " in said("cxr sync")
+    assert int(aliases(promoted)["champion"]) > 3
+
+
+def test_a_champion_that_was_taken_back_does_not_return_by_itself(promoted):
+    best, (other, _) = aliases(promoted)["champion"], others()
+    registry.crown(connect(NAME), NAME, registry.find(connect(NAME), NAME, other), "as if by the gate")
+    registry.crown(connect(NAME), NAME, registry.find(connect(NAME), NAME, best), "as if by the gate")
+    said("cxr rollback --because 'it is blind'")
+    assert f"but a person chose version {other} over it" in said("cxr sync")
+    assert aliases(promoted) == {"champion": other, "challenger": best}
 
 
 def test_rollback_passes_over_versions_that_were_deleted(promoted):
@@ -272,9 +300,11 @@ def test_predict_gives_the_probabilities_of_evaluate(radiographs, model):
 def test_predict_takes_patterns_and_tells_what_is_no_radiograph(radiographs):
     assert "t.csv: 8 files" in said(f"cxr predict '{radiographs}/**.jpg' --model seed-0 --csv t.csv")
     assert "is a directory" in refused(f"cxr predict {radiographs} --model seed-0 --csv {radiographs}")
-    (radiographs / "broken.jpg").write_bytes(b"\xff\xd8no image")
+    assert refused(f"cxr predict {radiographs} --model seed-0 --csv params.yaml/t.csv").startswith("Error: params.yaml")
+    (radiographs / "[copy] broken.jpg").write_bytes(b"\xff\xd8no image")
     ended = typed(f"cxr predict '{radiographs}/*.jpg' --model seed-0")
     assert ended.exit_code == 2
+    assert "[copy] broken.jpg" in ended.stdout
     assert "not an image in a known format" in " ".join(ended.stdout.split())
     assert ended.stderr.strip().endswith("1 of 9 files are not usable radiographs, as the table says")
     assert refused("cxr predict 'nowhere/*.png'") == (
@@ -294,6 +324,15 @@ def test_a_served_model_takes_pixels_and_names_its_version(radiographs):
     if best != "bag":
         assert found["probability"].to_numpy() == pytest.approx(expected[best].to_numpy(), abs=1e-6)
     assert set(found["version"]) == {aliases(Path.cwd())["champion"]}
+
+
+def test_what_is_pruned_is_of_experiments_that_are_gone_and_of_which_nothing_trains(promoted):
+    opened = connect(NAME)
+    for name, status in [("gone", "FINISHED"), ("trains", "FINISHED"), ("trains", "RUNNING"), ("there", "KILLED")]:
+        tags = {runs.EXPERIMENT: name, runs.WORKSPACE: runs._workspace()}
+        made = opened.client.create_run(opened.experiment_id, tags=tags)
+        opened.client.update_run(made.info.run_id, status)
+    assert [run.data.tags[runs.EXPERIMENT] for run in runs.runs_of_others(opened, ["there"])] == ["gone"]
 
 
 def test_a_run_whose_process_is_gone_is_marked_killed_at_the_next_contact(promoted):

@@ -89,8 +89,8 @@ def intervals(labels: np.ndarray, called: np.ndarray, groups: np.ndarray, sample
     among = {"accuracy": labels | ~labels, "recall": labels, "specificity": ~labels, "precision": called}
     for metric, sample in samples.items():
         row = {"metric": metric, "value": sample[0], "low": np.nan, "high": np.nan, "method": "", "reason": ""}
-        if np.isnan(sample[0]) or (metric == "f1" and not labels.any()):
-            row |= {"value": np.nan, "reason": NEEDS[str(metric)]}
+        if np.isnan(sample[0]):
+            row["reason"] = NEEDS[str(metric)]
         elif metric in among and (count == len(groups) or sample[0] in (0, 1)):
             inside = among[str(metric)]
             size = len(np.unique(groups[inside]))
@@ -144,14 +144,22 @@ class Difference(TypedDict):
 def f1_difference(
     labels: np.ndarray, groups: np.ndarray, ours: np.ndarray, theirs: np.ndarray, resamples: int, margin: float = 0
 ) -> Difference:
-    """Compare the F1 of two models by the labels, 0 or 1, that they give; see `differences`, whose NaN are None."""
+    """Compare the F1 of two models by the labels, 0 or 1, that they give; see `differences`, whose NaN are None.
+
+    Without a positive image both have F1 0, as in `metrics.score`, and no resample tells them apart.
+    """
     weights = resample(groups, resamples)
     mine, other = (figures(labels, called, None, weights) for called in (ours, theirs))
     found = differences(mine, other, ["f1"], margin).drop(columns="metric").iloc[0]
     low, high, probability = (
         None if np.isnan(found[key]) else float(found[key]) for key in ("low", "high", "probability")
     )
-    return {"difference": float(found["difference"]), "low": low, "high": high, "probability": probability}
+    return {
+        "difference": float(np.nan_to_num(found["difference"])),
+        "low": low,
+        "high": high,
+        "probability": probability,
+    }
 
 
 def percentiles(sample: pd.Series) -> tuple[float, float]:
@@ -168,8 +176,7 @@ def _of_calls(labels: np.ndarray, called: np.ndarray, weights: np.ndarray) -> np
     cells = np.stack([labels * called, (1 - labels) * called, labels * (1 - called), (1 - labels) * (1 - called)], 1)
     tp, fp, fn, tn = (weights @ cells).T
     recall, specificity = _share(tp, tp + fn), _share(tn, tn + fp)
-    # F1 is 0 where there is neither a positive nor a call.
-    f1 = 2 * tp / np.maximum(2 * tp + fp + fn, 1)
+    f1 = np.where(tp + fn > 0, 2 * tp / np.maximum(2 * tp + fp + fn, 1), np.nan)
     accuracy = (tp + tn) / (tp + fp + fn + tn)
     return np.stack([accuracy, f1, recall, _share(tp, tp + fp), specificity, (recall + specificity) / 2], axis=1)
 

@@ -152,8 +152,9 @@ def prevalence_table(
     for name, sample in samples.items():
         if not len(sample):
             continue
-        sensitivity = _possible(sample["recall"].to_numpy(), len(np.unique(validation.groups[positive])))
-        specificity = _possible(sample["specificity"].to_numpy(), len(np.unique(validation.groups[~positive])))
+        rng = np.random.default_rng(0)
+        sensitivity = _possible(sample["recall"].to_numpy(), len(np.unique(validation.groups[positive])), rng)
+        specificity = _possible(sample["specificity"].to_numpy(), len(np.unique(validation.groups[~positive])), rng)
         for share in sorted({*prevalence.GRID, *([expected] if expected else [])}):
             row = {"model": name, "prevalence": share}
             for figure, values in prevalence.carried(sensitivity, specificity, share).items():
@@ -163,7 +164,7 @@ def prevalence_table(
     return pd.DataFrame(rows)
 
 
-def _possible(shares: np.ndarray, count: int) -> np.ndarray:
+def _possible(shares: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
     """Return a share of `count` groups on every resample; where none differs, draw what it may be.
 
     That no error was seen does not say that there is none: the draws are of Jeffreys' posterior (Brown, Cai and
@@ -172,7 +173,7 @@ def _possible(shares: np.ndarray, count: int) -> np.ndarray:
     if np.isnan(shares[0]) or np.nanmin(shares) < np.nanmax(shares):
         return shares
     hits = shares[0] * count
-    drawn = np.random.default_rng(0).beta(hits + 0.5, count - hits + 0.5, len(shares))
+    drawn = rng.beta(hits + 0.5, count - hits + 0.5, len(shares))
     return np.append(shares[:1], drawn[1:])
 
 

@@ -56,12 +56,16 @@ SIGNATURE = ModelSignature(
 
 @dataclass(frozen=True)
 class Reign:
-    """One version's time as champion, from `since` (ISO 8601, UTC) until the next reign begins."""
+    """One version's time as champion, from `since` (ISO 8601, UTC) until the next reign begins.
+
+    Of a reign that a person decided, `over` is the newest version that there was to decide over; else it is 0.
+    """
 
     version: str
     since: str
     why: str
     rollback: bool = False
+    over: int = 0
 
 
 def register(
@@ -138,16 +142,27 @@ def history(store: Store, name: str) -> list[Reign]:
     return [Reign(**json.loads(tags[key])) for key in sorted(tags) if key.startswith(REIGN)]
 
 
-def crown(store: Store, name: str, chosen: ModelVersion, why: str, *, rollback: bool = False) -> None:
+def crown(
+    store: Store, name: str, chosen: ModelVersion, why: str, *, by_hand: bool = False, rollback: bool = False
+) -> None:
     """Make a version champion, if its files are what they were when it was registered.
+
+    Args:
+        store: where it is.
+        name: of the registered model.
+        chosen: the version.
+        why: as `cxr history` tells it.
+        by_hand: whether a person decided.
+        rollback: whether that was to go back to an earlier champion.
 
     Raises:
         UserError: they are not, and everything stays as it was.
     """
-    check(chosen)
+    load(chosen)
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    reign = json.dumps(asdict(Reign(str(chosen.version), now, why, rollback)))
     with store.lock:
+        over = max(int(known.version) for known in versions(store, name)) if by_hand else 0
+        reign = json.dumps(asdict(Reign(str(chosen.version), now, why, rollback, over)))
         number = len(history(store, name)) + 1
         # Another machine may take this number at the same moment; what follows it keeps both.
         store.client.set_registered_model_tag(name, f"{REIGN}{number:04}.{uuid4().hex[:8]}", reign)
@@ -198,15 +213,21 @@ def before(store: Store, name: str) -> Reign:
     return standing[-2]
 
 
-def check(known: ModelVersion) -> None:
-    """Compare a version's files with what was recorded when it was registered.
+def decided_over(store: Store, name: str) -> int:
+    """Return the newest version that was there when a person chose the present champion; 0 where nobody did."""
+    last = _last(store, name)
+    return last.over if last else 0
+
+
+def load(known: ModelVersion) -> candidate.Candidate:
+    """Load a version, if its files are what was recorded when it was registered.
 
     Raises:
         UserError: they are missing, or are not those.
     """
     with files(known) as folder:
         try:
-            candidate.load(folder, torch.device("cpu"))  # which compares the weights with their description
+            return candidate.load(folder, torch.device("cpu"))  # which compares the weights with their description
         except Exception as error:
             raise _damaged(known, first_line(error)) from error
 

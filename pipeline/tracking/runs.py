@@ -203,10 +203,10 @@ def origin() -> dict[str, str]:
 
 
 def runs_of_others(store: Store, experiments: Collection[str]) -> list[Run]:
-    """Return this workspace's runs of DVC experiments that are not among `experiments`, but none that trains now."""
-    wanted = f"tags.{WORKSPACE} = '{_workspace()}' and attributes.status != 'RUNNING'"
-    found = store.client.search_runs([store.experiment_id], wanted, max_results=50_000)
-    return [run for run in found if run.data.tags.get(EXPERIMENT, "") not in ["", *experiments]]
+    """Return this workspace's runs of DVC experiments but `experiments` and those of which a run trains now."""
+    found = store.client.search_runs([store.experiment_id], f"tags.{WORKSPACE} = '{_workspace()}'", max_results=50_000)
+    kept = {"", *experiments, *(run.data.tags.get(EXPERIMENT, "") for run in found if run.info.status == "RUNNING")}
+    return [run for run in found if run.data.tags.get(EXPERIMENT, "") not in kept]
 
 
 def _workspace() -> str:
@@ -224,8 +224,9 @@ def _close_killed(store: Store) -> None:
 
 
 def _worker(process: psutil.Process) -> str:
-    # A process id is given again; together with the time of its birth it is not.
-    return f"{socket.gethostname()} {process.pid}@{process.create_time():.2f}"
+    # A process id is given again; together with the time of its birth it is not. Since the start of the machine, for
+    # the time of day may be put right meanwhile.
+    return f"{socket.gethostname()} {process.pid}@{process.create_time() - psutil.boot_time():.2f}"
 
 
 def _lives(process: str) -> bool:

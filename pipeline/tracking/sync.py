@@ -6,14 +6,14 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
-import mlflow
 import numpy as np
 import pandas as pd
+import torch
 from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-from pipeline import ensemble, layout
+from pipeline import ensemble, images, layout
 from pipeline.config import Config
 from pipeline.ensemble import BAG
 from pipeline.errors import UserError
@@ -23,6 +23,7 @@ from pipeline.evaluation.metrics import Scores, best_model, score
 from pipeline.files import dvc_hash, read_csv, read_json, write_json
 from pipeline.manifest import read_split
 from pipeline.models import candidate
+from pipeline.models.candidate import Candidate
 from pipeline.tracking import fingerprint, registry
 from pipeline.tracking.runs import MANIFEST, SeedRun, finish_parent, origin, parent_run, runs_of_others
 from pipeline.tracking.store import Store, connect
@@ -61,12 +62,12 @@ def sync(config: Config) -> Decision:
     versions = complete(store, config)
     judged = Judged(config)
     best = best_model(judged.scores)
-    registry.check(versions[best])
+    registry.load(versions[best])
     store.client.set_registered_model_alias(name, registry.CHALLENGER, versions[best].version)
     registry.settle(store, name)
     while True:
         champion = registry.champion(store, name)
-        decision = decide(config, judged, versions, best, champion)
+        decision = decide(config, judged, versions, best, champion, registry.decided_over(store, name))
         with store.lock:
             if _number(registry.champion(store, name)) == _number(champion):  # nobody was promoted meanwhile
                 if _number(champion) != _number(versions[best]):
@@ -96,7 +97,7 @@ def crown(config: Config, wanted: str, why: str, *, rollback: bool = False) -> D
         about = {key: chosen.tags.get(key, "") for key in ("candidate", "data")}
         told = {**about, "version": str(chosen.version), "promoted": True, "why": why}
         decision: Decision = {**dict.fromkeys(Decision.__annotations__), **told}  # type: ignore[typeddict-item]
-        _carry_out(store, chosen, champion, decision, rollback=rollback)
+        _carry_out(store, chosen, champion, decision, by_hand=True, rollback=rollback)
     return decision
 
 
@@ -177,24 +178,28 @@ class Judged:
             for name in answers
         }
 
-    def called_by(self, version: ModelVersion) -> np.ndarray:
-        """Return the labels that a registered model gives to the files of the validation set."""
-        images = layout.read(Path("data/raw.zip")).images.set_index("file").loc[self.files, "member"]
-        model = mlflow.pyfunc.load_model(f"models:/{version.name}/{version.version}")
+    def called_by(self, other: Candidate) -> np.ndarray:
+        """Return the labels that a model, which may want other squares, gives to the files of the validation set."""
+        members = layout.read(Path("data/raw.zip")).images.set_index("file").loc[self.files, "member"]
         with zipfile.ZipFile("data/raw.zip") as archive:
-            parts = [
-                model.predict(
-                    pd.DataFrame({"image": [layout.content(archive, name) for name in images[start : start + 64]]})
-                )
-                for start in range(0, len(images), 64)
+            pixels = [
+                images.decode(layout.content(archive, name), other.packed_size, other.resize)[0] for name in members
             ]
-        return np.concatenate([part["label"].to_numpy() for part in parts])
+        return other.judge(torch.from_numpy(np.stack(pixels)))["label"].to_numpy()
 
 
 def decide(
-    config: Config, judged: Judged, versions: Mapping[str, ModelVersion], best: str, champion: ModelVersion | None
+    config: Config,
+    judged: Judged,
+    versions: Mapping[str, ModelVersion],
+    best: str,
+    champion: ModelVersion | None,
+    decided_over: int,
 ) -> Decision:
-    """Hold the best candidate against what is required, and against the champion on the same images."""
+    """Hold the best candidate against what is required, and against the champion on the same images.
+
+    Where a person chose the champion, versions up to `decided_over` were there then, and are not asked again.
+    """
     params, scores = config.active.promote, judged.scores[best]
     error = calibration.error(judged.labels, judged.probabilities[best].to_numpy())
     decision: Decision = {
@@ -218,11 +223,14 @@ def decide(
         return {**decision, "promoted": True, "why": f"{figure}; there was no champion"}
 
     try:
-        registry.check(champion)
+        other = registry.load(champion)
     except UserError as broken:
         return {**decision, "promoted": True, "why": f"{figure}; the champion cannot be used any more: {broken}"}
+    if int(versions[best].version) <= decided_over:
+        why = f"{figure}, but a person chose version {champion.version} over it; cxr promote --model chooses anew"
+        return {**decision, "why": why}
     known = [name for name, version in versions.items() if version.version == champion.version]
-    theirs = judged.called[known[0]].to_numpy() if known else judged.called_by(champion)
+    theirs = judged.called[known[0]].to_numpy() if known else judged.called_by(other)
     ours = judged.called[best].to_numpy()
     found = f1_difference(judged.labels, judged.groups, ours, theirs, params.resamples, params.margin)
     theirs_f1 = scores["f1"] - found["difference"]
@@ -240,11 +248,11 @@ def decide(
 
 
 def _carry_out(
-    store: Store, version: ModelVersion, champion: ModelVersion | None, decision: Decision, *, rollback: bool = False
+    store: Store, version: ModelVersion, champion: ModelVersion | None, decision: Decision, **how: bool
 ) -> None:
     """Move the alias if that was decided, and keep the decision as tags of the version and as a row."""
     if decision["promoted"]:
-        registry.crown(store, version.name, version, decision["why"], rollback=rollback)
+        registry.crown(store, version.name, version, decision["why"], **how)
     tags = {
         "decision": f"{'promoted' if decision['promoted'] else 'not promoted'}: {decision['why']}",
         "champion_then": _number(champion) or "none",

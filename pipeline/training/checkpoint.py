@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from pipeline import memory
 from pipeline.errors import first_line
 from pipeline.files import replacing
 
@@ -56,9 +57,9 @@ class Checkpoint:
             return self._read()
         except FileNotFoundError:
             return None
-        except (MemoryError, OSError):
-            raise  # it may be whole
-        except Exception as error:  # noqa: BLE001  # whatever is wrong with it, the seed trains from the start
+        except Exception as error:
+            if isinstance(error, OSError) or memory.ran_out(error):
+                raise  # it may be whole
             aside = self.path.with_suffix(".unusable")
             self.path.replace(aside)
             reason = first_line(error)

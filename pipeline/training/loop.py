@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from pipeline import memory
 from pipeline.augment import augment, epoch_order, mixup
 from pipeline.config import TrainParams
 from pipeline.dataset import Pack
@@ -328,8 +329,7 @@ def _naming_memory(params: TrainParams) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # The CPU's allocator has no exception of its own.
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        if not memory.ran_out(error):
             raise
         raise UserError(
             f"out of memory with train.batch_size = {params.batch_size} at train.size = {params.size}; raise "
