@@ -3,21 +3,25 @@
 python bench/ablation.py WITH WITHOUT    # two clones in which `dvc repro evaluate` has run, on the same split
 
 Each figure is the mean over the seeds, on the validation set, at the threshold 0.5; its interval is that of a bootstrap
-over patients. `better` says for how many seeds WITH is the better one.
+over patients. `calibrated_loss` is the loss once temperature and bias are fitted, each fold's by the other folds.
+`better` says for how many seeds WITH is the better one.
 """
 
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from pipeline.evaluation import intervals
+from pipeline.evaluation.calibration import Calibration, corrected
+from pipeline.evaluation.folds import cross_fit, folds
 from pipeline.evaluation.metrics import LOWER_IS_BETTER, called
 from pipeline.files import read_csv
 from pipeline.manifest import read_split
 
 RESAMPLES = 2000
-METRICS = ["loss", "auroc", "average_precision", "f1"]
+METRICS = ["loss", "calibrated_loss", "auroc", "average_precision", "f1"]
 
 
 def predictions(project: Path) -> pd.DataFrame:
@@ -28,10 +32,22 @@ def predictions(project: Path) -> pd.DataFrame:
 
 def figures(table: pd.DataFrame) -> list[pd.DataFrame]:
     """Return the figures of every seed, resampled."""
-    weights = intervals.resample(table["group"].to_numpy(), RESAMPLES)
-    labels = table["label"].to_numpy()
-    seeds = table.drop(columns=["label", "group"])
-    return [intervals.figures(labels, called(one), one.to_numpy(), weights) for _, one in seeds.items()]
+    labels, groups = table["label"].to_numpy(), table["group"].to_numpy()
+    weights, parts, found = intervals.resample(groups, RESAMPLES), folds(labels, groups), []
+    for name in table.columns.drop(["label", "group"]):
+        seed = table[name].to_numpy()
+        own, after = intervals.figures(labels, called(seed), seed, weights), calibrated(labels, seed, parts)
+        loss = np.nan if after is None else intervals.figures(labels, called(after), after, weights)["loss"]
+        found.append(own.assign(calibrated_loss=loss))
+    return found
+
+
+def calibrated(labels: np.ndarray, seed: np.ndarray, parts: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray | None:
+    return cross_fit(
+        parts,
+        lambda rows: corrected(labels[rows], seed[rows]) or Calibration(1),
+        lambda fitted, rows: fitted(seed[rows]),
+    )
 
 
 def main(ours: str, theirs: str) -> None:
@@ -44,7 +60,7 @@ def main(ours: str, theirs: str) -> None:
     seeds = [figures(table) for table in tables]
     table = intervals.differences(*(sum(each) / len(each) for each in seeds), METRICS).set_index("metric")
     for metric in METRICS:
-        sign = -1 if metric in LOWER_IS_BETTER else 1
+        sign = -1 if metric in [*LOWER_IS_BETTER, "calibrated_loss"] else 1
         better = [sign * (one[metric][0] - other[metric][0]) > 0 for one, other in zip(*seeds, strict=True)]
         table.loc[metric, "better"] = f"{sum(better)} of {len(better)}"
     print(table.drop(columns="probability").round(4).reset_index().to_json(orient="records", lines=True), end="")
