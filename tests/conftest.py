@@ -168,8 +168,11 @@ def run(project: Path, *command: str, **changes: str) -> subprocess.CompletedPro
 
 
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
-    """Start the longest tests first, then what needs the built demo, so that neither process waits for the other."""
-    items.sort(key=lambda item: (item.get_closest_marker("long") is None, "built" not in item.fixturenames))
+    """Start the longest tests first, then those that train, then what needs the built demo: nobody waits at the end."""
+    needed = ("ready", "built")
+    items.sort(
+        key=lambda item: (item.get_closest_marker("long") is None, *(one not in item.fixturenames for one in needed))
+    )
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 import browser
 import pandas as pd
 import pytest
-from conftest import ROOT, archive_members, copy, edit_params, run, server, write_zip
+from conftest import ROOT, archive_members, copy, edit_params, run, said, server, typed, write_zip
 from mlflow import MlflowClient
 
 pytestmark = pytest.mark.slow
@@ -93,7 +93,7 @@ def test_dvc_shows_metrics_and_plots(reader):
 
 
 @pytest.mark.long
-def test_an_experiment_names_its_runs_until_it_is_removed_and_they_are_pruned(built, tmp_path):
+def test_an_experiment_names_its_runs_until_it_is_removed_and_they_are_pruned(built, tmp_path, monkeypatch):
     reader = as_read(built, tmp_path / "project")
     client = MlflowClient(f"sqlite:///{reader / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("covid-xray-demo").experiment_id
@@ -109,11 +109,12 @@ def test_an_experiment_names_its_runs_until_it_is_removed_and_they_are_pruned(bu
 
     for command in ("git checkout .", "dvc checkout", f"dvc exp remove {name}"):
         assert run(reader, *command.split()).returncode == 0
-    assert run(reader, "cxr", "sync", "--prune").returncode == 1  # nobody answers whether to delete
-    pruned = run(reader, "cxr", "sync", "--prune", "--yes")
-    assert "2 runs are deleted" in pruned.stdout, pruned.stdout + pruned.stderr
+    monkeypatch.chdir(reader)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert typed("cxr sync --prune").exit_code == 1  # nobody answers whether to delete
+    assert "2 runs are deleted" in said("cxr sync --prune --yes")
     assert len(client.search_runs([experiment])) == before
-    assert "no run belongs to a removed experiment" in obey(reader, "cxr sync --prune")
+    assert "no run belongs to a removed experiment" in said("cxr sync --prune")
 
 
 @pytest.mark.long
@@ -144,7 +145,7 @@ def test_the_other_profiles_run_through_every_stage_also_in_a_copy_of_the_worksp
     assert client.get_model_version_by_alias(f"covid-xray-{profile}", "champion")
 
 
-def test_ray_data_judges_a_folder_as_predict_does(built, tmp_path):
+def test_ray_data_judges_a_folder_as_predict_does(built, tmp_path, monkeypatch):
     reader = copy(built, tmp_path / "project")
     (script,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/registry.md").read_text(), re.DOTALL)
     with zipfile.ZipFile(reader / "data/raw.zip") as archive:
@@ -159,7 +160,9 @@ def test_ray_data_judges_a_folder_as_predict_does(built, tmp_path):
     assert ended.returncode == 0, ended.stderr
     judged = pd.concat(map(pd.read_csv, (reader / "judged").iterdir()))
     judged["file"] = judged["file"].map(lambda path: Path(path).name)
-    assert run(reader, "cxr", "predict", "radiographs", "--csv", "judged.csv").returncode == 0
+    monkeypatch.chdir(reader)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    said("cxr predict radiographs --csv judged.csv")
     expected = pd.read_csv(reader / "judged.csv")
     expected["file"] = expected["file"].map(lambda path: Path(path).name)
     both = judged.merge(expected, on="file", suffixes=("", "_by_predict"), validate="one_to_one")
