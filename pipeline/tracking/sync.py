@@ -23,7 +23,7 @@ from pipeline.evaluation.metrics import Scores, best_model, score
 from pipeline.files import dvc_hash, read_csv, read_json, write_json
 from pipeline.manifest import read_split
 from pipeline.models import candidate
-from pipeline.models.candidate import Candidate
+from pipeline.models.candidate import BATCH, Candidate
 from pipeline.tracking import fingerprint, registry
 from pipeline.tracking.runs import MANIFEST, SeedRun, finish_parent, origin, parent_run, runs_of_others
 from pipeline.tracking.store import Store, connect
@@ -181,11 +181,13 @@ class Judged:
     def called_by(self, other: Candidate) -> np.ndarray:
         """Return the labels that a model, which may want other squares, gives to the files of the validation set."""
         members = layout.read(Path("data/raw.zip")).images.set_index("file").loc[self.files, "member"]
+        labels = []
         with zipfile.ZipFile("data/raw.zip") as archive:
-            pixels = [
-                images.decode(layout.content(archive, name), other.packed_size, other.resize)[0] for name in members
-            ]
-        return other.judge(torch.from_numpy(np.stack(pixels)))["label"].to_numpy()
+            for start in range(0, len(members), BATCH):
+                contents = [layout.content(archive, name) for name in members[start : start + BATCH]]
+                pixels = [images.decode(content, other.packed_size, other.resize)[0] for content in contents]
+                labels.append(other.judge(torch.from_numpy(np.stack(pixels)))["label"])
+        return np.concatenate(labels)
 
 
 def decide(
