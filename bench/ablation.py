@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 
 from pipeline.evaluation import intervals
-from pipeline.evaluation.calibration import Calibration, corrected
-from pipeline.evaluation.folds import cross_fit, folds
+from pipeline.evaluation.calibration import corrected
 from pipeline.evaluation.metrics import LOWER_IS_BETTER, called
+from pipeline.evaluation.opinions import Opinion, Validation, calibrated
 from pipeline.files import read_csv
 from pipeline.manifest import read_split
 
@@ -32,22 +32,13 @@ def predictions(project: Path) -> pd.DataFrame:
 
 def figures(table: pd.DataFrame) -> list[pd.DataFrame]:
     """Return the figures of every seed, resampled."""
-    labels, groups = table["label"].to_numpy(), table["group"].to_numpy()
-    weights, parts, found = intervals.resample(groups, RESAMPLES), folds(labels, groups), []
+    validation, found = Validation(table["label"].to_numpy(), table["group"].to_numpy(), RESAMPLES), []
     for name in table.columns.drop(["label", "group"]):
         seed = table[name].to_numpy()
-        own, after = intervals.figures(labels, called(seed), seed, weights), calibrated(labels, seed, parts)
-        loss = np.nan if after is None else intervals.figures(labels, called(after), after, weights)["loss"]
-        found.append(own.assign(calibrated_loss=loss))
+        after, _ = calibrated(validation, seed, corrected)
+        loss = np.nan if after is None else validation.samples(Opinion(called(after), after))["loss"]
+        found.append(validation.samples(Opinion(called(seed), seed)).assign(calibrated_loss=loss))
     return found
-
-
-def calibrated(labels: np.ndarray, seed: np.ndarray, parts: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray | None:
-    return cross_fit(
-        parts,
-        lambda rows: corrected(labels[rows], seed[rows]) or Calibration(1),
-        lambda fitted, rows: fitted(seed[rows]),
-    )
 
 
 def main(ours: str, theirs: str) -> None:

@@ -176,7 +176,7 @@ def _of_calls(labels: np.ndarray, called: np.ndarray, weights: np.ndarray) -> np
     cells = np.stack([labels * called, (1 - labels) * called, labels * (1 - called), (1 - labels) * (1 - called)], 1)
     tp, fp, fn, tn = (weights @ cells).T
     recall, specificity = _share(tp, tp + fn), _share(tn, tn + fp)
-    f1 = np.where(tp + fn > 0, 2 * tp / np.maximum(2 * tp + fp + fn, 1), np.nan)
+    f1 = np.where(tp + fn > 0, _share(2 * tp, 2 * tp + fp + fn), np.nan)
     accuracy = (tp + tn) / (tp + fp + fn + tn)
     return np.stack([accuracy, f1, recall, _share(tp, tp + fp), specificity, (recall + specificity) / 2], axis=1)
 

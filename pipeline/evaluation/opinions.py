@@ -122,7 +122,7 @@ def calibration_table(validation: Validation, models: Mapping[str, np.ndarray]) 
             "none": None, "temperature": calibration.scaled, "temperature and bias": calibration.corrected,
         }.items():  # fmt: skip
             row: dict[str, Any] = {"model": name, "calibration": kind, "reason": ""}
-            after, chosen = _calibrated(validation, probabilities, fit) if fit else (probabilities, None)
+            after, chosen = calibrated(validation, probabilities, fit) if fit else (probabilities, None)
             if fit and chosen:
                 row |= {"temperature": chosen.temperature, "bias": chosen.bias}
             elif fit:
@@ -224,9 +224,13 @@ def slice_table(
     return pd.concat(parts)[["by", "slice", "images", "positives", "small", *COLUMNS]]
 
 
-def _calibrated(
+def calibrated(
     validation: Validation, probabilities: np.ndarray, fit: calibration.Fit
 ) -> tuple[np.ndarray | None, calibration.Calibration | None]:
+    """Calibrate P(positive) (N,) of the set, each fold by what the others fit, and return what all together fit.
+
+    Either is None where it cannot be had: the first where a class has too few groups, both where there is no fit.
+    """
     labels = validation.labels
     chosen = fit(labels, probabilities)
     if chosen is None:
