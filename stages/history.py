@@ -9,7 +9,6 @@ from stages.common import stage
 def history() -> None:
     """Show who was champion from when to when, and why."""
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     from pipeline.config import load
@@ -24,8 +23,8 @@ def history() -> None:
     table = Table("version", "since", "until", "why")
     ends = [reign.since for reign in reigns[1:]] + ["now"]
     for reign, end in zip(reigns, ends, strict=True):
-        table.add_row(reign.version, reign.since, end, escape(reign.why))
-    Console().print(table)
+        table.add_row(reign.version, reign.since, end, reign.why)
+    Console(markup=False, emoji=False).print(table)
 
 
 if __name__ == "__main__":

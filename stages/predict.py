@@ -18,7 +18,6 @@ from stages.common import stage
 def predict(files: tuple[str, ...], model: str, table: Path | None) -> None:
     """Judge FILES: images, folders and patterns. For research, not for diagnosis."""
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     from pipeline import inference, memory
@@ -38,8 +37,8 @@ def predict(files: tuple[str, ...], model: str, table: Path | None) -> None:
         shown = Table("file", "probability", "label", "")
         for row in judged.to_dict("records"):
             figures = ("–", "–") if row["reason"] else (f"{row['probability']:.4f}", str(row["label"]))
-            shown.add_row(escape(row["file"]), *figures, escape(row["reason"]))
-        Console().print(shown)
+            shown.add_row(row["file"], *figures, row["reason"])
+        Console(markup=False, emoji=False).print(shown)
     unusable = judged["reason"].ne("").sum()
     if unusable:
         raise UserError(f"{unusable} of {len(judged)} files are not usable radiographs, as the table says")
