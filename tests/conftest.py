@@ -276,15 +276,21 @@ def mlflow_server(folder: Path, port: int, *options: str, store: str, **changes:
         yield uri
 
 
-def typed(command: str) -> "Result":
-    """Run a `cxr` command in this process, where it need not import all again."""
+def enter(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the project the working directory, and its own store the one that is used."""
+    monkeypatch.chdir(project)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+def typed(command: str, answer: str | None = None) -> "Result":
+    """Run a `cxr` command in this process, where it need not import all again; the answer is to what it asks."""
     from click.testing import CliRunner
 
     from stages.cli import cxr
 
     program, *arguments = shlex.split(command)
     assert program == "cxr"
-    return CliRunner().invoke(cxr, arguments)
+    return CliRunner().invoke(cxr, arguments, input=answer)
 
 
 def said(command: str) -> str:

@@ -14,8 +14,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from click.testing import CliRunner, Result
-from conftest import ROOT, archive_members, clone, edit_params, free_port, refusal, write_zip
+from click.testing import Result
+from conftest import ROOT, archive_members, clone, edit_params, enter, free_port, refusal, said, typed, write_zip
 from kaggle_server import COMPETITION, DATASET, KEY, SIGNATURE, TOKEN, Kaggle, serve
 from kagglehub import config as kagglehub_config
 from kagglesdk import kaggle_env
@@ -27,7 +27,6 @@ from pipeline.ensemble import Rule
 from pipeline.files import write_json
 from pipeline.tracking import fingerprint, runs
 from pipeline.tracking.store import connect
-from stages.cli import cxr
 
 PARAMS = KaggleParams(source="kaggle", competition=COMPETITION, dataset=None)
 PAGE = f"https://www.kaggle.com/competitions/{COMPETITION}"
@@ -300,7 +299,7 @@ def project_of(folder: Path) -> Path:
 
 def run_cxr(project: Path, monkeypatch, *arguments: str, answer: str | None = None) -> Result:
     monkeypatch.chdir(project)
-    return CliRunner().invoke(cxr, list(arguments), input=answer)
+    return typed(shlex.join(["cxr", *arguments]), answer)
 
 
 def test_the_shipped_competition_profile_downloads_with_nothing_but_credentials(kaggle, tmp_path, monkeypatch):
@@ -341,9 +340,8 @@ def finished(tmp_path_factory, empty_store) -> Path:
     write_zip(project / "data/raw.zip", archive_members(train=6, test=3))
     (project / "mlflow.db").write_bytes(empty_store.read_bytes())
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(project)
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        assert CliRunner().invoke(cxr, ["submit"]).exit_code == 0
+        enter(project, patch)
+        said("cxr submit")
         config = load()
         store = connect(config.model_name)
         runs.parent_run(store, config)

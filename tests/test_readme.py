@@ -11,7 +11,7 @@ from pathlib import Path
 import browser
 import pandas as pd
 import pytest
-from conftest import ROOT, archive_members, copy, edit_params, run, said, server, typed, write_zip
+from conftest import ROOT, archive_members, copy, edit_params, enter, run, said, server, typed, write_zip
 from mlflow import MlflowClient
 
 pytestmark = pytest.mark.slow
@@ -109,8 +109,7 @@ def test_an_experiment_names_its_runs_until_it_is_removed_and_they_are_pruned(bu
 
     for command in ("git checkout .", "dvc checkout", f"dvc exp remove {name}"):
         assert run(reader, *command.split()).returncode == 0
-    monkeypatch.chdir(reader)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    enter(reader, monkeypatch)
     assert typed("cxr sync --prune").exit_code == 1  # nobody answers whether to delete
     assert "2 runs are deleted" in said("cxr sync --prune --yes")
     assert len(client.search_runs([experiment])) == before
@@ -160,8 +159,7 @@ def test_ray_data_judges_a_folder_as_predict_does(built, tmp_path, monkeypatch):
     assert ended.returncode == 0, ended.stderr
     judged = pd.concat(map(pd.read_csv, (reader / "judged").iterdir()))
     judged["file"] = judged["file"].map(lambda path: Path(path).name)
-    monkeypatch.chdir(reader)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    enter(reader, monkeypatch)
     said("cxr predict radiographs --csv judged.csv")
     expected = pd.read_csv(reader / "judged.csv")
     expected["file"] = expected["file"].map(lambda path: Path(path).name)

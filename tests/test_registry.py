@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
-from conftest import copy, edit_params, refused, said, seed_runs, store, typed
+from conftest import copy, edit_params, enter, refused, said, seed_runs, store, typed
 from filelock import FileLock
 
 from pipeline import config
@@ -28,8 +28,7 @@ CANDIDATES = ["seed-0", "seed-1", "bag"]
 @pytest.fixture
 def promoted(built, tmp_path, monkeypatch) -> Path:
     """A copy of the built project, with a registry of its own, as the working directory."""
-    monkeypatch.chdir(copy(built, tmp_path / "project"))
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    enter(copy(built, tmp_path / "project"), monkeypatch)
     monkeypatch.setenv("COLUMNS", "200")
     return tmp_path / "project"
 

@@ -10,14 +10,12 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from click.testing import CliRunner
-from conftest import copy, free_port, mlflow_server
+from conftest import copy, free_port, mlflow_server, refused, said, typed
 from test_interruptions import Proxy
 
 from pipeline import config
 from pipeline.tracking import runs
 from pipeline.tracking.store import connect
-from stages.cli import cxr
 
 pytestmark = pytest.mark.slow
 
@@ -88,9 +86,9 @@ def before_postgresql(tmp_path, postgresql) -> Iterator[str]:
 @pytest.mark.parametrize("kind", ["before_postgresql", "postgresql"])
 def test_a_store_of_another_kind_is_filled_and_serves_as_the_first_one_did(project, kind, request, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", request.getfixturevalue(kind))
-    for command in (["sync"], ["verify"], ["predict", "report", "--model", "champion"]):
-        ended = CliRunner().invoke(cxr, command)
-        assert ended.exit_code == (2 if command[0] == "predict" else 0), ended.output
+    said("cxr sync")
+    said("cxr verify")
+    refused("cxr predict report --model champion")
     opened = connect(NAME)
     found = opened.client.search_runs([opened.experiment_id])
     assert sorted(run.info.run_name.split(" ")[0] for run in found)[:2] == ["seed-0", "seed-1"]
@@ -115,7 +113,7 @@ def test_a_server_that_wants_a_password_takes_it_and_says_in_one_line_that_it_is
         else:
             for key in LOGIN:
                 monkeypatch.delenv(key)
-        ended = CliRunner().invoke(cxr, ["history"])
+        ended = typed("cxr history")
         assert ended.exit_code == 2
         (line,) = ended.stderr.strip().splitlines()
         assert line.startswith(f"Error: MLflow at {with_passwords} cannot be used: ")
@@ -129,7 +127,7 @@ def test_a_server_that_fails_is_not_taken_for_one_that_holds_nothing(project, co
     failing.mood = "broken"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", failing.uri.replace("//", "//user:secret@"))
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    ended = CliRunner().invoke(cxr, command.split())
+    ended = typed(f"cxr {command}")
     failing.shutdown()
     assert ended.exit_code == 2, ended.output
     (line,) = ended.stderr.strip().splitlines()
@@ -139,7 +137,7 @@ def test_a_server_that_fails_is_not_taken_for_one_that_holds_nothing(project, co
 
 def test_a_database_that_does_not_answer_is_said_in_one_line(project, port, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"postgresql://user:secret@127.0.0.1:{port}/runs")
-    ended = CliRunner().invoke(cxr, ["history"])
+    ended = typed("cxr history")
     assert ended.exit_code == 2, ended.output
     assert ended.stderr.startswith(f"Error: MLflow at postgresql://127.0.0.1:{port}/runs cannot be used: ")
 
