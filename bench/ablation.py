@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from pipeline.core.files import read_csv
+from pipeline.data.manifest import read_split
 from pipeline.evaluation import intervals
 from pipeline.evaluation.calibration import corrected
+from pipeline.evaluation.metric_tables import Opinion, Validation, calibrated
 from pipeline.evaluation.metrics import LOWER_IS_BETTER, called
-from pipeline.evaluation.opinions import Opinion, Validation, calibrated
-from pipeline.files import read_csv
-from pipeline.manifest import read_split
 
 RESAMPLES = 2000
 METRICS = ["loss", "calibrated_loss", "auroc", "average_precision", "f1"]

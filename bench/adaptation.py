@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from pipeline.core.files import read_csv
 from pipeline.evaluation import intervals
 from pipeline.evaluation.calibration import corrected
 from pipeline.evaluation.metrics import called
 from pipeline.evaluation.prevalence import adapted
-from pipeline.files import read_csv
 
 RESAMPLES = 2000
 

@@ -17,7 +17,7 @@ import timm  # noqa: F401  # here, and not in each process that is forked
 import torch
 from torch.nn.functional import cross_entropy
 
-from pipeline import memory
+from pipeline.core import memory
 from pipeline.models.classifier import Architecture, Classifier
 from pipeline.training import determinism
 

@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from pipeline import config
-from pipeline.config import PhantomParams, TrainParams
-from pipeline.sources import phantom
+from pipeline.core import config
+from pipeline.core.config import PhantomParams, TrainParams
+from pipeline.data.sources import phantom
 
 DRAWN = 64  # different radiographs; the rest are copies under other names
 ROOT = Path(__file__).parents[1]

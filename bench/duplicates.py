@@ -12,7 +12,7 @@ import pandas as pd
 from common import DRAWN, radiographs, seconds
 from PIL import Image
 
-from pipeline import duplicates, images
+from pipeline.data import duplicates, images
 
 SIZE = 128
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from common import alternate, loader, recipe, seconds, write_folder_and_pack
 
-from pipeline.augment import augment
-from pipeline.dataset import Pack
+from pipeline.data.dataset import Pack
 from pipeline.models.classifier import Architecture, Classifier
+from pipeline.training.augment import augment
 from pipeline.training.determinism import generator
 
 BATCH = 8

@@ -29,11 +29,11 @@ def train(count: int) -> None:
     import torch
     from common import recipe
 
-    from pipeline import memory
-    from pipeline.dataset import Pack
+    from pipeline.core import memory
+    from pipeline.data.dataset import Pack
     from pipeline.training import determinism, loop
     from pipeline.training.checkpoint import Checkpoint
-    from pipeline.training.group import Group
+    from pipeline.training.distributed import Group
 
     determinism.make_deterministic(len(os.sched_getaffinity(0)))
     memory.keep_freed()

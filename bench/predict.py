@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from common import DRAWN, alternate, radiographs, seconds
 
-from pipeline import images, inference
-from pipeline.ensemble import Rule
-from pipeline.models import candidate, classifier
+from pipeline.data import images
+from pipeline.evaluation.ensemble import Rule
+from pipeline.inference import candidate
+from pipeline.models import classifier
 from pipeline.models.classifier import Architecture, Classifier
 
 MEMBERS = 10
@@ -37,7 +38,7 @@ def main(count: int = 8, backbone: str = "alexnet", size: int = 224, rounds: int
         cpu = torch.device("cpu")
 
         def ours() -> float:
-            return count / seconds(lambda: inference.judge(candidate.load(folder / "bag", cpu), files))
+            return count / seconds(lambda: files.judge(candidate.load(folder / "bag", cpu), files))
 
         def plain() -> float:
             def judge(file: Path) -> None:

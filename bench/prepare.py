@@ -18,8 +18,8 @@ from common import DRAWN, radiographs
 from joblib import cpu_count
 from PIL import Image
 
-from pipeline import packing
-from pipeline.config import PrepareParams
+from pipeline.core.config import PrepareParams
+from pipeline.data import packing
 
 
 def ours(raw: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common import ROOT, seconds
 
-from pipeline import config
+from pipeline.core import config
 
 
 def main(jobs: str = "2", project: str = str(ROOT)) -> None:

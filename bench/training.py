@@ -19,12 +19,12 @@ import torch
 from common import alternate, loader, recipe, write_folder_and_pack
 from torch.nn.functional import cross_entropy
 
-from pipeline.config import TrainParams
-from pipeline.dataset import Pack
+from pipeline.core.config import TrainParams
+from pipeline.data.dataset import Pack
 from pipeline.models.classifier import Architecture, Classifier
 from pipeline.training import determinism, loop
 from pipeline.training.checkpoint import Checkpoint
-from pipeline.training.group import Group
+from pipeline.training.distributed import Group
 from pipeline.training.schedule import optimiser
 
 CASES = {

@@ -12,12 +12,12 @@ def bag() -> None:
 
     import pandas as pd
 
-    from pipeline import ensemble, manifest
-    from pipeline.config import load
-    from pipeline.evaluation import curves, findings
+    from pipeline.core.config import load
+    from pipeline.core.files import read_csv, read_json, write_csv, write_json
+    from pipeline.data import manifest
+    from pipeline.evaluation import curves, ensemble, evaluate_models
     from pipeline.evaluation.metrics import score
-    from pipeline.files import read_csv, read_json, write_csv, write_json
-    from pipeline.report import table
+    from pipeline.report import model_table
 
     config = load()
     params = config.active.bag
@@ -49,7 +49,7 @@ def bag() -> None:
     write_json(Path("metrics/bag.json"), scores)
     singles = read_json(Path("metrics/evaluate.json"))
     shown = {f"bag ({way})": scores[way] for way in dict.fromkeys(["vote", "mean", params.method])}
-    table.write(Path("report"), table.tabulate({**singles, **shown}))
+    model_table.write(Path("report"), model_table.tabulate({**singles, **shown}))
 
     answer = ensemble.judge(validation, chosen)
     probability = answer["probability"].to_numpy()
@@ -59,7 +59,7 @@ def bag() -> None:
     write_csv(Path("plots/bag_confusion.csv"), confusion)
 
     facts = manifest.read_split(Path("data")).set_index("file")
-    found = findings.find(config, subsets, facts, Path("predictions"), Path("metrics"))
+    found = evaluate_models.find(config, subsets, facts, Path("predictions"), Path("metrics"))
     for path, content in found.tables.items():
         write_csv(Path(path), content)
     write_json(Path("metrics/summary.json"), found.summary)

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from pipeline.errors import Interrupted, UserError, first_line
+from pipeline.core.errors import Interrupted, UserError, first_line
 
 
 class Refusal(click.ClickException):

@@ -8,9 +8,9 @@ from stages.common import stage
 @stage
 def download() -> None:
     """Write data/raw.zip from the profile's source."""
-    from pipeline import layout, sources
-    from pipeline.config import load
-    from pipeline.files import replacing
+    from pipeline.core.config import load
+    from pipeline.core.files import replacing
+    from pipeline.data import layout, sources
 
     with replacing(Path("data/raw.zip")) as raw:
         sources.fetch(load().active.download, raw)

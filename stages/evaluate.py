@@ -13,15 +13,15 @@ def evaluate() -> None:
     import numpy as np
     import pandas as pd
 
-    from pipeline import ensemble, memory
-    from pipeline.config import load
-    from pipeline.dataset import Pack
-    from pipeline.errors import UserError
-    from pipeline.evaluation import curves, operating, shortcuts
+    from pipeline.core import memory
+    from pipeline.core.config import load
+    from pipeline.core.errors import UserError
+    from pipeline.core.files import write_csv, write_json
+    from pipeline.data.dataset import Pack
+    from pipeline.data.manifest import read_split
+    from pipeline.evaluation import curves, ensemble, operating_point, shortcuts
     from pipeline.evaluation.metrics import best_model, score
-    from pipeline.evaluation.predictions import predict
-    from pipeline.files import write_csv, write_json
-    from pipeline.manifest import read_split
+    from pipeline.inference.dataset import predict
     from pipeline.models import classifier, soup
     from pipeline.training import determinism
 
@@ -57,7 +57,7 @@ def evaluate() -> None:
     write_json(Path("metrics/shortcuts.json"), facts)
 
     labels, models = validation["label"].to_numpy(dtype=int), found[judged]
-    calls = (models >= operating.thresholds(labels, models, params)).astype(int)
+    calls = (models >= operating_point.thresholds(labels, models, params)).astype(int)
     scores = {name: score(labels, models[name].to_numpy(), calls[name].to_numpy()) for name in networks}
     write_json(Path("metrics/evaluate.json"), scores)
     plots, best = Path("plots"), best_model(scores)

@@ -11,7 +11,7 @@ def history() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from pipeline.config import load
+    from pipeline.core.config import load
     from pipeline.tracking import registry
     from pipeline.tracking.store import connect
 

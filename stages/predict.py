@@ -20,16 +20,17 @@ def predict(files: tuple[str, ...], model: str, table: Path | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from pipeline import inference, memory
-    from pipeline.errors import UserError
-    from pipeline.files import write_csv
-    from pipeline.models import candidate
+    from pipeline.core import memory
+    from pipeline.core.errors import UserError
+    from pipeline.core.files import write_csv
+    from pipeline.inference import candidate
+    from pipeline.inference import files as inference_files
     from pipeline.training import determinism
 
     memory.keep_freed()
-    paths = inference.find(files)
+    paths = inference_files.find(files)
     with _folder(model) as folder:
-        judged = inference.judge(candidate.load(folder, determinism.device()), paths)
+        judged = inference_files.judge(candidate.load(folder, determinism.device()), paths)
     if table:
         write_csv(table, judged)
         click.echo(f"{table}: {len(judged)} files, {judged['label'].sum()} positive")
@@ -49,9 +50,9 @@ def _folder(model: str) -> Iterator[Path]:
     """Bring the candidate of this name into a folder while the block runs."""
     import tempfile
 
-    from pipeline import ensemble
-    from pipeline.config import load
-    from pipeline.models import candidate
+    from pipeline.core.config import load
+    from pipeline.evaluation import ensemble
+    from pipeline.inference import candidate
 
     config = load()
     if model in (*config.models, ensemble.BAG):

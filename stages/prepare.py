@@ -8,8 +8,8 @@ from stages.common import stage
 @stage
 def prepare() -> None:
     """Write data/images.npy, data/manifest.csv and data/quarantine.csv from data/raw.zip."""
-    from pipeline import packing
-    from pipeline.config import load
+    from pipeline.core.config import load
+    from pipeline.data import packing
 
     packing.pack(Path("data/raw.zip"), load().active.prepare, Path("data"))
 

@@ -13,7 +13,7 @@ def promote(model: str | None, because: str | None) -> None:
 
     Writes metrics/promotion.json. With --model nothing is compared: the version becomes champion.
     """
-    from pipeline.config import load
+    from pipeline.core.config import load
     from pipeline.tracking import sync
 
     if (model is None) != (because is None):

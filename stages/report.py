@@ -8,7 +8,7 @@ from stages.common import stage
 @stage
 def report() -> None:
     """Write report/index.html, one page that needs no other file, and report/model-card.md."""
-    from pipeline.config import load
+    from pipeline.core.config import load
     from pipeline.report import page
     from pipeline.report.results import Results
     from pipeline.training import determinism

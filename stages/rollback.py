@@ -9,7 +9,7 @@ from stages.common import stage
 @click.option("--because", metavar="REASON", default="rolled back", help="Why; kept in `cxr history`.")
 def rollback(because: str) -> None:
     """Make the champion before the present one champion again; a second time goes back further."""
-    from pipeline.config import load
+    from pipeline.core.config import load
     from pipeline.tracking import registry, sync
     from pipeline.tracking.store import connect
 

@@ -10,7 +10,7 @@ from stages.common import stage
 if TYPE_CHECKING:
     import pandas as pd
 
-    from pipeline.config import Config
+    from pipeline.core.config import Config
 
 
 @stage
@@ -31,19 +31,20 @@ def submit(send: str | None, message: str | None, yes: bool) -> None:
 
 
 def _write() -> None:
-    from pipeline import layout, submission
-    from pipeline.config import load
+    from pipeline.core.config import load
+    from pipeline.data import layout
+    from pipeline.kaggle import submission_file
 
     sample = layout.read(Path("data/raw.zip")).sample
     for name, labels in _labels(load()).items():
-        submission.write(Path(f"submissions/{name}.csv"), labels, sample)
+        submission_file.write(Path(f"submissions/{name}.csv"), labels, sample)
 
 
 def _labels(config: "Config") -> "dict[str, pd.Series]":
     """Return what each submission says of the test images, by file."""
-    from pipeline import ensemble
+    from pipeline.core.files import read_csv, read_json
+    from pipeline.evaluation import ensemble
     from pipeline.evaluation.metrics import best_model, called
-    from pipeline.files import read_csv, read_json
 
     test, adapted = (read_csv(Path(f"predictions/{name}.csv")).set_index("file") for name in ("test", "adapted"))
     labels = {name: ensemble.judge(test, rule)["label"] for name, rule in ensemble.read_rules(config).items()}
@@ -57,16 +58,17 @@ def _send(name: str, message: str, yes: bool) -> None:
     from contextlib import suppress
     from datetime import UTC, datetime
 
-    from pipeline import kaggle, sending, submission
-    from pipeline.config import load
-    from pipeline.errors import UserError
+    from pipeline.core.config import load
+    from pipeline.core.errors import UserError
+    from pipeline.core.files import read_json, sha256
     from pipeline.evaluation.metrics import best_model
-    from pipeline.files import read_json, sha256
+    from pipeline.kaggle import client, submission_file
+    from pipeline.kaggle import submit as kaggle_submit
     from pipeline.tracking import fingerprint, runs
     from pipeline.tracking.store import connect
 
     config = load()
-    competition = sending.receiver(config)
+    competition = kaggle_submit.receiver(config)
     names = ["best", "bag", "best-adapted", "bag-adapted", *config.models]
     if name not in names:
         raise UserError(f"--send {name}: there is no such file; choose one of {', '.join(names)}")
@@ -74,33 +76,33 @@ def _send(name: str, message: str, yes: bool) -> None:
     digest, present = sha256(file), None
     with suppress(KeyError):  # what cannot be calibrated is not adapted
         present = _labels(config)[name].astype(str).to_dict()
-    if submission.read(file).to_dict() != present:
+    if submission_file.read(file).to_dict() != present:
         raise UserError(f"{file}: not what the present predictions say; run: dvc repro submit")
     model = name.removesuffix("-adapted")
     if model == "best":
         model = best_model(read_json(Path("metrics/evaluate.json")))
     marks = {"bag": fingerprint.of_training(config), **fingerprint.of_models(config)}
-    sending.sent()  # what cannot be added to is refused before anything is sent
+    kaggle_submit.sent()  # what cannot be added to is refused before anything is sent
     store = connect(config.model_name)
     run = runs.find(store, marks[model])
     if run is None:
         raise UserError(f"MLflow has no run of {model} to log the score to; run: cxr sync")
-    with kaggle.client() as client:
+    with client.open_client() as api:
         if not yes and not click.confirm(f"Send {file} to {competition.competition}?"):
             click.echo("nothing is sent")
             return
         sent = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        number = sending.send(client, competition, file, message)
+        number = kaggle_submit.send(api, competition, file, message)
         row = {
             "sent": sent, "competition": competition.competition, "file": name, "model": model, "message": message,
             "sha256": digest, "submission": number,
         }  # fmt: skip
         click.echo(f"submission {number} is sent, and waits for its public score")
-        sending.record({**row, "public_score": None})
-        score = sending.public_score(client, competition, number)
-        sending.record({**row, "public_score": score})
+        kaggle_submit.record({**row, "public_score": None})
+        score = kaggle_submit.public_score(api, competition, number)
+        kaggle_submit.record({**row, "public_score": score})
     runs.log_metrics(store.client, run.info.run_id, {"kaggle/public_score": score})
-    click.echo(f"{competition.competition}: {name} has public score {score}; logged to MLflow and {sending.LOG}")
+    click.echo(f"{competition.competition}: {name} has public score {score}; logged to MLflow and {kaggle_submit.LOG}")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from stages.common import stage
 @click.option("--yes", is_flag=True, help="Do not ask before deleting.")
 def sync(prune: bool, yes: bool) -> None:
     """Complete runs, registered models and aliases in MLflow from DVC's files; done twice, it changes nothing more."""
-    from pipeline.config import load
-    from pipeline.errors import UserError
+    from pipeline.core.config import load
+    from pipeline.core.errors import UserError
     from pipeline.tracking import sync as tracking
     from pipeline.tracking.runs import EXPERIMENT
 

@@ -20,29 +20,29 @@ def train(seed: int) -> None:
     """Write models/seed-K/, and log to MLflow while it trains; go on where an interrupted training stopped."""
     import pandas as pd
 
-    from pipeline import memory
-    from pipeline.config import load
-    from pipeline.dataset import Pack
-    from pipeline.files import write_csv, write_json
-    from pipeline.manifest import read_split
+    from pipeline.core import memory
+    from pipeline.core.config import load
+    from pipeline.core.files import write_csv, write_json
+    from pipeline.data.dataset import Pack
+    from pipeline.data.manifest import read_split
     from pipeline.models import classifier
-    from pipeline.tracking import address, fingerprint
+    from pipeline.tracking import fingerprint, tracking_uri
     from pipeline.tracking.outbox import Outbox
-    from pipeline.training import determinism, group
+    from pipeline.training import determinism, distributed
     from pipeline.training.checkpoint import Checkpoint
-    from pipeline.training.interruption import Interruption
     from pipeline.training.loop import Training
+    from pipeline.training.signals import Interruption
 
     config = load()
     data, folder = Path("data"), Path(f"models/seed-{seed}")
     params = config.active.train
     determinism.make_deterministic(params.cpu_threads, compiled=params.compile)
     memory.keep_freed()
-    with Interruption() as stop, group.joined() as processes:
+    with Interruption() as stop, distributed.joined() as processes:
         pack = Pack(data / "images.npy", determinism.device())
         environment = determinism.environment(processes.count)
         mark = fingerprint.of_training(config, seed=seed, environment=environment)
-        checkpoint = Checkpoint(address.root() / "checkpoints", mark)
+        checkpoint = Checkpoint(tracking_uri.root() / "checkpoints", mark)
         table = read_split(data, config.active.split.fold(seed))
         training = Training(params, seed, table, pack, data / "weights", processes)
         if not processes.leads:
@@ -56,7 +56,7 @@ def train(seed: int) -> None:
             store = connect(config.model_name)
             return SeedRun(store, config, parent_run(store, config), seed, mark).watch()
 
-        address.check_reachable()
+        tracking_uri.check_reachable()
         with checkpoint.alone(), tempfile.TemporaryDirectory() as scratch, Outbox(open_run) as outbox:
 
             def asked_to_stop() -> int:

@@ -86,8 +86,8 @@ def train_all(jobs: int | None, ray: str | None) -> None:
     On this machine the seeds get its GPUs in turn. On a Ray cluster each works in a clone of its own, and the results
     come back with `dvc repro --pull`.
     """
-    from pipeline.config import load
-    from pipeline.errors import UserError
+    from pipeline.core.config import load
+    from pipeline.core.errors import UserError
 
     if (jobs is None) == (ray is None):
         raise click.UsageError("give either --jobs N or --ray ADDRESS")
@@ -97,10 +97,10 @@ def train_all(jobs: int | None, ray: str | None) -> None:
         raise UserError("what comes before training failed, as dvc repro says above")
     if ray:
         try:
-            from stages import on_ray
+            from stages import ray_backend
         except ModuleNotFoundError:
             raise UserError("Ray is not installed; run: pip install -c constraints.txt -e '.[ray]'") from None
-        failed = on_ray.train(ray, config)
+        failed = ray_backend.train(ray, config)
     else:
         failed = _train_here(config.seeds, jobs or 1)
     if failed:
@@ -113,8 +113,8 @@ def _train_here(numbers: list[int], jobs: int) -> dict[int, str]:
     """Train on this machine, and return why the seeds that failed did so."""
     from rich.live import Live
 
-    from pipeline.errors import Interrupted
-    from pipeline.training.interruption import Interruption
+    from pipeline.core.errors import Interrupted
+    from pipeline.training.signals import Interruption
 
     logs = Path("logs")
     logs.mkdir(exist_ok=True)

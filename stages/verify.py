@@ -8,8 +8,8 @@ from stages.common import stage
 @stage
 def verify() -> None:
     """Compare the files of every registered version with what was recorded when it was registered."""
-    from pipeline.config import load
-    from pipeline.errors import UserError
+    from pipeline.core.config import load
+    from pipeline.core.errors import UserError
     from pipeline.tracking import registry
     from pipeline.tracking.store import connect
 

@@ -8,7 +8,7 @@ from stages.common import stage
 @stage
 def weights() -> None:
     """Write data/weights/ for the profile's backbone."""
-    from pipeline.config import load
+    from pipeline.core.config import load
     from pipeline.models import pretrained
 
     profile = load().active

@@ -20,7 +20,7 @@ import yaml
 from filelock import FileLock
 from PIL import Image
 
-from pipeline.errors import UserError
+from pipeline.core.errors import UserError
 
 if TYPE_CHECKING:
     from click.testing import Result

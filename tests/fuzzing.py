@@ -14,7 +14,7 @@ from collections import Counter
 
 from odd_files import formats
 
-from pipeline.images import UnusableError, decode
+from pipeline.data.images import UnusableError, decode
 
 MEMORY = 2 * 2**30  # bytes of address space
 HANG = 10  # seconds for one file

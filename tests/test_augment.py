@@ -4,8 +4,8 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import config
-from pipeline.augment import augment, epoch_order, mixup
+from pipeline.core import config
+from pipeline.training.augment import augment, epoch_order, mixup
 from pipeline.training.determinism import generator
 
 STILL = {"flip": 0.0, "rotation": 0.0, "zoom": 0.0, "shift": 0.0, "gamma": 0.0}

@@ -9,7 +9,7 @@ from conftest import ROOT, refusal_of_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import config
+from pipeline.core import config
 
 refusal = partial(refusal_of_file, config.load)
 SHIPPED = yaml.safe_load((ROOT / "params.yaml").read_text())

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 from xxhash import xxh3_128_hexdigest
 
-from pipeline import duplicates, images
-from pipeline.config import PhantomParams
-from pipeline.sources import phantom
+from pipeline.core.config import PhantomParams
+from pipeline.data import duplicates, images
+from pipeline.data.sources import phantom
 
 REAL = ROOT.parent / "shared/data"
 SIZE = 64

@@ -79,10 +79,10 @@ def products(stage: str) -> list[str]:
 
 
 def test_the_closure_follows_functions_packages_and_files_run_by_path_but_no_blocks_for_type_checkers():
-    assert "pipeline/sources/__init__.py" in reached("download")  # a package that is not empty
-    assert "pipeline/sources/phantom.py" in reached("download")  # imported inside a function
-    assert "pipeline/tracking/served.py" in reached("promote")  # run by its path
-    assert "pipeline/images.py" in reached("promote")  # imported by a file run by its path
+    assert "pipeline/data/sources/__init__.py" in reached("download")  # a package that is not empty
+    assert "pipeline/data/sources/phantom.py" in reached("download")  # imported inside a function
+    assert "pipeline/inference/pyfunc_model.py" in reached("promote")  # run by its path
+    assert "pipeline/data/images.py" in reached("promote")  # imported by a file run by its path
     assert "pipeline/models/__init__.py" not in reached("train")  # empty
 
 
@@ -117,8 +117,8 @@ def test_every_dependency_on_data_is_the_product_of_another_stage(stage):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_section_of_the_profile_that_a_stage_names_is_among_its_parameters(stage):
-    by_hand = ("pipeline/sending.py", "pipeline/tracking/") if stage == "submit" else ()  # for --send alone
-    others = ("pipeline/config.py", *by_hand)
+    by_hand = ("pipeline/kaggle/submit.py", "pipeline/tracking/") if stage == "submit" else ()  # for --send alone
+    others = ("pipeline/core/config.py", *by_hand)
     text = "".join((ROOT / file).read_text() for file in sorted(reached(stage)) if not file.startswith(others))
     named = [f"${{profile}}.{section}." for section in re.findall(r"(?:active|profile)\.(\w+)", text)]
     params = STAGES[stage]["params"]

@@ -9,11 +9,12 @@ from conftest import ROOT, refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import ensemble
-from pipeline.config import EvaluateParams, load
-from pipeline.ensemble import Rule
-from pipeline.files import write_json
-from pipeline.models import candidate, classifier, soup
+from pipeline.core.config import EvaluateParams, load
+from pipeline.core.files import write_json
+from pipeline.evaluation import ensemble
+from pipeline.evaluation.ensemble import Rule
+from pipeline.inference import candidate
+from pipeline.models import classifier, soup
 from pipeline.models.classifier import Architecture, Classifier
 
 pytestmark = pytest.mark.usefixtures("one_thread")

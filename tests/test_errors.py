@@ -5,7 +5,7 @@ import string
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import first_line, redacted
+from pipeline.core.errors import first_line, redacted
 
 WORDS = st.text(string.ascii_letters + string.digits + "@:-_.%", min_size=1)
 

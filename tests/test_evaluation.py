@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn import metrics as sklearn
 
-from pipeline import submission
-from pipeline.dataset import Pack
-from pipeline.errors import UserError
+from pipeline.core.errors import UserError
+from pipeline.data.dataset import Pack
 from pipeline.evaluation import calibration, curves
 from pipeline.evaluation.intervals import f1_difference
 from pipeline.evaluation.metrics import best_model, score
-from pipeline.evaluation.predictions import predict
+from pipeline.inference.dataset import predict
+from pipeline.kaggle import submission_file
 from pipeline.models.classifier import Architecture, Classifier
-from pipeline.report import table
+from pipeline.report import model_table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -129,7 +129,7 @@ def models() -> dict:
 
 
 def test_the_table_has_a_column_per_model_and_a_row_per_figure():
-    found = table.tabulate(models())
+    found = model_table.tabulate(models())
     assert list(found.columns) == ["seed-0", "seed-1", "bag (vote)"]
     assert list(found.index) == list(models()["seed-0"])
     assert found.loc["f1", "seed-1"] == models()["seed-1"]["f1"]
@@ -137,9 +137,9 @@ def test_the_table_has_a_column_per_model_and_a_row_per_figure():
 
 
 def test_the_table_is_written_as_csv_markdown_and_a_picture(tmp_path):
-    table.write(tmp_path, table.tabulate(models()))
+    model_table.write(tmp_path, model_table.tabulate(models()))
     back = pd.read_csv(tmp_path / "table.csv", index_col="metric")
-    pd.testing.assert_frame_equal(back, table.tabulate(models()), check_names=False, rtol=1e-8)
+    pd.testing.assert_frame_equal(back, model_table.tabulate(models()), check_names=False, rtol=1e-8)
     lines = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
     assert lines[:2] == ["|  | seed-0 | seed-1 | bag (vote) |", "| --- | ---: | ---: | ---: |"]
     assert lines[2].startswith("| loss | ")
@@ -156,13 +156,15 @@ def test_a_figure_that_no_model_has_is_a_dash_without_a_warning(tmp_path):
     # Models that call nothing positive have no precision.
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        table.write(tmp_path, table.tabulate({f"seed-{seed}": score(*labelled(5, 0, 2, 0)) for seed in range(2)}))
+        model_table.write(
+            tmp_path, model_table.tabulate({f"seed-{seed}": score(*labelled(5, 0, 2, 0)) for seed in range(2)})
+        )
     assert "| PPV | – | – |" in (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
 
 
 def test_the_table_is_the_same_bytes_twice(tmp_path):
     for name in ("one", "two"):
-        table.write(tmp_path / name, table.tabulate(models()))
+        model_table.write(tmp_path / name, model_table.tabulate(models()))
     for name in ("table.csv", "table.md", "table.png"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
@@ -176,7 +178,7 @@ def sample(*files: str) -> pd.DataFrame:
 
 def test_a_submission_has_the_order_of_the_sample(tmp_path):
     labels = pd.Series({"a.jpg": 1, "b.jpg": 0, "c.jpg": 1})
-    submission.write(tmp_path / "s.csv", labels, sample("c.jpg", "a.jpg", "b.jpg"))
+    submission_file.write(tmp_path / "s.csv", labels, sample("c.jpg", "a.jpg", "b.jpg"))
     assert (tmp_path / "s.csv").read_text() == "File,Label\nc.jpg,1\na.jpg,1\nb.jpg,0\n"
 
 
@@ -194,7 +196,7 @@ def test_a_submission_has_the_order_of_the_sample(tmp_path):
 def test_predictions_that_do_not_match_the_sample_are_refused(tmp_path, labels, named):
     path = tmp_path / "s.csv"
     with pytest.raises(UserError) as caught:
-        submission.write(path, pd.Series(labels), sample("a.jpg", "b.jpg"))
+        submission_file.write(path, pd.Series(labels), sample("a.jpg", "b.jpg"))
     message = str(caught.value)
     assert message.startswith(f"{path}: ")
     assert named in message

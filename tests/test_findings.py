@@ -13,13 +13,21 @@ from hypothesis import strategies as st
 from scipy.stats import beta
 from sklearn import metrics as sklearn
 
-from pipeline import config
-from pipeline.config import Config
-from pipeline.evaluation import calibration, curves, findings, operating, opinions, prevalence, shortcuts
-from pipeline.evaluation.findings import Findings
-from pipeline.evaluation.folds import FOLDS, cross_fit, folds
+from pipeline.core import config
+from pipeline.core.config import Config
+from pipeline.core.files import write_csv, write_json
+from pipeline.evaluation import (
+    calibration,
+    curves,
+    evaluate_models,
+    metric_tables,
+    operating_point,
+    prevalence,
+    shortcuts,
+)
+from pipeline.evaluation.cross_fitting import FOLDS, cross_fit, folds
+from pipeline.evaluation.evaluate_models import Findings
 from pipeline.evaluation.metrics import score
-from pipeline.files import write_csv, write_json
 
 RULES = ("best_f1", "youden", "sensitivity")
 rows = st.lists(st.tuples(st.integers(0, 1), st.floats(0, 1, width=32)), min_size=2, max_size=25)
@@ -56,7 +64,7 @@ def test_no_threshold_is_better_by_its_rule_than_the_one_chosen(rows, floor):
         return sensitivity, specificity, 2 * hits / (called.sum() + labels.sum())
 
     every = [worth(value) for value in given]
-    chosen = {rule: worth(operating.choose(labels, given, params(rule, floor))) for rule in RULES}
+    chosen = {rule: worth(operating_point.choose(labels, given, params(rule, floor))) for rule in RULES}
     assert chosen["best_f1"][2] == pytest.approx(max(f1 for *_, f1 in every))
     assert sum(chosen["youden"][:2]) == pytest.approx(max(one + other for one, other, _ in every))
     assert chosen["sensitivity"][0] >= floor
@@ -65,10 +73,10 @@ def test_no_threshold_is_better_by_its_rule_than_the_one_chosen(rows, floor):
 
 def test_a_threshold_lies_between_two_probabilities_and_is_the_nearest_to_a_half():
     labels, given = np.array([0, 0, 1, 1]), np.array([0.1, 0.2, 0.4, 0.9])
-    assert operating.choose(labels, given, params("best_f1")) == pytest.approx(0.3)
-    assert operating.choose(labels, np.full(4, 0.7), params("youden")) == pytest.approx(0.35)
-    assert operating.choose(labels, given, params("half")) == 0.5
-    assert operating.choose(np.zeros(4), given, params("best_f1")) == 0.5
+    assert operating_point.choose(labels, given, params("best_f1")) == pytest.approx(0.3)
+    assert operating_point.choose(labels, np.full(4, 0.7), params("youden")) == pytest.approx(0.35)
+    assert operating_point.choose(labels, given, params("half")) == 0.5
+    assert operating_point.choose(np.zeros(4), given, params("best_f1")) == 0.5
 
 
 # Cross-fitting
@@ -261,7 +269,7 @@ def find(
     write_json(folder / "shortcuts.json", known)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = findings.find(settings, {"validation": validation, "test": test}, facts, folder, folder)
+        found = evaluate_models.find(settings, {"validation": validation, "test": test}, facts, folder, folder)
         for path, content in found.tables.items():
             write_csv(folder / path, content)
         write_json(folder / "summary.json", found.summary)
@@ -314,10 +322,10 @@ def test_the_summary_foretells_accuracy_at_the_expected_prevalence(tmp_path):
 
 def test_what_no_error_was_seen_in_is_not_foretold_as_sure():
     labels = np.repeat([0, 1], [150, 20])
-    validation = opinions.Validation(labels, np.arange(170), 2000)
+    validation = metric_tables.Validation(labels, np.arange(170), 2000)
     called = np.where(np.arange(170) < 7, 1, labels)  # seven false alarms, and no miss
-    sample = validation.samples(opinions.Opinion(called, None))
-    found = opinions.prevalence_table(validation, {"model": sample}, 0.5).set_index("prevalence").loc[0.5]
+    sample = validation.samples(metric_tables.Opinion(called, None))
+    found = metric_tables.prevalence_table(validation, {"model": sample}, 0.5).set_index("prevalence").loc[0.5]
     assert found["accuracy"] == pytest.approx((1 + 143 / 150) / 2)
     # Half of Jeffreys' lower end for 20 of 20, and half of the specificity
     assert found["accuracy_low"] == pytest.approx((beta.ppf(0.025, 20.5, 0.5) + 143 / 150) / 2, abs=0.01)
@@ -326,9 +334,9 @@ def test_what_no_error_was_seen_in_is_not_foretold_as_sure():
 
 def test_a_perfect_model_is_not_foretold_to_err_about_both_classes_at_once():
     labels = np.repeat([0, 1], 30)
-    validation = opinions.Validation(labels, np.arange(60), 2000)
-    sample = validation.samples(opinions.Opinion(labels, None))
-    found = opinions.prevalence_table(validation, {"model": sample}, 0.5).set_index("prevalence").loc[0.5]
+    validation = metric_tables.Validation(labels, np.arange(60), 2000)
+    sample = validation.samples(metric_tables.Opinion(labels, None))
+    found = metric_tables.prevalence_table(validation, {"model": sample}, 0.5).set_index("prevalence").loc[0.5]
     drawn = np.random.default_rng(1).beta(30.5, 0.5, (2, 20_000)).mean(axis=0)
     assert found["accuracy_low"] == pytest.approx(np.quantile(drawn, 0.025), abs=0.005)
 

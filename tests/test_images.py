@@ -19,8 +19,8 @@ from odd_files import chest, dicom, encoded, formats
 from PIL import Image
 from pydicom.uid import JPEG2000, JPEGBaseline8Bit, JPEGLossless
 
-from pipeline import images
-from pipeline.images import UnusableError, decode, square
+from pipeline.data import images
+from pipeline.data.images import UnusableError, decode, square
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # decoders warn of what is odd
 SHARED = ROOT.parent / "shared/data"

@@ -20,11 +20,11 @@ from kaggle_server import COMPETITION, DATASET, KEY, SIGNATURE, TOKEN, Kaggle, s
 from kagglehub import config as kagglehub_config
 from kagglesdk import kaggle_env
 
-from pipeline import kaggle as client
-from pipeline import sending, sources
-from pipeline.config import KaggleParams, load
-from pipeline.ensemble import Rule
-from pipeline.files import write_json
+from pipeline.core.config import KaggleParams, load
+from pipeline.core.files import write_json
+from pipeline.data import sources
+from pipeline.evaluation.ensemble import Rule
+from pipeline.kaggle import client, submit
 from pipeline.tracking import fingerprint, runs
 from pipeline.tracking.store import connect
 
@@ -313,7 +313,7 @@ def test_the_shipped_competition_profile_downloads_with_nothing_but_credentials(
 def test_no_stage_of_the_pipeline_sends_or_deletes_what_was_sent():
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     assert stages["submit"]["cmd"] == "python -m stages.submit"
-    assert not any(sending.LOG.is_relative_to(out) for out in stages["submit"]["outs"])  # which DVC deletes
+    assert not any(submit.LOG.is_relative_to(out) for out in stages["submit"]["outs"])  # which DVC deletes
 
 
 def rule(*members: str) -> dict:
@@ -356,7 +356,7 @@ def finished(tmp_path_factory, empty_store) -> Path:
 def send(kaggle, finished, monkeypatch) -> Callable[..., Result]:
     """Runs `cxr submit` in the finished project, which forgets what was sent before."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(sending, "POLL", 0.01)
+    monkeypatch.setattr(submit, "POLL", 0.01)
     (finished / "submissions.csv").unlink(missing_ok=True)
     return lambda *arguments, answer=None: run_cxr(finished, monkeypatch, "submit", *arguments, answer=answer)
 
@@ -455,7 +455,7 @@ def test_a_submission_without_a_score_is_in_the_log_all_the_same(send, kaggle, f
     kaggle.verdict = {"status": "ERROR", "errorDescription": "row 3\nis missing"}
     ended = send("--send", "bag", "-m", "x", "--yes")
     assert "submission 41: Kaggle cannot score it: row 3 is missing" in ended.stderr
-    monkeypatch.setattr(sending, "PATIENCE", 0.1)
+    monkeypatch.setattr(submit, "PATIENCE", 0.1)
     kaggle.looks = 99
     ended = send("--send", "bag", "-m", "x", "--yes")
     assert "submission 42 has no score yet" in ended.stderr

@@ -14,10 +14,10 @@ import pandas as pd
 import pytest
 from conftest import archive_members, refusal_of_file, write_zip
 
-from pipeline import layout
-from pipeline.config import ArchiveParams
-from pipeline.errors import UserError
-from pipeline.sources import archive, fetch
+from pipeline.core.config import ArchiveParams
+from pipeline.core.errors import UserError
+from pipeline.data import layout
+from pipeline.data.sources import archive, fetch
 
 refusal = partial(refusal_of_file, layout.read)
 LABELS, SAMPLE = "train_labels.csv", "sample_submission.csv"

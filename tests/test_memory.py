@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from pipeline import memory
+from pipeline.core import memory
 
 MEASURE = """
 from pathlib import Path

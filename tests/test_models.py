@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pipeline import config
+from pipeline.core import config
 from pipeline.models import backbones, classifier, pretrained
 from pipeline.models.classifier import Architecture, Classifier
 from pipeline.models.pooling import FixedAveragePool2d, replace_adaptive_pooling

@@ -11,9 +11,9 @@ from odd_files import chest, dicom, encoded, formats
 from PIL import Image
 from xxhash import xxh3_128_hexdigest
 
-from pipeline import images, layout, manifest, packing
-from pipeline.config import PrepareParams
-from pipeline.errors import UserError
+from pipeline.core.config import PrepareParams
+from pipeline.core.errors import UserError
+from pipeline.data import images, layout, manifest, packing
 
 BROKEN, SHORT = "train/train/a004.jpg", "train/train/a007.jpg"
 

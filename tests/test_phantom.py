@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.config import PhantomParams
-from pipeline.sources import phantom
+from pipeline.core.config import PhantomParams
+from pipeline.data.sources import phantom
 
 SMALL = PhantomParams(
     source="phantom", train=24, test=8, prevalence=0.25, test_prevalence=0.5, strength=1, confounding=0.6, seed=7

@@ -15,7 +15,7 @@ import pytest
 from conftest import copy, edit_params, enter, refused, said, seed_runs, store, typed
 from filelock import FileLock
 
-from pipeline import config
+from pipeline.core import config
 from pipeline.tracking import registry, runs
 from pipeline.tracking.store import Store, connect
 

@@ -13,13 +13,13 @@ import torch
 from browser import OPTIONS
 from conftest import ROOT, edit_params, make_tiny, store
 
-from pipeline import config
-from pipeline.files import write_csv, write_json
+from pipeline.core import config
+from pipeline.core.files import write_csv, write_json
 from pipeline.models import classifier
 from pipeline.models.classifier import Architecture, Classifier
-from pipeline.report import gradcam, page, words
-from pipeline.report.grids import Grid, markdown
+from pipeline.report import gradcam, page, summary_text
 from pipeline.report.results import Estimate, Results
+from pipeline.report.tables import Grid, markdown
 from pipeline.tracking import registry
 from stages.bag import bag
 from stages.evaluate import evaluate
@@ -181,7 +181,7 @@ def test_the_report_is_the_same_bytes_each_time_and_neither_a_files_name_nor_a_d
 def test_a_model_that_looks_at_the_border_puts_a_warning_light_on(built, monkeypatch):
     monkeypatch.chdir(built)
     for share, said in {0.9: True, 0.1: False, np.nan: False}.items():
-        found = words.cautions(Results(config.load()), np.array([share, share]))
+        found = summary_text.cautions(Results(config.load()), np.array([share, share]))
         assert ("It looks at the border" in [caution.what for caution in found]) == said
 
 
@@ -192,7 +192,9 @@ def test_a_source_within_which_the_model_may_know_nothing_is_named(built, monkey
     row = {"by": "source", "slice": "B", "model": results.best, "metric": "auroc", "value": value, "low": low}
     vars(results)["slices"] = pd.DataFrame([row | {"high": low + 0.3, "reason": ""}])
     why = [
-        one.why for one in words.cautions(results, np.array([0.1])) if one.what.startswith("On images of one source")
+        one.why
+        for one in summary_text.cautions(results, np.array([0.1]))
+        if one.what.startswith("On images of one source")
     ]
     assert why == ([f"Among those of B it has AUROC {value:.3f} (0.100 to 0.400)."] if warned else [])
 

@@ -11,12 +11,13 @@ from conftest import write_zip
 from odd_files import chest, encoded, formats
 from PIL import Image
 
-from pipeline import inference, manifest, packing
-from pipeline.config import PrepareParams
-from pipeline.dataset import Pack
-from pipeline.ensemble import Rule
-from pipeline.evaluation.predictions import predict
-from pipeline.models import candidate, classifier
+from pipeline.core.config import PrepareParams
+from pipeline.data import manifest, packing
+from pipeline.data.dataset import Pack
+from pipeline.evaluation.ensemble import Rule
+from pipeline.inference import candidate
+from pipeline.inference.dataset import predict
+from pipeline.models import classifier
 from pipeline.models.classifier import Architecture, Classifier
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -26,7 +27,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("resize", ["stretch", "pad"])
 def test_a_file_has_the_probability_it_had_in_evaluate_however_it_is_judged(tmp_path, resize):
-    from pipeline.tracking.served import ServedModel
+    from pipeline.inference.pyfunc_model import ServedModel
 
     wide = {
         "wide.png": encoded(Image.fromarray(chest(90)[:50])),
@@ -54,7 +55,7 @@ def test_a_file_has_the_probability_it_had_in_evaluate_however_it_is_judged(tmp_
     with zipfile.ZipFile(raw) as archive:
         archive.extractall(tmp_path)
     paths = [tmp_path / "test" / name for name in files]
-    judged = inference.judge(candidate.load(tmp_path / "candidate", CPU), paths)
+    judged = files.judge(candidate.load(tmp_path / "candidate", CPU), paths)
     assert judged["probability"].to_numpy() == pytest.approx(expected, abs=1e-6)
 
     served = ServedModel()

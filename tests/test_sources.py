@@ -8,9 +8,10 @@ import pytest
 import yaml
 from conftest import ROOT, jpeg, refusal
 
-from pipeline import config, layout
-from pipeline.config import CohenParams, ColumnsParams, CovidxParams, TableParams
-from pipeline.sources import fetch, writing
+from pipeline.core import config
+from pipeline.core.config import CohenParams, ColumnsParams, CovidxParams, TableParams
+from pipeline.data import layout
+from pipeline.data.sources import archive_writer, fetch
 
 SNIPPETS = [
     yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/data.md").read_text(), re.DOTALL)
@@ -211,7 +212,7 @@ def test_a_table_that_cannot_be_used_is_refused_in_one_line(tmp_path, text, reas
 def test_the_share_that_is_held_out_is_about_as_asked():
     names = pd.Series([f"patient {index}" for index in range(4000)])
     for share in (0.05, 0.15, 0.5):
-        assert writing.held_out(names, names, share).mean() == pytest.approx(share, abs=0.02)
+        assert archive_writer.held_out(names, names, share).mean() == pytest.approx(share, abs=0.02)
 
 
 def test_a_value_that_is_positive_and_negative_is_refused(tmp_path):

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipeline import splitting
-from pipeline.config import SplitParams
-from pipeline.errors import UserError
+from pipeline.core.config import SplitParams
+from pipeline.core.errors import UserError
+from pipeline.data import splitting
 
 
 def table(labels: list[int], patients: list[str] | None = None, tests: int = 2) -> pd.DataFrame:

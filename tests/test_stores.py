@@ -13,7 +13,7 @@ import pytest
 from conftest import copy, free_port, mlflow_server, refused, said, typed
 from test_interruptions import Proxy
 
-from pipeline import config
+from pipeline.core import config
 from pipeline.tracking import runs
 from pipeline.tracking.store import connect
 

@@ -13,15 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from pipeline import config
-from pipeline.dataset import Pack
-from pipeline.errors import Interrupted, UserError
+from pipeline.core import config
+from pipeline.core.errors import Interrupted, UserError
+from pipeline.data.dataset import Pack
+from pipeline.data.manifest import read_split
 from pipeline.evaluation.metrics import score
-from pipeline.manifest import read_split
 from pipeline.models.classifier import Architecture, Classifier
 from pipeline.training import determinism, loop
 from pipeline.training.checkpoint import Checkpoint
-from pipeline.training.group import Group
+from pipeline.training.distributed import Group
 from pipeline.training.schedule import learning_rate, optimiser
 
 SHIPPED = config.load(ROOT / "params.yaml").profiles["demo"].train

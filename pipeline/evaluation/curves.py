@@ -15,8 +15,8 @@ from sklearn.metrics import (
     roc_curve,
 )
 
+from pipeline.core.files import replacing
 from pipeline.evaluation.metrics import one_class
-from pipeline.files import replacing
 
 
 def roc_table(labels: np.ndarray, probabilities: np.ndarray) -> pd.DataFrame:

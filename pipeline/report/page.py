@@ -10,12 +10,12 @@ import numpy as np
 import pandas as pd
 import torch
 
+from pipeline.core.files import read_csv, read_json, replacing
 from pipeline.evaluation.metrics import NAMES, one_class
-from pipeline.files import read_csv, read_json, replacing
 from pipeline.models import classifier
-from pipeline.report import charts, gradcam, grids, pictures, words
-from pipeline.report.grids import Grid
+from pipeline.report import charts, gradcam, image_encoding, summary_text, tables
 from pipeline.report.results import Results
+from pipeline.report.tables import Grid
 
 DISPUTED = 12  # images that are shown, at most
 SECTIONS = {
@@ -44,7 +44,9 @@ def write(folder: Path, results: Results) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {made.__name__: made for made in (grids.percent, grids.number, grids.told, grids.markdown)}
+    environment.filters |= {
+        made.__name__: made for made in (tables.percent, tables.number, tables.told, tables.markdown)
+    }
     content = _content(results) | {"style": environment.get_template("style.css").render()}
     for name in ("index.html", "model-card.md"):
         with replacing(folder / name) as aside:
@@ -60,13 +62,13 @@ def _content(results: Results) -> dict[str, Any]:
         "results": results, "best": best, "bag": results.bag, "summary": summary, "params": params, "names": NAMES,
         "headline": {key: [results.estimate(name, key) for name in (best, results.bag)] for key in
                      ("f1", "recall", "specificity", "auroc")},
-        "expected": params.evaluate.expected_prevalence, "versus_bag": words.versus_bag(results),
-        "cautions": words.cautions(results, outside), "sections": SECTIONS, "rivals": words.rivals(results),
-        "added": [words.added(results, name) for name in results.shortcuts],
-        "models": grids.models(results), "spread": grids.spread(results), "calibration": grids.calibration(results),
-        "operating_points": grids.operating_points(results), "prevalence": grids.prevalence(best),
-        "shortcuts": grids.shortcuts(results), "slices": grids.slices(results), "bags": grids.bags(results),
-        "disagreement": grids.disagreement(), "data": grids.data(results), "charts": _charts(results),
+        "expected": params.evaluate.expected_prevalence, "versus_bag": summary_text.versus_bag(results),
+        "cautions": summary_text.cautions(results, outside), "sections": SECTIONS, "rivals": summary_text.rivals(results),
+        "added": [summary_text.added(results, name) for name in results.shortcuts],
+        "models": tables.models(results), "spread": tables.spread(results), "calibration": tables.calibration(results),
+        "operating_points": tables.operating_points(results), "prevalence": tables.prevalence(best),
+        "shortcuts": tables.shortcuts(results), "slices": tables.slices(results), "bags": tables.bags(results),
+        "disagreement": tables.disagreement(), "data": tables.data(results), "charts": _charts(results),
         "confusion": _confusion(results), "parameters": _parameters(params),
         "versions": _versions(results), "looked": looked, "outside": known.mean() if len(known) else np.nan,
         "even": gradcam.EVEN, "disputed": disputed(results), "disputes": len(pd.read_csv("predictions/disputed.csv")),
@@ -89,7 +91,7 @@ def explained(results: Results) -> list[Image]:
         Image(
             results.validation["file"].iloc[row],
             f"validation{_class(labels[row])}; P(positive) {probabilities[row]:.3f}",
-            [pictures.picture(radiograph), pictures.overlaid(radiograph, heat)],
+            [image_encoding.picture(radiograph), image_encoding.overlaid(radiograph, heat)],
             kind,
             outside,
         )
@@ -108,7 +110,7 @@ def disputed(results: Results) -> list[Image]:
         Image(
             row["file"],
             f"{row['subset']}{_class(row['label'])}; {row['votes']} of {count} say positive, mean {row['mean']:.3f}",
-            [pictures.picture(results.images[_place(results, row["file"])])],
+            [image_encoding.picture(results.images[_place(results, row["file"])])],
         )
         for _, row in table.sort_values(["margin", "file"]).head(DISPUTED).iterrows()
     ]

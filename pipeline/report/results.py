@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pipeline.config import Config
-from pipeline.files import read_csv, read_json
-from pipeline.manifest import read_split
+from pipeline.core.config import Config
+from pipeline.core.files import read_csv, read_json
+from pipeline.data.manifest import read_split
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
-from pipeline.config import Config
-from pipeline.errors import UserError
-from pipeline.files import read_json, sha256
+from pipeline.core.config import Config
+from pipeline.core.errors import UserError
+from pipeline.core.files import read_json, sha256
 
 # The manifest holds the hash of every image in the pack, and is quicker to read.
 STOOD_FOR = {"data/images.npy": "data/manifest.csv"}

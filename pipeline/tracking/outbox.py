@@ -10,7 +10,7 @@ from threading import Thread
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 
-from pipeline.errors import Interrupted, UnreachableError, UserError, first_line
+from pipeline.core.errors import Interrupted, UnreachableError, UserError, first_line
 
 if TYPE_CHECKING:
     from pipeline.tracking.runs import SeedRun

@@ -30,8 +30,8 @@ from mlflow.types.schema import AnyType
 from PIL import Image
 
 import pipeline
-from pipeline.errors import UserError, first_line
-from pipeline.models import candidate
+from pipeline.core.errors import UserError, first_line
+from pipeline.inference import candidate
 from pipeline.tracking.store import Store
 
 IDENTITY = "identity"
@@ -280,7 +280,7 @@ def _log_model(store: Store, run_id: str, folder: Path, example: np.ndarray) -> 
         logging.getLogger("mlflow").setLevel(logging.ERROR)
         info = mlflow.pyfunc.log_model(
             name="model",
-            python_model=str(Path(__file__).with_name("served.py")),
+            python_model=str(Path(candidate.__file__).with_name("pyfunc_model.py")),
             artifacts={FOLDER: str(folder)},
             code_paths=[str(Path(pipeline.__file__).parent)],
             signature=SIGNATURE,

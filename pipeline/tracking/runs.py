@@ -28,12 +28,12 @@ from mlflow.utils.mlflow_tags import (
     MLFLOW_RUN_NOTE,
 )
 
-from pipeline import manifest
-from pipeline.config import Config
-from pipeline.files import dvc_hash, read_json, sha256
+from pipeline.core.config import Config
+from pipeline.core.files import dvc_hash, read_json, sha256
+from pipeline.data import manifest
 from pipeline.tracking import fingerprint
-from pipeline.tracking.address import root
 from pipeline.tracking.store import Store
+from pipeline.tracking.tracking_uri import root
 
 FINGERPRINT = "fingerprint"
 EXPERIMENT = "dvc.experiment"

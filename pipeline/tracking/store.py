@@ -10,9 +10,9 @@ from mlflow import MlflowClient, set_tracking_uri
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
-from pipeline.errors import UserError, first_line, redacted
-from pipeline.files import replacing
-from pipeline.tracking.address import SQLITE, check_reachable, root, tracking_uri, unreachable
+from pipeline.core.errors import UserError, first_line, redacted
+from pipeline.core.files import replacing
+from pipeline.tracking.tracking_uri import SQLITE, check_reachable, root, tracking_uri, unreachable
 
 KIND = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's UI shows training, not prompts and traces
 

@@ -13,17 +13,17 @@ from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-from pipeline import ensemble, images, layout
-from pipeline.config import Config
-from pipeline.ensemble import BAG
-from pipeline.errors import UserError
-from pipeline.evaluation import calibration
+from pipeline.core.config import Config
+from pipeline.core.errors import UserError
+from pipeline.core.files import dvc_hash, read_csv, read_json, write_json
+from pipeline.data import images, layout
+from pipeline.data.manifest import read_split
+from pipeline.evaluation import calibration, ensemble
+from pipeline.evaluation.ensemble import BAG
 from pipeline.evaluation.intervals import f1_difference
 from pipeline.evaluation.metrics import Scores, best_model, score
-from pipeline.files import dvc_hash, read_csv, read_json, write_json
-from pipeline.manifest import read_split
-from pipeline.models import candidate
-from pipeline.models.candidate import BATCH, Candidate
+from pipeline.inference import candidate
+from pipeline.inference.candidate import BATCH, Candidate
 from pipeline.tracking import fingerprint, registry
 from pipeline.tracking.runs import MANIFEST, SeedRun, finish_parent, origin, parent_run, runs_of_others
 from pipeline.tracking.store import Store, connect

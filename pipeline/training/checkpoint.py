@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from pipeline import memory
-from pipeline.errors import first_line
-from pipeline.files import replacing
+from pipeline.core import memory
+from pipeline.core.errors import first_line
+from pipeline.core.files import replacing
 
 log = logging.getLogger(__name__)
 

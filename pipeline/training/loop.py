@@ -15,16 +15,16 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from pipeline import memory
-from pipeline.augment import augment, epoch_order, mixup
-from pipeline.config import TrainParams
-from pipeline.dataset import Pack
-from pipeline.errors import Interrupted, UserError
+from pipeline.core import memory
+from pipeline.core.config import TrainParams
+from pipeline.core.errors import Interrupted, UserError
+from pipeline.data.dataset import Pack
 from pipeline.evaluation.metrics import Scores, score
 from pipeline.models.classifier import Architecture, Classifier, load_pretrained
+from pipeline.training.augment import augment, epoch_order, mixup
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.determinism import generator, reseed
-from pipeline.training.group import Group
+from pipeline.training.distributed import Group
 from pipeline.training.schedule import learning_rate, optimiser
 
 AUTOCAST = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from pipeline.config import TrainParams
+from pipeline.core.config import TrainParams
 
 SGD_MOMENTUM = 0.9
 

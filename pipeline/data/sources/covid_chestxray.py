@@ -1,0 +1,34 @@
+"""Frontal radiographs of github.com/ieee8023/covid-chestxray-dataset (Cohen et al. 2020, arXiv:2006.11988)."""
+
+from pathlib import Path
+
+from pipeline.core.config import CohenParams
+from pipeline.data.sources import archive_writer
+
+FRONTAL = ["PA", "AP", "AP Supine", "AP semi erect", "AP erect"]
+NOT_SAID = ["", "todo", "unknown"]  # findings of images that nobody has labelled yet
+COLUMNS = ["patientid", "finding", "view", "folder", "filename"]
+
+
+def write(params: CohenParams, target: Path) -> None:
+    """Write the layout's zip from a checkout of the repository; positive is every finding with COVID-19.
+
+    Lateral views, CT, and images without a finding are left out; `test_share` of the patients are the test set.
+
+    Raises:
+        UserError: metadata.csv or an image is missing.
+    """
+    folder = archive_writer.folder(params.path, "a checkout of ieee8023/covid-chestxray-dataset")
+    table = archive_writer.read_csv(folder / "metadata.csv", COLUMNS)
+    frontal = table["view"].str.strip().str.lower().isin([view.lower() for view in FRONTAL])
+    table = table[frontal & ~table["finding"].str.strip().str.lower().isin(NOT_SAID)].drop_duplicates("filename")
+    positive = table["finding"].str.contains("COVID-19", regex=False).astype("Int64")
+    rows = table[["view"]].assign(
+        file=table["filename"],
+        label=positive.mask(archive_writer.held_out(table["patientid"], table["filename"], params.test_share)),
+        patient=table["patientid"],
+        source="cohen",
+        licence=table.get("license", ""),
+        path=[folder / place / file for place, file in zip(table["folder"], table["filename"], strict=True)],
+    )
+    archive_writer.write_files(rows, target)
