@@ -16,9 +16,9 @@ import pandas as pd
 from pipeline.core.files import read_csv
 from pipeline.data.manifest import read_split
 from pipeline.evaluation import intervals
-from pipeline.evaluation.calibration import corrected
-from pipeline.evaluation.metric_tables import Opinion, Validation, calibrated
-from pipeline.evaluation.metrics import LOWER_IS_BETTER, called
+from pipeline.evaluation.calibration import fit_platt
+from pipeline.evaluation.metric_tables import Predictions, ValidationSet, cross_fit_recalibration
+from pipeline.evaluation.metrics import LOWER_IS_BETTER, apply_threshold
 
 RESAMPLES = 2000
 METRICS = ["loss", "calibrated_loss", "auroc", "average_precision", "f1"]
@@ -32,12 +32,18 @@ def predictions(project: Path) -> pd.DataFrame:
 
 def figures(table: pd.DataFrame) -> list[pd.DataFrame]:
     """Return the figures of every seed, resampled."""
-    validation, found = Validation(table["label"].to_numpy(), table["group"].to_numpy(), RESAMPLES), []
+    validation, found = ValidationSet(table["label"].to_numpy(), table["group"].to_numpy(), RESAMPLES), []
     for name in table.columns.drop(["label", "group"]):
         seed = table[name].to_numpy()
-        after, _ = calibrated(validation, seed, corrected)
-        loss = np.nan if after is None else validation.samples(Opinion(called(after), after))["loss"]
-        found.append(validation.samples(Opinion(called(seed), seed)).assign(calibrated_loss=loss))
+        after, _ = cross_fit_recalibration(validation, seed, fit_platt)
+        loss = (
+            np.nan
+            if after is None
+            else validation.bootstrap_metrics(Predictions(apply_threshold(after), after))["loss"]
+        )
+        found.append(
+            validation.bootstrap_metrics(Predictions(apply_threshold(seed), seed)).assign(calibrated_loss=loss)
+        )
     return found
 
 
@@ -49,7 +55,7 @@ def main(ours: str, theirs: str) -> None:
     ):
         raise SystemExit(f"{ours} and {theirs} have not the same split and seeds")
     seeds = [figures(table) for table in tables]
-    table = intervals.differences(*(sum(each) / len(each) for each in seeds), METRICS).set_index("metric")
+    table = intervals.compare_metrics(*(sum(each) / len(each) for each in seeds), METRICS).set_index("metric")
     for metric in METRICS:
         sign = -1 if metric in [*LOWER_IS_BETTER, "calibrated_loss"] else 1
         better = [sign * (one[metric][0] - other[metric][0]) > 0 for one, other in zip(*seeds, strict=True)]

@@ -15,9 +15,9 @@ import pandas as pd
 
 from pipeline.core.files import read_csv
 from pipeline.evaluation import intervals
-from pipeline.evaluation.calibration import corrected
-from pipeline.evaluation.metrics import called
-from pipeline.evaluation.prevalence import adapted
+from pipeline.evaluation.calibration import fit_platt
+from pipeline.evaluation.metrics import apply_threshold
+from pipeline.evaluation.prevalence import adapt_label_shift
 
 RESAMPLES = 2000
 
@@ -28,23 +28,23 @@ def main(project: str, labels: str) -> None:
     )
     truth = pd.read_csv(labels, index_col="File").loc[test.index, "Label"].to_numpy()
     known = given.pop("label").to_numpy()
-    weights = intervals.resample(np.arange(len(truth)), RESAMPLES)
+    weights = intervals.bootstrap_weights(np.arange(len(truth)), RESAMPLES)
     seeds: dict[str, list[pd.DataFrame]] = {"plain": [], "calibrated": [], "adapted": []}
     found = []
     for seed in test:
-        calibrate = corrected(known, given[seed].to_numpy())
+        calibrate = fit_platt(known, given[seed].to_numpy())
         if calibrate is None:
             raise SystemExit(f"{seed} cannot be calibrated on this validation set")
         calibrated = calibrate(test[seed].to_numpy())
-        shift = adapted(calibrated, float(known.mean()))
+        shift = adapt_label_shift(calibrated, float(known.mean()))
         found.append(shift["prevalence"])
         for way, probabilities in zip(seeds, (test[seed], calibrated, shift["probabilities"]), strict=True):
-            seeds[way].append(intervals.figures(truth, called(probabilities), None, weights))
+            seeds[way].append(intervals.compute_metrics(truth, apply_threshold(probabilities), None, weights))
     means = {way: sum(each) / len(each) for way, each in seeds.items()}
     for way, mean in means.items():
         line = {"way": way, "accuracy": mean["accuracy"][0]}
         for other in list(means)[: list(means).index(way)]:
-            gain = intervals.differences(mean, means[other], ["accuracy"]).iloc[0]
+            gain = intervals.compare_metrics(mean, means[other], ["accuracy"]).iloc[0]
             line[f"over {other}"] = [gain["difference"], gain["low"], gain["high"]]
         print(json.dumps({key: np.round(value, 3).tolist() if key != "way" else value for key, value in line.items()}))
     print(

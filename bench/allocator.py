@@ -40,7 +40,7 @@ def rates(batches: int, keep: bool) -> dict[str, float]:
 def measure(batches: int, keep: bool) -> dict[str, float]:
     determinism.make_deterministic(len(os.sched_getaffinity(0)))
     if keep:
-        memory.keep_freed()
+        memory.retain_freed_memory()
     architecture = Architecture("timm/tf_efficientnet_lite0", [], 0, SIZE, "imagenet", SIZE, "stretch")
     network = Classifier(architecture).to(memory_format=torch.channels_last)
     images = torch.rand(BATCH, 3, SIZE, SIZE).contiguous(memory_format=torch.channels_last)

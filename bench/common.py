@@ -26,7 +26,7 @@ def radiographs() -> list[bytes]:
     params = PhantomParams(
         source="phantom", train=DRAWN, test=1, prevalence=0.1, test_prevalence=0.5, strength=1, confounding=0, seed=1
     )
-    return [phantom._jpeg(case) for case in phantom.cases(params)]  # noqa: SLF001
+    return [phantom._jpeg(case) for case in phantom.draw_cases(params)]  # noqa: SLF001
 
 
 def write_folder_and_pack(folder: Path, count: int, size: int) -> pd.DataFrame:
@@ -55,7 +55,7 @@ def loader(folder: Path, size: int, batch_size: int, workers: int) -> DataLoader
 
 def recipe(**changes: object) -> TrainParams:
     """Return the training section of the competition's profile, changed."""
-    shipped = config.load(ROOT / "params.yaml").profiles["competition"].train
+    shipped = config.load_config(ROOT / "params.yaml").profiles["competition"].train
     return TrainParams.model_validate({**shipped.model_dump(), **changes})
 
 

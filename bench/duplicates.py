@@ -27,7 +27,7 @@ def main(count: int) -> None:
     })  # fmt: skip
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found: list[np.ndarray] = []
-    taken = seconds(lambda: found.append(duplicates.find(table, pack)))
+    taken = seconds(lambda: found.append(duplicates.find_duplicates(table, pack)))
     joined = int((found[0] != np.arange(count)).sum())
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
     print(json.dumps({"images": count, "seconds": round(taken, 1), "found": joined, "more_megabytes": grown}))
@@ -36,7 +36,7 @@ def main(count: int) -> None:
 def chests(count: int) -> np.ndarray:
     """Mix drawn radiographs in twos, with light and shade of their own: a little more alike than real ones are."""
     rng = np.random.default_rng(1)
-    drawn = np.stack([images.decode(data, SIZE, "stretch")[0] for data in radiographs()]).astype(np.float32)
+    drawn = np.stack([images.decode_radiograph(data, SIZE, "stretch")[0] for data in radiographs()]).astype(np.float32)
     pack = np.empty((count, SIZE, SIZE), np.uint8)
     for row in range(count):
         first, second = drawn[rng.choice(DRAWN, 2, replace=False)]

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from common import alternate, loader, recipe, seconds, write_folder_and_pack
 
-from pipeline.data.dataset import Pack
+from pipeline.data.dataset import PackedImages
 from pipeline.models.classifier import Architecture, Classifier
 from pipeline.training.augment import augment
-from pipeline.training.determinism import generator
+from pipeline.training.determinism import make_generator
 
 BATCH = 8
 
@@ -29,9 +29,9 @@ def main(size: int = 512, count: int = 512) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_folder_and_pack(folder, count, size)
-        pack = Pack(folder / "images.npy", torch.device("cpu"))
+        pack = PackedImages(folder / "images.npy", torch.device("cpu"))
         network = Classifier(Architecture("squeezenet1_1", [], 0, size, "none", size, "stretch"))
-        batches = torch.randperm(count, generator=generator(0, "order")).split(BATCH)
+        batches = torch.randperm(count, generator=make_generator(0, "order")).split(BATCH)
 
         def packed() -> None:
             for _ in pack.batches(batches):
@@ -39,7 +39,7 @@ def main(size: int = 512, count: int = 512) -> None:
 
         def ready() -> None:
             for step, (_, pixels) in enumerate(pack.batches(batches)):
-                network.normalised(augment(network.resized(pixels), params, generator(0, step, "augment")))
+                network.normalize(augment(network.resize(pixels), params, make_generator(0, step, "augment")))
 
         def plain() -> None:
             for _ in loader(folder, size, BATCH, 0):

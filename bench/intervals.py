@@ -9,8 +9,8 @@ import sys
 import numpy as np
 from common import alternate, seconds
 
-from pipeline.evaluation.intervals import figures, resample
-from pipeline.evaluation.metrics import score
+from pipeline.evaluation.intervals import bootstrap_weights, compute_metrics
+from pipeline.evaluation.metrics import score_predictions
 
 MODELS, IMAGES, PLAIN = 11, 1527, 10  # the plain way is timed on so many resamples of one model, and multiplied
 
@@ -23,9 +23,9 @@ def main(count: int = 2000) -> None:
 
     def ours() -> float:
         def work() -> None:
-            weights = resample(groups, count)
+            weights = bootstrap_weights(groups, count)
             for model in models.T:
-                figures(labels, model >= 0.5, model, weights)
+                compute_metrics(labels, model >= 0.5, model, weights)
 
         return seconds(work)
 
@@ -33,7 +33,7 @@ def main(count: int = 2000) -> None:
         def work() -> None:
             for _ in range(PLAIN):
                 rows = rng.integers(0, IMAGES, IMAGES)
-                score(labels[rows], models[rows, 0])
+                score_predictions(labels[rows], models[rows, 0])
 
         return seconds(work) / PLAIN * count * MODELS
 

@@ -30,13 +30,13 @@ def train(count: int) -> None:
     from common import recipe
 
     from pipeline.core import memory
-    from pipeline.data.dataset import Pack
+    from pipeline.data.dataset import PackedImages
     from pipeline.training import determinism, loop
     from pipeline.training.checkpoint import Checkpoint
-    from pipeline.training.distributed import Group
+    from pipeline.training.distributed import ProcessGroup
 
     determinism.make_deterministic(len(os.sched_getaffinity(0)))
-    memory.keep_freed()
+    memory.retain_freed_memory()
     params = recipe(backbone="squeezenet1_1", size=64, batch_size=32, epochs=1, frozen_epochs=1, mixup_alpha=0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -46,10 +46,10 @@ def train(count: int) -> None:
         (folder / "origin.json").write_text('{"source": "none"}')
         subset = ["validation"] * 100 + ["train"] * (count - 100)
         table = pd.DataFrame({"label": [index % 2 for index in range(count)], "subset": subset})
-        pack = Pack(folder / "images.npy", torch.device("cpu"))
+        pack = PackedImages(folder / "images.npy", torch.device("cpu"))
         peak = Peak()
         checkpoint = Checkpoint(folder, uuid.uuid4().hex)
-        loop.Training(params, 0, table, pack, folder, Group()).run(checkpoint, lambda *_: None, lambda: 0)
+        loop.Trainer(params, 0, table, pack, folder, ProcessGroup()).run(checkpoint, lambda *_: None, lambda: 0)
         print(peak.megabytes)
 
 

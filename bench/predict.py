@@ -12,8 +12,9 @@ import torch
 from common import DRAWN, alternate, radiographs, seconds
 
 from pipeline.data import images
-from pipeline.evaluation.ensemble import Rule
+from pipeline.evaluation.ensemble import EnsembleConfig
 from pipeline.inference import candidate
+from pipeline.inference import files as inference_files
 from pipeline.models import classifier
 from pipeline.models.classifier import Architecture, Classifier
 
@@ -28,25 +29,27 @@ def main(count: int = 8, backbone: str = "alexnet", size: int = 224, rounds: int
         models = [folder / name for name in names]
         for model in models:
             network = Classifier(Architecture(backbone, [256, 128], 0, size, "none", size, "stretch"))
-            classifier.save(network, model)
-            classifier.describe(network, model, {})
-        rule = Rule(names, "mean", "mean", 0.5, [0.5] * MEMBERS, [1 / MEMBERS] * MEMBERS)
-        candidate.assemble(folder / "bag", folder, rule)
+            classifier.save_weights(network, model)
+            classifier.save_description(network, model, {})
+        rule = EnsembleConfig(names, "mean", "mean", 0.5, [0.5] * MEMBERS, [1 / MEMBERS] * MEMBERS)
+        candidate.assemble_candidate(folder / "bag", folder, rule)
         files = [folder / f"{index}.jpg" for index in range(count)]
         for index, file in enumerate(files):
             file.write_bytes(drawn[index % DRAWN])
         cpu = torch.device("cpu")
 
         def ours() -> float:
-            return count / seconds(lambda: files.judge(candidate.load(folder / "bag", cpu), files))
+            return count / seconds(
+                lambda: inference_files.predict_files(candidate.load_candidate(folder / "bag", cpu), files)
+            )
 
         def plain() -> float:
-            def judge(file: Path) -> None:
-                pixels = torch.from_numpy(images.decode(file.read_bytes(), size, "stretch")[0].copy())[None]
+            def predict(file: Path) -> None:
+                pixels = torch.from_numpy(images.decode_radiograph(file.read_bytes(), size, "stretch")[0].copy())[None]
                 for model in models:
-                    classifier.load(model, cpu).probabilities(pixels)
+                    classifier.load_classifier(model, cpu).predict_proba(pixels)
 
-            return count / seconds(lambda: [judge(file) for file in files])
+            return count / seconds(lambda: [predict(file) for file in files])
 
         mine, theirs = alternate(ours, plain, rounds=rounds)
     figures = {"images": count, "backbone": backbone, "size": size}

@@ -25,7 +25,7 @@ from pipeline.data import packing
 def ours(raw: Path) -> None:
     params = PrepareParams(size=512, resize="stretch", max_quarantined=0)
     with tempfile.TemporaryDirectory() as target:
-        packing.pack(raw, params, Path(target))
+        packing.pack_images(raw, params, Path(target))
 
 
 def plain(raw: Path) -> None:

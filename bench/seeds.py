@@ -17,7 +17,7 @@ from pipeline.core import config
 
 
 def main(jobs: str = "2", project: str = str(ROOT)) -> None:
-    trainings = [f"train@{seed}" for seed in config.load(Path(project, "params.yaml")).seeds]
+    trainings = [f"train@{seed}" for seed in config.load_config(Path(project, "params.yaml")).seeds]
     with tempfile.TemporaryDirectory() as folder:
         clones = [Path(folder, side) for side in ("ours", "plain")]
         clone_ready(Path(project), clones[0])

@@ -15,7 +15,7 @@ import click
 from pipeline.core.errors import Interrupted, UserError, first_line
 
 
-class Refusal(click.ClickException):
+class CommandError(click.ClickException):
     exit_code = 2
 
 
@@ -27,7 +27,7 @@ def stage(function: Callable[..., None]) -> click.Command:
 
     @functools.wraps(function)
     def run(debug: bool, **options: Any) -> None:
-        prefer_own_programs()
+        prepend_environment_path()
         gc.set_threshold(50_000)  # a tenth of a start went to looking for garbage in what imports make to stay
         try:
             function(**options)
@@ -40,12 +40,12 @@ def stage(function: Callable[..., None]) -> click.Command:
             line = _line(error)
             if debug or not line:
                 raise
-            raise Refusal(line) from None
+            raise CommandError(line) from None
 
     return click.command()(click.option("--debug", is_flag=True, help="Show where an error comes from.")(run))
 
 
-def prefer_own_programs() -> None:
+def prepend_environment_path() -> None:
     """Let `dvc` and `python` be those beside this Python, whether its environment was activated or not."""
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 

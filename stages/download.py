@@ -8,13 +8,13 @@ from stages.common import stage
 @stage
 def download() -> None:
     """Write data/raw.zip from the profile's source."""
-    from pipeline.core.config import load
-    from pipeline.core.files import replacing
+    from pipeline.core.config import load_config
+    from pipeline.core.files import atomic_path
     from pipeline.data import layout, sources
 
-    with replacing(Path("data/raw.zip")) as raw:
-        sources.fetch(load().active.download, raw)
-        layout.read(raw)
+    with atomic_path(Path("data/raw.zip")) as raw:
+        sources.fetch_source(load_config().active.download, raw)
+        layout.read_layout(raw)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,12 @@ def history() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from pipeline.core.config import load
+    from pipeline.core.config import load_config
     from pipeline.tracking import registry
     from pipeline.tracking.store import connect
 
-    name = load().model_name
-    reigns = registry.history(connect(name), name)
+    name = load_config().model_name
+    reigns = registry.champion_history(connect(name), name)
     if not reigns:
         click.echo(f"{name} had no champion yet; run: dvc repro promote")
         return

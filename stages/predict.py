@@ -27,10 +27,10 @@ def predict(files: tuple[str, ...], model: str, table: Path | None) -> None:
     from pipeline.inference import files as inference_files
     from pipeline.training import determinism
 
-    memory.keep_freed()
-    paths = inference_files.find(files)
+    memory.retain_freed_memory()
+    paths = inference_files.expand_paths(files)
     with _folder(model) as folder:
-        judged = inference_files.judge(candidate.load(folder, determinism.device()), paths)
+        judged = inference_files.predict_files(candidate.load_candidate(folder, determinism.select_device()), paths)
     if table:
         write_csv(table, judged)
         click.echo(f"{table}: {len(judged)} files, {judged['label'].sum()} positive")
@@ -50,20 +50,22 @@ def _folder(model: str) -> Iterator[Path]:
     """Bring the candidate of this name into a folder while the block runs."""
     import tempfile
 
-    from pipeline.core.config import load
+    from pipeline.core.config import load_config
     from pipeline.evaluation import ensemble
     from pipeline.inference import candidate
 
-    config = load()
-    if model in (*config.models, ensemble.BAG):
+    config = load_config()
+    if model in (*config.model_names, ensemble.BAG):
         with tempfile.TemporaryDirectory() as scratch:
-            candidate.assemble(Path(scratch), Path("models"), ensemble.read_rules(config)[model])
+            candidate.assemble_candidate(Path(scratch), Path("models"), ensemble.load_candidate_configs(config)[model])
             yield Path(scratch)
     else:
         from pipeline.tracking import registry
         from pipeline.tracking.store import connect
 
-        with registry.files(registry.find(connect(config.model_name), config.model_name, model)) as folder:
+        with registry.download_version(
+            registry.get_version(connect(config.model_name), config.model_name, model)
+        ) as folder:
             yield folder
 
 

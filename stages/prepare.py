@@ -8,10 +8,10 @@ from stages.common import stage
 @stage
 def prepare() -> None:
     """Write data/images.npy, data/manifest.csv and data/quarantine.csv from data/raw.zip."""
-    from pipeline.core.config import load
+    from pipeline.core.config import load_config
     from pipeline.data import packing
 
-    packing.pack(Path("data/raw.zip"), load().active.prepare, Path("data"))
+    packing.pack_images(Path("data/raw.zip"), load_config().active.prepare, Path("data"))
 
 
 if __name__ == "__main__":

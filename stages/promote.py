@@ -13,14 +13,14 @@ def promote(model: str | None, because: str | None) -> None:
 
     Writes metrics/promotion.json. With --model nothing is compared: the version becomes champion.
     """
-    from pipeline.core.config import load
+    from pipeline.core.config import load_config
     from pipeline.tracking import sync
 
     if (model is None) != (because is None):
         raise click.UsageError('give both: --model VERSION --because "REASON"')
-    config = load()
-    decision = sync.crown(config, model, f"by hand: {because}") if model else sync.sync(config)
-    click.echo(sync.said(config.model_name, decision))
+    config = load_config()
+    decision = sync.promote_version(config, model, f"by hand: {because}") if model else sync.promote_best(config)
+    click.echo(sync.format_decision(config.model_name, decision))
 
 
 if __name__ == "__main__":

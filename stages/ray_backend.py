@@ -13,10 +13,10 @@ import ray
 from ray.exceptions import RayError
 
 from pipeline.core.config import Config
-from pipeline.core.errors import UserError, first_line, redacted
+from pipeline.core.errors import UserError, first_line, redact_credentials
 from pipeline.tracking.runs import parent_run
 from pipeline.tracking.store import connect
-from stages.common import prefer_own_programs
+from stages.common import prepend_environment_path
 
 RETRIES = 3  # of a seed whose worker or machine was lost
 
@@ -78,7 +78,7 @@ def train(address: str, config: Config) -> dict[int, str]:
 
 
 def _train(seed: int, source: str, commit: str, tracking: dict[str, str]) -> None:
-    prefer_own_programs()
+    prepend_environment_path()
     os.environ |= tracking
     with tempfile.TemporaryDirectory(prefix=f"seed-{seed}-") as name:
         clone = Path(name)
@@ -93,7 +93,7 @@ def _run(folder: Path, *command: str) -> None:
     ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if ended.returncode:
         told = re.search(r".*(error|fatal): .*", ended.stdout + ended.stderr, re.IGNORECASE)
-        raise UserError(redacted(f"{' '.join(command)}: {told[0] if told else ended.stderr.strip()}"))
+        raise UserError(redact_credentials(f"{' '.join(command)}: {told[0] if told else ended.stderr.strip()}"))
 
 
 def _said(*command: str) -> str:

@@ -8,14 +8,14 @@ from stages.common import stage
 @stage
 def report() -> None:
     """Write report/index.html, one page that needs no other file, and report/model-card.md."""
-    from pipeline.core.config import load
+    from pipeline.core.config import load_config
     from pipeline.report import page
     from pipeline.report.results import Results
     from pipeline.training import determinism
 
-    config = load()
+    config = load_config()
     determinism.make_deterministic(1)  # a dozen images are too few to share among threads
-    page.write(Path("report"), Results(config))
+    page.write_report(Path("report"), Results(config))
 
 
 if __name__ == "__main__":

@@ -9,14 +9,14 @@ from stages.common import stage
 @click.option("--because", metavar="REASON", default="rolled back", help="Why; kept in `cxr history`.")
 def rollback(because: str) -> None:
     """Make the champion before the present one champion again; a second time goes back further."""
-    from pipeline.core.config import load
+    from pipeline.core.config import load_config
     from pipeline.tracking import registry, sync
     from pipeline.tracking.store import connect
 
-    config = load()
-    last = registry.before(connect(config.model_name), config.model_name)
-    decision = sync.crown(config, last.version, because, rollback=True)
-    click.echo(sync.said(config.model_name, decision))
+    config = load_config()
+    last = registry.rollback_target(connect(config.model_name), config.model_name)
+    decision = sync.promote_version(config, last.version, because, rollback=True)
+    click.echo(sync.format_decision(config.model_name, decision))
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ from stages.common import stage
 @click.option("--yes", is_flag=True, help="Do not ask before deleting.")
 def sync(prune: bool, yes: bool) -> None:
     """Complete runs, registered models and aliases in MLflow from DVC's files; done twice, it changes nothing more."""
-    from pipeline.core.config import load
+    from pipeline.core.config import load_config
     from pipeline.core.errors import UserError
     from pipeline.tracking import sync as tracking
-    from pipeline.tracking.runs import EXPERIMENT
+    from pipeline.tracking.runs import DVC_EXPERIMENT
 
-    config = load()
-    click.echo(tracking.said(config.model_name, tracking.sync(config)))
+    config = load_config()
+    click.echo(tracking.format_decision(config.model_name, tracking.promote_best(config)))
     if not prune:
         return
     listed = subprocess.run(
@@ -26,13 +26,13 @@ def sync(prune: bool, yes: bool) -> None:
     )
     if listed.returncode:
         raise UserError(f"dvc exp list failed: {listed.stderr.strip()}")
-    removed = tracking.removable(config, listed.stdout.split())
+    removed = tracking.removable_runs(config, listed.stdout.split())
     for run in removed:
-        click.echo(f"{run.info.run_name}, of experiment {run.data.tags[EXPERIMENT]}")
+        click.echo(f"{run.info.run_name}, of experiment {run.data.tags[DVC_EXPERIMENT]}")
     if not removed:
         click.echo("no run belongs to a removed experiment")
     elif yes or click.confirm(f"Delete these {len(removed)} runs and what is registered of them?"):
-        tracking.remove(config, removed)
+        tracking.remove_runs(config, removed)
         click.echo(f"{len(removed)} runs are deleted; mlflow gc frees their files")
 
 

@@ -86,12 +86,12 @@ def train_all(jobs: int | None, ray: str | None) -> None:
     On this machine the seeds get its GPUs in turn. On a Ray cluster each works in a clone of its own, and the results
     come back with `dvc repro --pull`.
     """
-    from pipeline.core.config import load
+    from pipeline.core.config import load_config
     from pipeline.core.errors import UserError
 
     if (jobs is None) == (ray is None):
         raise click.UsageError("give either --jobs N or --ray ADDRESS")
-    config = load()
+    config = load_config()
     ended = subprocess.run(["dvc", "--wait-for-lock", "repro", "weights", "split"], check=False)
     if ended.returncode:
         raise UserError("what comes before training failed, as dvc repro says above")
@@ -114,14 +114,14 @@ def _train_here(numbers: list[int], jobs: int) -> dict[int, str]:
     from rich.live import Live
 
     from pipeline.core.errors import Interrupted
-    from pipeline.training.signals import Interruption
+    from pipeline.training.signals import SignalHandler
 
     logs = Path("logs")
     logs.mkdir(exist_ok=True)
     seeds = [Seed(number, logs / f"seed-{number}.log") for number in numbers]
     waiting, devices = deque(seeds), _devices()
     places: list[Seed | None] = [None] * jobs
-    with Interruption() as stop, Live(_table(seeds)) as live:
+    with SignalHandler() as stop, Live(_table(seeds)) as live:
         try:
             while not stop() and (waiting or any(seed.runs for seed in seeds)):
                 for place, there in enumerate(places):

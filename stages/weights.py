@@ -8,11 +8,11 @@ from stages.common import stage
 @stage
 def weights() -> None:
     """Write data/weights/ for the profile's backbone."""
-    from pipeline.core.config import load
+    from pipeline.core.config import load_config
     from pipeline.models import pretrained
 
-    profile = load().active
-    pretrained.provide(profile.train.backbone, profile.weights.source, Path("data/weights"))
+    profile = load_config().active
+    pretrained.write_pretrained_weights(profile.train.backbone, profile.weights.source, Path("data/weights"))
 
 
 if __name__ == "__main__":

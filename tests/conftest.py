@@ -56,7 +56,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def jpeg(rng: np.random.Generator, size: int = 64, *, bright: bool = False) -> bytes:
-    """Encode a grey picture as the competition does; a bright one has a blob in the middle."""
+    """Encode a gray picture as the competition does; a bright one has a blob in the middle."""
     pixels = rng.integers(40, 90, (size, size)).astype(np.uint8)
     if bright:
         pixels[size // 4 : -size // 4, size // 4 : -size // 4] += 120

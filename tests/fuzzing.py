@@ -14,7 +14,7 @@ from collections import Counter
 
 from odd_files import formats
 
-from pipeline.data.images import UnusableError, decode
+from pipeline.data.images import UnusableError, decode_radiograph
 
 MEMORY = 2 * 2**30  # bytes of address space
 HANG = 10  # seconds for one file
@@ -55,7 +55,7 @@ def main(count: int, seed: int) -> None:
         faulthandler.dump_traceback_later(HANG, exit=True)
         start = time.perf_counter()
         try:
-            pixels, _ = decode(data, 32, chance.choice(["stretch", "pad"]))
+            pixels, _ = decode_radiograph(data, 32, chance.choice(["stretch", "pad"]))
             assert pixels.shape == (32, 32)
             assert pixels.dtype == "uint8"
             became["decoded"] += 1

@@ -48,19 +48,19 @@ def dicom(values: np.ndarray, syntax: str = ExplicitVRLittleEndian, data: bytes 
 
 def formats(size: int = 64) -> dict[str, bytes]:
     """Encode one chest in every format and mode; decoded, all look alike."""
-    grey = chest(size)
-    image, deep = Image.fromarray(grey), grey.astype(np.uint16) * 100 + 300
+    gray = chest(size)
+    image, deep = Image.fromarray(gray), gray.astype(np.uint16) * 100 + 300
     alpha = Image.merge("LA", [image, Image.new("L", image.size, 255)])
     exif = Image.Exif()
     exif[0x0112] = 1
     return {
-        "grey.png": encoded(image, "PNG"),
+        "gray.png": encoded(image, "PNG"),
         "deep.png": encoded(Image.fromarray(deep)),
         "rgb.png": encoded(image.convert("RGB")),
         "rgba.png": encoded(alpha.convert("RGBA")),
         "alpha.png": encoded(alpha),
         "palette.png": encoded(image.convert("P")),
-        "grey.jpg": encoded(image, "JPEG", quality=90),
+        "gray.jpg": encoded(image, "JPEG", quality=90),
         "rgb.jpg": encoded(image.convert("RGB"), "JPEG", quality=90),
         "progressive.jpg": encoded(image.convert("RGB"), "JPEG", quality=90, progressive=True),
         "turned.jpg": encoded(image.convert("RGB"), "JPEG", quality=90, exif=exif),
@@ -68,18 +68,18 @@ def formats(size: int = 64) -> dict[str, bytes]:
         "lossless.webp": encoded(image.convert("RGB"), "WEBP", lossless=True),
         "lossy.webp": encoded(image.convert("RGB"), "WEBP", quality=90),
         "picture.avif": encoded(image.convert("RGB"), "AVIF", quality=90),
-        "grey.tiff": encoded(image, "TIFF"),
+        "gray.tiff": encoded(image, "TIFF"),
         "deep.tiff": encoded(Image.fromarray(deep), "TIFF", compression="tiff_lzw"),
-        "float.tiff": encoded(Image.fromarray(grey.astype(np.float32) / 255), "TIFF"),
-        "grey.bmp": encoded(image, "BMP"),
-        "grey.gif": encoded(image, "GIF"),
-        "grey.pgm": encoded(image, "PPM"),
+        "float.tiff": encoded(Image.fromarray(gray.astype(np.float32) / 255), "TIFF"),
+        "gray.bmp": encoded(image, "BMP"),
+        "gray.gif": encoded(image, "GIF"),
+        "gray.pgm": encoded(image, "PPM"),
         "deep.jp2": encoded(Image.fromarray(deep), "JPEG2000"),
-        "plain.dcm": dicom(grey),
+        "plain.dcm": dicom(gray),
         "deep.dcm": dicom(deep),
         "rle.dcm": dicom(deep, RLELossless),
-        "baseline.dcm": dicom(grey, JPEGBaseline8Bit, encoded(image, "JPEG", quality=90)),
+        "baseline.dcm": dicom(gray, JPEGBaseline8Bit, encoded(image, "JPEG", quality=90)),
         "jpeg2000.dcm": dicom(deep, JPEG2000, encoded(Image.fromarray(deep), "JPEG2000", no_jp2=True)),
-        "inverted.dcm": dicom(255 - grey, PhotometricInterpretation="MONOCHROME1"),
+        "inverted.dcm": dicom(255 - gray, PhotometricInterpretation="MONOCHROME1"),
         "windowed.dcm": dicom(deep, WindowCenter=300 + 100 * 127.5, WindowWidth=100 * 255.0),
     }

@@ -5,11 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.core import config
-from pipeline.training.augment import augment, epoch_order, mixup
-from pipeline.training.determinism import generator
+from pipeline.training.augment import augment, draw_epoch_order, mixup
+from pipeline.training.determinism import make_generator
 
-STILL = {"flip": 0.0, "rotation": 0.0, "zoom": 0.0, "shift": 0.0, "gamma": 0.0}
-SHIPPED = config.load(ROOT / "params.yaml").profiles["demo"].train
+STILL = {"flip": 0.0, "rotation": 0.0, "zoom": 0.0, "shift": 0.0, "gamma_jitter": 0.0}
+SHIPPED = config.load_config(ROOT / "params.yaml").profiles["demo"].train
 
 
 def params(**changes):
@@ -21,16 +21,16 @@ def pictures(count: int = 64, size: int = 12) -> torch.Tensor:
 
 
 def test_nothing_asked_for_leaves_images_as_they_are():
-    assert torch.equal(augment(pictures(), params(), generator(1)), pictures())
+    assert torch.equal(augment(pictures(), params(), make_generator(1)), pictures())
 
 
 def test_a_sure_flip_mirrors_every_image_from_left_to_right():
-    assert torch.equal(augment(pictures(), params(flip=1.0), generator(1)), pictures().flip(-1))
+    assert torch.equal(augment(pictures(), params(flip=1.0), make_generator(1)), pictures().flip(-1))
 
 
 def test_each_image_is_flipped_by_itself():
     images = pictures(400)
-    found = augment(images, params(flip=0.5), generator(1))
+    found = augment(images, params(flip=0.5), make_generator(1))
     same = (found == images).all(dim=(1, 2, 3))
     mirrored = (found == images.flip(-1)).all(dim=(1, 2, 3))
     assert (same ^ mirrored).all()
@@ -38,7 +38,7 @@ def test_each_image_is_flipped_by_itself():
 
 
 def test_the_share_of_flips_is_the_one_asked_for():
-    found = augment(pictures(2000, 2), params(flip=0.2), generator(1))
+    found = augment(pictures(2000, 2), params(flip=0.2), make_generator(1))
     assert (found != pictures(2000, 2)).any(dim=(1, 2, 3)).float().mean().item() == pytest.approx(0.2, abs=0.04)
 
 
@@ -46,7 +46,7 @@ def test_the_share_of_flips_is_the_one_asked_for():
 @given(st.floats(0.1, 180), st.integers(0, 99))
 def test_moved_images_keep_shape_and_range(degrees, seed):
     images = pictures(4)
-    found = augment(images, params(rotation=degrees, zoom=degrees / 180, shift=degrees / 360), generator(seed))
+    found = augment(images, params(rotation=degrees, zoom=degrees / 180, shift=degrees / 360), make_generator(seed))
     assert found.shape == images.shape
     assert found.dtype == images.dtype
     assert found.min() >= images.min() - 1e-6
@@ -57,7 +57,7 @@ def test_moved_images_keep_shape_and_range(degrees, seed):
 def test_rotation_turns_each_image_by_an_angle_of_its_own_within_the_limit():
     bar = torch.zeros(200, 1, 65, 65)
     bar[:, :, 32, :] = 1
-    found = augment(bar, params(rotation=20.0), generator(1))[:, 0]
+    found = augment(bar, params(rotation=20.0), make_generator(1))[:, 0]
     row = torch.arange(65.0) - 32
     right = (found[:, :, 52] * row).sum(1) / found[:, :, 52].sum(1)
     angles = torch.rad2deg(torch.atan(right / 20))
@@ -73,7 +73,7 @@ def disc(count: int) -> torch.Tensor:
 
 
 def test_zoom_shows_between_less_and_more_of_each_image_by_itself():
-    found = augment(disc(300), params(zoom=0.5), generator(1))
+    found = augment(disc(300), params(zoom=0.5), make_generator(1))
     scale = (disc(1).sum() / found.sum(dim=(1, 2, 3))).sqrt()
     assert 1 / 1.52 < scale.min() < 1 / 1.4
     assert 1.4 < scale.max() < 1.52
@@ -81,7 +81,7 @@ def test_zoom_shows_between_less_and_more_of_each_image_by_itself():
 
 
 def test_shift_moves_each_image_by_itself_at_most_as_far_as_asked_for():
-    found = augment(disc(300), params(shift=0.1), generator(1))[:, 0]
+    found = augment(disc(300), params(shift=0.1), make_generator(1))[:, 0]
     place = torch.arange(64.0) - 31.5
     for axis in (1, 2):
         moved = (found.sum(axis) * place).sum(1) / found.sum(dim=(1, 2))
@@ -92,10 +92,10 @@ def test_shift_moves_each_image_by_itself_at_most_as_far_as_asked_for():
 
 def test_gamma_lights_each_image_by_itself_and_leaves_black_and_white():
     images = torch.tensor([0, 64, 255], dtype=torch.uint8).view(1, 1, 1, 3).expand(300, 1, 1, 3)
-    black, grey, white = augment(images, params(gamma=0.5), generator(1)).unbind(-1)
+    black, gray, white = augment(images, params(gamma_jitter=0.5), make_generator(1)).unbind(-1)
     assert (black == 0).all()
     assert (white == 255).all()
-    power = ((grey / 255).log() / torch.tensor(64 / 255).log()).flatten()
+    power = ((gray / 255).log() / torch.tensor(64 / 255).log()).flatten()
     assert 1 / 1.501 < power.min() < 1 / 1.4
     assert 1.4 < power.max() < 1.501
 
@@ -103,14 +103,16 @@ def test_gamma_lights_each_image_by_itself_and_leaves_black_and_white():
 def test_rotation_does_not_squeeze_the_picture():
     row, column = torch.meshgrid(torch.arange(64.0) - 31.5, torch.arange(64.0) - 31.5, indexing="ij")
     disc = ((row**2 + column**2) < 400).float().expand(8, 1, 64, 64)
-    found = augment(disc, params(rotation=180.0), generator(1))
+    found = augment(disc, params(rotation=180.0), make_generator(1))
     assert (found - disc).abs().mean() < 0.01
 
 
 def test_the_same_generator_gives_the_same_augmentation_and_another_another():
-    changes = params(flip=0.5, rotation=10.0, zoom=0.2, shift=0.1, gamma=0.5)
-    assert torch.equal(augment(pictures(), changes, generator(1)), augment(pictures(), changes, generator(1)))
-    assert not torch.equal(augment(pictures(), changes, generator(1)), augment(pictures(), changes, generator(2)))
+    changes = params(flip=0.5, rotation=10.0, zoom=0.2, shift=0.1, gamma_jitter=0.5)
+    assert torch.equal(augment(pictures(), changes, make_generator(1)), augment(pictures(), changes, make_generator(1)))
+    assert not torch.equal(
+        augment(pictures(), changes, make_generator(1)), augment(pictures(), changes, make_generator(2))
+    )
 
 
 def test_no_mixup_gives_one_hot_targets_and_the_images_themselves():
@@ -147,20 +149,20 @@ def test_mixup_draws_from_the_global_generator():
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 300), st.integers(0, 99))
 def test_a_shuffled_epoch_takes_every_image_once(count, seed):
-    order = epoch_order(torch.zeros(count, dtype=torch.long), params(sampling="shuffle"), generator(seed))
+    order = draw_epoch_order(torch.zeros(count, dtype=torch.long), params(sampling="shuffle"), make_generator(seed))
     assert sorted(order.tolist()) == list(range(count))
 
 
 def test_a_shuffled_epoch_has_an_order_of_its_own():
     labels = torch.zeros(50, dtype=torch.long)
-    first, second = (epoch_order(labels, params(), generator(1, epoch)) for epoch in (1, 2))
+    first, second = (draw_epoch_order(labels, params(), make_generator(1, epoch)) for epoch in (1, 2))
     assert not torch.equal(first, second)
 
 
 @pytest.mark.parametrize("weight", [0.5, 1.0, 4.0, 8.0])
 def test_a_weighted_epoch_draws_a_positive_that_many_times_as_often(weight):
     labels = (torch.arange(20_000) % 10 == 0).long()
-    order = epoch_order(labels, params(sampling="weighted", positive_weight=weight), generator(1))
+    order = draw_epoch_order(labels, params(sampling="weighted", positive_oversampling=weight), make_generator(1))
     assert len(order) == len(labels)
     drawn = torch.bincount(labels[order], minlength=2) / torch.bincount(labels)
     assert (drawn[1] / drawn[0]).item() == pytest.approx(weight, rel=0.1)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline.core import config
 
-refusal = partial(refusal_of_file, config.load)
+refusal = partial(refusal_of_file, config.load_config)
 SHIPPED = yaml.safe_load((ROOT / "params.yaml").read_text())
 SECTIONS = {
     "phantom": config.PhantomParams, "archive": config.ArchiveParams, "kaggle": config.KaggleParams,
@@ -59,18 +59,18 @@ def write(folder: Path, params: dict) -> Path:
 
 @pytest.mark.parametrize("profile", ["demo", "competition", "local"])
 def test_the_shipped_file_loads_for_every_profile(tmp_path, profile):
-    loaded = config.load(write(tmp_path, edited("profile", profile)))
+    loaded = config.load_config(write(tmp_path, edited("profile", profile)))
     assert loaded.active == loaded.profiles[profile]
     assert loaded.active.train.lr == SHIPPED[profile]["train"]["lr"]
-    assert loaded.members == list(range(10))
+    assert loaded.bag_seeds == list(range(10))
     assert loaded.model_name == f"covid-xray-{profile}"
 
 
 def test_named_members_are_the_bag(tmp_path):
-    assert config.load(write(tmp_path, edited("demo.bag.members", [3, 1]))).members == [3, 1]
+    assert config.load_config(write(tmp_path, edited("demo.bag.members", [3, 1]))).bag_seeds == [3, 1]
 
 
-def test_a_misspelt_choice_of_profile_is_named_with_the_nearest_known_one(tmp_path):
+def test_a_misspelled_choice_of_profile_is_named_with_the_nearest_known_one(tmp_path):
     message = refusal(write(tmp_path, edited("profile", "competiton")))
     assert message == "profile: there is no section 'competiton'; did you mean 'competition'?"
 
@@ -80,13 +80,13 @@ def test_a_profile_unlike_any_other_lists_those_there_are(tmp_path):
     assert message == "profile: there is no section 'xyz'; choose one of competition, demo, local"
 
 
-def test_a_misspelt_profile_section_is_named_as_the_near_one(tmp_path):
+def test_a_misspelled_profile_section_is_named_as_the_near_one(tmp_path):
     message = refusal(write(tmp_path, renamed("demo", "dmeo")))
     assert message == "profile: there is no section 'demo'; did you mean 'dmeo'?"
 
 
 @pytest.mark.parametrize(
-    ("path", "misspelt"),
+    ("path", "misspelled"),
     [
         ("demo.train", "trian"),
         ("local.evaluate", "evalute"),
@@ -103,10 +103,10 @@ def test_a_misspelt_profile_section_is_named_as_the_near_one(tmp_path):
         ("demo.bag.members", "member"),
     ],
 )
-def test_a_misspelt_key_is_named_with_the_nearest_known_one(tmp_path, path, misspelt):
+def test_a_misspelled_key_is_named_with_the_nearest_known_one(tmp_path, path, misspelled):
     section, key = path.rsplit(".", 1)
-    message = refusal(write(tmp_path, renamed(path, misspelt)))
-    assert message == f"{section}.{misspelt}: unknown key; did you mean {key!r}?"
+    message = refusal(write(tmp_path, renamed(path, misspelled)))
+    assert message == f"{section}.{misspelled}: unknown key; did you mean {key!r}?"
 
 
 def test_a_key_that_is_added_is_unknown_and_like_none_lists_those_there_are(tmp_path):
@@ -153,8 +153,8 @@ def test_a_missing_key_is_named(tmp_path, path):
         ("demo.train.flip", 1.01, "less than or equal to 1"),
         ("demo.train.rotation", 181, "less than or equal to 180"),
         ("demo.train.mixup_alpha", -0.1, "greater than or equal to 0"),
-        ("demo.train.patience", 0, "greater than 0"),
-        ("demo.train.optimiser", "adm", "'adam', 'adamw' or 'sgd'"),
+        ("demo.train.early_stopping_patience", 0, "greater than 0"),
+        ("demo.train.optimizer", "adm", "'adam', 'adamw' or 'sgd'"),
         ("demo.train.precision", "float8", "'float32', 'bfloat16' or 'float16'"),
         ("demo.train.channels_last", "perhaps", "valid boolean"),
         ("demo.train.size", 15, "greater than or equal to 16"),

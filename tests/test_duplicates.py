@@ -27,7 +27,7 @@ def encoded_again(image: Picture) -> Picture:
     return Image.open(io.BytesIO(stream.getvalue())).convert("L")
 
 
-def resized(image: Picture) -> Picture:
+def resize(image: Picture) -> Picture:
     return encoded_again(image.resize((300, 260), Image.Resampling.BICUBIC))
 
 
@@ -41,19 +41,19 @@ def brightened(image: Picture) -> Picture:
 
 
 def all_at_once(image: Picture) -> Picture:
-    return resized(brightened(trimmed(image)))
+    return resize(brightened(trimmed(image)))
 
 
-CHANGES = [encoded_again, resized, trimmed, partial(trimmed, left=0.02, right=0), brightened, all_at_once]
+CHANGES = [encoded_again, resize, trimmed, partial(trimmed, left=0.02, right=0), brightened, all_at_once]
 
 
 def found(pictures: list[np.ndarray]) -> list[int]:
-    pack = np.stack([images.square(picture, SIZE, "stretch") for picture in pictures])
+    pack = np.stack([images.resize_to_square(picture, SIZE, "stretch") for picture in pictures])
     table = pd.DataFrame({
         "xxh128": [xxh3_128_hexdigest(picture) for picture in pack],
         "phash": [duplicates.perceptual_hash(picture) for picture in pack],
     })  # fmt: skip
-    return duplicates.find(table, pack).tolist()
+    return duplicates.find_duplicates(table, pack).tolist()
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +62,8 @@ def drawn() -> dict[int, np.ndarray]:
     params = PhantomParams(
         source="phantom", train=160, test=1, prevalence=0.25, test_prevalence=0, strength=2, confounding=0.6, seed=3
     )
-    first = {case.patient: case for case in reversed(phantom.cases(params))}
-    return {patient: phantom.draw(case) for patient, case in sorted(first.items())[:60]}
+    first = {case.patient: case for case in reversed(phantom.draw_cases(params))}
+    return {patient: phantom.draw_radiograph(case) for patient, case in sorted(first.items())[:60]}
 
 
 def test_radiographs_of_different_patients_are_not_joined(drawn):
@@ -103,4 +103,4 @@ def test_of_a_thousand_real_radiographs_only_the_one_that_is_there_three_times_i
         data = [*(path.read_bytes() for path in files), *map(archive.read, names)]
     expected = list(range(len(data)))
     expected[1] = expected[4 + names.index("train/train/cxr_00521.jpg")] = 0
-    assert found([images.decode(one, SIZE, "stretch")[0] for one in data]) == expected
+    assert found([images.decode_radiograph(one, SIZE, "stretch")[0] for one in data]) == expected

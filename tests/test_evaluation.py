@@ -11,11 +11,11 @@ from PIL import Image
 from sklearn import metrics as sklearn
 
 from pipeline.core.errors import UserError
-from pipeline.data.dataset import Pack
+from pipeline.data.dataset import PackedImages
 from pipeline.evaluation import calibration, curves
-from pipeline.evaluation.intervals import f1_difference
-from pipeline.evaluation.metrics import best_model, score
-from pipeline.inference.dataset import predict
+from pipeline.evaluation.intervals import compare_f1
+from pipeline.evaluation.metrics import best_model, score_predictions
+from pipeline.inference.dataset import probability_table
 from pipeline.kaggle import submission_file
 from pipeline.models.classifier import Architecture, Classifier
 from pipeline.report import model_table
@@ -26,7 +26,7 @@ counts = st.integers(0, 12)
 probabilities = st.floats(0, 1, width=32)
 
 
-def labelled(tn: int, fp: int, fn: int, tp: int) -> tuple[np.ndarray, np.ndarray]:
+def labeled(tn: int, fp: int, fn: int, tp: int) -> tuple[np.ndarray, np.ndarray]:
     """Return labels and probabilities with these counts at 0.5."""
     labels = np.repeat([0, 0, 1, 1], [tn, fp, fn, tp])
     return labels, np.repeat([0.2, 0.7, 0.4, 0.9], [tn, fp, fn, tp])
@@ -39,7 +39,7 @@ def labelled(tn: int, fp: int, fn: int, tp: int) -> tuple[np.ndarray, np.ndarray
 @given(counts, counts, counts, counts)
 def test_scores_follow_from_the_confusion_counts(tn, fp, fn, tp):
     assume(tn + fp + fn + tp)
-    found = score(*labelled(tn, fp, fn, tp))
+    found = score_predictions(*labeled(tn, fp, fn, tp))
     assert found["accuracy"] == (tn + tp) / (tn + fp + fn + tp)
     assert found["recall"] == (tp / (tp + fn) if tp + fn else None)
     assert found["precision"] == (tp / (tp + fp) if tp + fp else None)
@@ -57,7 +57,7 @@ def test_scores_of_both_classes_equal_scikit_learns(rows):
     labels, found = np.array([label for label, _ in rows]), np.array([probability for _, probability in rows])
     assume(len(set(labels)) == 2)
     predicted = (found >= 0.5).astype(int)
-    assert score(labels, found) == pytest.approx({
+    assert score_predictions(labels, found) == pytest.approx({
         "loss": sklearn.log_loss(labels, found),
         "accuracy": sklearn.accuracy_score(labels, predicted),
         "f1": sklearn.f1_score(labels, predicted, zero_division=0),
@@ -71,11 +71,11 @@ def test_scores_of_both_classes_equal_scikit_learns(rows):
 
 
 def test_exactly_half_is_positive():
-    assert score(np.array([1, 0]), np.array([0.5, 0.49]))["accuracy"] == 1
+    assert score_predictions(np.array([1, 0]), np.array([0.5, 0.49]))["accuracy"] == 1
 
 
 def test_hard_labels_take_the_place_of_the_threshold():
-    found = score(np.array([0, 1, 1, 0]), np.array([0.9, 0.1, 0.9, 0.1]), np.array([0, 1, 1, 0]))
+    found = score_predictions(np.array([0, 1, 1, 0]), np.array([0.9, 0.1, 0.9, 0.1]), np.array([0, 1, 1, 0]))
     assert (found["f1"], found["accuracy"]) == (1, 1)
     assert found["auroc"] == 0.5
 
@@ -85,7 +85,7 @@ def test_hard_labels_take_the_place_of_the_threshold():
 def test_one_class_alone_gives_none_without_a_warning(label, probability):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = score(np.full(3, label), np.full(3, probability))
+        found = score_predictions(np.full(3, label), np.full(3, probability))
     absent = {"auroc", "average_precision", "balanced_accuracy", "recall" if label == 0 else "specificity"}
     if probability < 0.5:
         absent |= {"precision"}
@@ -94,7 +94,7 @@ def test_one_class_alone_gives_none_without_a_warning(label, probability):
 
 
 def test_a_probability_of_0_or_1_that_is_wrong_costs_a_finite_loss():
-    assert math.isfinite(score(np.array([0, 1]), np.array([1.0, 0.0], dtype=np.float32))["loss"])
+    assert math.isfinite(score_predictions(np.array([0, 1]), np.array([1.0, 0.0], dtype=np.float32))["loss"])
 
 
 def test_the_best_model_has_the_highest_f1_then_the_lowest_loss_then_comes_first():
@@ -110,13 +110,20 @@ def test_the_best_model_has_the_highest_f1_then_the_lowest_loss_then_comes_first
 def test_predictions_have_a_column_per_network_and_a_row_per_image_in_the_order_asked_for(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (7, 40, 40)).astype(np.uint8)
     np.save(tmp_path / "images.npy", images)
-    facts = {"hidden": [], "dropout": 0.2, "size": 40, "normalisation": "none", "packed_size": 40, "resize": "stretch"}
+    facts = {
+        "head_hidden": [],
+        "dropout": 0.2,
+        "size": 40,
+        "normalization": "none",
+        "packed_size": 40,
+        "resize": "stretch",
+    }
     networks = {name: Classifier(Architecture("squeezenet1_1", **facts)).eval() for name in ("seed-3", "seed-1")}
     rows = [6, 0, 3, 2, 5]
-    found = predict(networks, Pack(tmp_path / "images.npy", torch.device("cpu")), rows, batch_size=2)
+    found = probability_table(networks, PackedImages(tmp_path / "images.npy", torch.device("cpu")), rows, batch_size=2)
     assert list(found.columns) == ["seed-3", "seed-1"]
     for name, network in networks.items():
-        expected = [network.probabilities(torch.from_numpy(images[row : row + 1])).item() for row in rows]
+        expected = [network.predict_proba(torch.from_numpy(images[row : row + 1])).item() for row in rows]
         assert found[name].to_numpy() == pytest.approx(expected, abs=1e-5)
 
 
@@ -124,12 +131,12 @@ def test_predictions_have_a_column_per_network_and_a_row_per_image_in_the_order_
 
 
 def models() -> dict:
-    first, second = score(*labelled(5, 2, 1, 4)), score(*labelled(4, 3, 2, 3))
+    first, second = score_predictions(*labeled(5, 2, 1, 4)), score_predictions(*labeled(4, 3, 2, 3))
     return {"seed-0": first, "seed-1": second, "bag (vote)": {**first, "loss": None, "auroc": None}}
 
 
 def test_the_table_has_a_column_per_model_and_a_row_per_figure():
-    found = model_table.tabulate(models())
+    found = model_table.build_table(models())
     assert list(found.columns) == ["seed-0", "seed-1", "bag (vote)"]
     assert list(found.index) == list(models()["seed-0"])
     assert found.loc["f1", "seed-1"] == models()["seed-1"]["f1"]
@@ -137,9 +144,9 @@ def test_the_table_has_a_column_per_model_and_a_row_per_figure():
 
 
 def test_the_table_is_written_as_csv_markdown_and_a_picture(tmp_path):
-    model_table.write(tmp_path, model_table.tabulate(models()))
+    model_table.write_table(tmp_path, model_table.build_table(models()))
     back = pd.read_csv(tmp_path / "table.csv", index_col="metric")
-    pd.testing.assert_frame_equal(back, model_table.tabulate(models()), check_names=False, rtol=1e-8)
+    pd.testing.assert_frame_equal(back, model_table.build_table(models()), check_names=False, rtol=1e-8)
     lines = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
     assert lines[:2] == ["|  | seed-0 | seed-1 | bag (vote) |", "| --- | ---: | ---: | ---: |"]
     assert lines[2].startswith("| loss | ")
@@ -156,15 +163,16 @@ def test_a_figure_that_no_model_has_is_a_dash_without_a_warning(tmp_path):
     # Models that call nothing positive have no precision.
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model_table.write(
-            tmp_path, model_table.tabulate({f"seed-{seed}": score(*labelled(5, 0, 2, 0)) for seed in range(2)})
+        model_table.write_table(
+            tmp_path,
+            model_table.build_table({f"seed-{seed}": score_predictions(*labeled(5, 0, 2, 0)) for seed in range(2)}),
         )
     assert "| PPV | – | – |" in (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
 
 
 def test_the_table_is_the_same_bytes_twice(tmp_path):
     for name in ("one", "two"):
-        model_table.write(tmp_path / name, model_table.tabulate(models()))
+        model_table.write_table(tmp_path / name, model_table.build_table(models()))
     for name in ("table.csv", "table.md", "table.png"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
@@ -178,7 +186,7 @@ def sample(*files: str) -> pd.DataFrame:
 
 def test_a_submission_has_the_order_of_the_sample(tmp_path):
     labels = pd.Series({"a.jpg": 1, "b.jpg": 0, "c.jpg": 1})
-    submission_file.write(tmp_path / "s.csv", labels, sample("c.jpg", "a.jpg", "b.jpg"))
+    submission_file.write_submission(tmp_path / "s.csv", labels, sample("c.jpg", "a.jpg", "b.jpg"))
     assert (tmp_path / "s.csv").read_text() == "File,Label\nc.jpg,1\na.jpg,1\nb.jpg,0\n"
 
 
@@ -196,7 +204,7 @@ def test_a_submission_has_the_order_of_the_sample(tmp_path):
 def test_predictions_that_do_not_match_the_sample_are_refused(tmp_path, labels, named):
     path = tmp_path / "s.csv"
     with pytest.raises(UserError) as caught:
-        submission_file.write(path, pd.Series(labels), sample("a.jpg", "b.jpg"))
+        submission_file.write_submission(path, pd.Series(labels), sample("a.jpg", "b.jpg"))
     message = str(caught.value)
     assert message.startswith(f"{path}: ")
     assert named in message
@@ -217,8 +225,8 @@ HISTORY = pd.DataFrame({"epoch": [1, 2], "f1": [0.1, 0.5], "loss": [0.7, 0.6], "
     [
         lambda path: curves.draw_roc(path, LABELS, MODELS),
         lambda path: curves.draw_precision_recall(path, LABELS, MODELS),
-        lambda path: curves.draw_confusion(path, LABELS, (MODELS["seed-0"] >= 0.5).to_numpy(), "seed-0"),
-        lambda path: curves.draw_training(path, {"seed-0": HISTORY, "seed-1": HISTORY}),
+        lambda path: curves.draw_confusion_matrix(path, LABELS, (MODELS["seed-0"] >= 0.5).to_numpy(), "seed-0"),
+        lambda path: curves.draw_learning_curves(path, {"seed-0": HISTORY, "seed-1": HISTORY}),
     ],
     ids=["roc", "precision and recall", "confusion", "training"],
 )
@@ -237,23 +245,23 @@ def area(table_: pd.DataFrame) -> float:
 
 
 def test_the_tables_of_curves_enclose_the_areas_of_the_scores():
-    found = curves.roc_table(LABELS, MODELS["seed-0"].to_numpy())
+    found = curves.roc_points(LABELS, MODELS["seed-0"].to_numpy())
     assert list(found.columns) == ["fpr", "tpr"]
-    assert area(found) == pytest.approx(score(LABELS, MODELS["seed-0"])["auroc"])
-    found = curves.precision_recall_table(LABELS, MODELS["seed-0"].to_numpy())
+    assert area(found) == pytest.approx(score_predictions(LABELS, MODELS["seed-0"])["auroc"])
+    found = curves.precision_recall_points(LABELS, MODELS["seed-0"].to_numpy())
     assert list(found.columns) == ["recall", "precision"]
     steps = -found["recall"].diff()[1:].to_numpy() * found["precision"][:-1].to_numpy()
-    assert steps.sum() == pytest.approx(score(LABELS, MODELS["seed-0"])["average_precision"])
+    assert steps.sum() == pytest.approx(score_predictions(LABELS, MODELS["seed-0"])["average_precision"])
 
 
 @given(st.lists(st.tuples(*[st.integers(0, 1)] * 3, st.integers(0, 4)), min_size=1, max_size=40))
 @settings(deadline=None)
 def test_the_difference_of_f1_is_that_of_scikit_learn_and_lies_in_no_interval_beyond_1(rows):
     labels, ours, theirs, groups = np.array(rows).T
-    found = f1_difference(labels, groups, ours, theirs, resamples=50)
+    found = compare_f1(labels, groups, ours, theirs, resamples=50)
     expected = sklearn.f1_score(labels, ours, zero_division=0) - sklearn.f1_score(labels, theirs, zero_division=0)
     assert found["difference"] == pytest.approx(expected)
-    mirrored = f1_difference(labels, groups, theirs, ours, resamples=50)
+    mirrored = compare_f1(labels, groups, theirs, ours, resamples=50)
     assert mirrored["difference"] == pytest.approx(-expected)
     if len(set(groups)) == 1 or not labels.any():  # of which chance cannot be known
         assert (found["low"], found["high"], found["probability"]) == (None, None, None)
@@ -264,18 +272,18 @@ def test_the_difference_of_f1_is_that_of_scikit_learn_and_lies_in_no_interval_be
 
 def test_a_model_that_is_right_where_the_other_is_wrong_is_surely_better_and_an_equal_one_never():
     labels = np.tile([0, 1], 50)
-    found = f1_difference(labels, np.arange(100), labels, 1 - labels, resamples=200)
+    found = compare_f1(labels, np.arange(100), labels, 1 - labels, resamples=200)
     assert found == {"difference": 1.0, "low": 1.0, "high": 1.0, "probability": 1.0}
-    assert f1_difference(labels, np.arange(100), labels, labels, resamples=200)["probability"] == 0
-    assert f1_difference(labels, np.arange(100), labels, 1 - labels, resamples=200, margin=1)["probability"] == 0
+    assert compare_f1(labels, np.arange(100), labels, labels, resamples=200)["probability"] == 0
+    assert compare_f1(labels, np.arange(100), labels, 1 - labels, resamples=200, margin=1)["probability"] == 0
 
 
 def test_images_of_one_patient_count_as_one_when_it_comes_to_chance():
     labels = np.tile([0, 1, 1, 1], 30)
     ours, theirs = labels.copy(), labels.copy()
     ours[1:20:4], theirs[1:40:4] = 0, 0
-    alone = f1_difference(labels, np.arange(120), ours, theirs, resamples=500)
-    together = f1_difference(labels, np.arange(120) // 20, ours, theirs, resamples=500)
+    alone = compare_f1(labels, np.arange(120), ours, theirs, resamples=500)
+    together = compare_f1(labels, np.arange(120) // 20, ours, theirs, resamples=500)
     assert together["difference"] == alone["difference"]
     assert together["high"] - together["low"] > alone["high"] - alone["low"]
 
@@ -289,10 +297,10 @@ def test_the_calibration_error_is_the_mean_gap_of_its_bins(rows):
         inside = (probabilities * 10).astype(int).clip(max=9) == low
         if inside.any():
             gap += abs(probabilities[inside].mean() - labels[inside].mean()) * inside.sum() / len(labels)
-    assert calibration.error(labels, probabilities) == pytest.approx(gap)
+    assert calibration.expected_calibration_error(labels, probabilities) == pytest.approx(gap)
 
 
 def test_the_calibration_error_is_0_for_certainty_that_is_right_and_1_for_one_that_is_wrong():
     labels = np.array([0, 1, 1])
-    assert calibration.error(labels, labels.astype(float)) == 0
-    assert calibration.error(labels, 1 - labels.astype(float)) == 1
+    assert calibration.expected_calibration_error(labels, labels.astype(float)) == 0
+    assert calibration.expected_calibration_error(labels, 1 - labels.astype(float)) == 1

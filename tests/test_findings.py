@@ -25,15 +25,15 @@ from pipeline.evaluation import (
     prevalence,
     shortcuts,
 )
-from pipeline.evaluation.cross_fitting import FOLDS, cross_fit, folds
-from pipeline.evaluation.evaluate_models import Findings
-from pipeline.evaluation.metrics import score
+from pipeline.evaluation.cross_fitting import FOLD_COUNT, cross_fit, grouped_folds
+from pipeline.evaluation.evaluate_models import Evaluation
+from pipeline.evaluation.metrics import score_predictions
 
 RULES = ("best_f1", "youden", "sensitivity")
 rows = st.lists(st.tuples(st.integers(0, 1), st.floats(0, 1, width=32)), min_size=2, max_size=25)
 
 
-SHIPPED = config.load(ROOT / "params.yaml")
+SHIPPED = config.load_config(ROOT / "params.yaml")
 
 
 def shipped(seeds: int = 2, **evaluate: object) -> Config:
@@ -58,13 +58,13 @@ def test_no_threshold_is_better_by_its_rule_than_the_one_chosen(rows, floor):
 
     def worth(threshold: float) -> tuple[float, float, float]:
         """Return sensitivity, specificity and F1."""
-        called = given >= threshold
-        hits = int((called & (labels == 1)).sum())
-        sensitivity, specificity = hits / labels.sum(), (~called & (labels == 0)).sum() / (labels == 0).sum()
-        return sensitivity, specificity, 2 * hits / (called.sum() + labels.sum())
+        predicted = given >= threshold
+        hits = int((predicted & (labels == 1)).sum())
+        sensitivity, specificity = hits / labels.sum(), (~predicted & (labels == 0)).sum() / (labels == 0).sum()
+        return sensitivity, specificity, 2 * hits / (predicted.sum() + labels.sum())
 
     every = [worth(value) for value in given]
-    chosen = {rule: worth(operating_point.choose(labels, given, params(rule, floor))) for rule in RULES}
+    chosen = {rule: worth(operating_point.choose_threshold(labels, given, params(rule, floor))) for rule in RULES}
     assert chosen["best_f1"][2] == pytest.approx(max(f1 for *_, f1 in every))
     assert sum(chosen["youden"][:2]) == pytest.approx(max(one + other for one, other, _ in every))
     assert chosen["sensitivity"][0] >= floor
@@ -73,10 +73,10 @@ def test_no_threshold_is_better_by_its_rule_than_the_one_chosen(rows, floor):
 
 def test_a_threshold_lies_between_two_probabilities_and_is_the_nearest_to_a_half():
     labels, given = np.array([0, 0, 1, 1]), np.array([0.1, 0.2, 0.4, 0.9])
-    assert operating_point.choose(labels, given, params("best_f1")) == pytest.approx(0.3)
-    assert operating_point.choose(labels, np.full(4, 0.7), params("youden")) == pytest.approx(0.35)
-    assert operating_point.choose(labels, given, params("half")) == 0.5
-    assert operating_point.choose(np.zeros(4), given, params("best_f1")) == 0.5
+    assert operating_point.choose_threshold(labels, given, params("best_f1")) == pytest.approx(0.3)
+    assert operating_point.choose_threshold(labels, np.full(4, 0.7), params("youden")) == pytest.approx(0.35)
+    assert operating_point.choose_threshold(labels, given, params("half")) == 0.5
+    assert operating_point.choose_threshold(np.zeros(4), given, params("best_f1")) == 0.5
 
 
 # Cross-fitting
@@ -84,9 +84,9 @@ def test_a_threshold_lies_between_two_probabilities_and_is_the_nearest_to_a_half
 
 def test_folds_keep_groups_together_and_measure_each_image_once_by_what_others_chose():
     labels, groups = np.arange(60) % 3 == 0, np.arange(60) // 2
-    parts = folds(labels, groups)
-    assert len(parts) == FOLDS
-    assert all(not set(groups[choose]) & set(groups[measured]) for choose, measured in parts)
+    parts = grouped_folds(labels, groups)
+    assert len(parts) == FOLD_COUNT
+    assert all(not set(groups[choose]) & set(groups[evaluated]) for choose, evaluated in parts)
     found = cross_fit(parts, set, lambda chosen, rows: np.array([row in chosen for row in rows]))
     assert not found.any()
     assert list(cross_fit(parts, lambda rows: None, lambda _, rows: rows)) == list(range(60))
@@ -94,7 +94,7 @@ def test_folds_keep_groups_together_and_measure_each_image_once_by_what_others_c
 
 @pytest.mark.parametrize("labels", [[0, 1, 1], [0] * 20, [0] * 20 + [1] * 4])
 def test_there_are_no_folds_of_a_class_with_few_groups(labels):
-    assert folds(np.array(labels), np.arange(len(labels))) == []
+    assert grouped_folds(np.array(labels), np.arange(len(labels))) == []
     assert cross_fit([], lambda rows: rows, lambda chosen, rows: rows) is None
 
 
@@ -112,17 +112,17 @@ def logistic(temperature: float, bias: float) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_a_temperature_is_found_again(temperature):
     labels, given = logistic(temperature, 0)
-    fitted = calibration.scaled(labels, given)
+    fitted = calibration.fit_temperature(labels, given)
     assert fitted.temperature == pytest.approx(temperature, rel=0.04)
-    assert calibration.error(labels, fitted(given)) < 0.01
+    assert calibration.expected_calibration_error(labels, fitted(given)) < 0.01
 
 
 def test_a_shift_of_all_logits_is_found_again_by_temperature_and_bias_alone():
     labels, given = logistic(2.0, -1.0)
-    fitted = calibration.corrected(labels, given)
+    fitted = calibration.fit_platt(labels, given)
     assert (fitted.temperature, fitted.bias) == pytest.approx((2.0, -1.0), abs=0.08)
-    assert calibration.error(labels, fitted(given)) < 0.01
-    assert calibration.error(labels, calibration.scaled(labels, given)(given)) > 0.05
+    assert calibration.expected_calibration_error(labels, fitted(given)) < 0.01
+    assert calibration.expected_calibration_error(labels, calibration.fit_temperature(labels, given)(given)) > 0.05
 
 
 @settings(max_examples=60, deadline=None)
@@ -130,24 +130,24 @@ def test_a_shift_of_all_logits_is_found_again_by_temperature_and_bias_alone():
 def test_a_temperature_never_raises_the_loss_and_keeps_the_order(rows):
     labels, given = (np.array(column) for column in zip(*rows, strict=True))
     assume(len(set(labels)) == 2)
-    found = calibration.scaled(labels, given)(given)
-    clipped = given.clip(calibration.SURE, 1 - calibration.SURE)
+    found = calibration.fit_temperature(labels, given)(given)
+    clipped = given.clip(calibration.PROBABILITY_EPS, 1 - calibration.PROBABILITY_EPS)
     assert sklearn.log_loss(labels, found) <= sklearn.log_loss(labels, clipped) + 1e-6
     assert (np.diff(found[np.argsort(given)]) >= 0).all()
     assert np.array_equal(found >= 0.5, given >= 0.5)
 
 
 def test_what_has_one_class_or_the_wrong_order_is_not_calibrated():
-    assert calibration.scaled(np.ones(5), np.full(5, 0.9)) is None
-    assert calibration.corrected(np.ones(5), np.full(5, 0.9)) is None
-    assert calibration.corrected(np.array([1, 1, 0, 0]), np.array([0.1, 0.2, 0.8, 0.9])) is None
+    assert calibration.fit_temperature(np.ones(5), np.full(5, 0.9)) is None
+    assert calibration.fit_platt(np.ones(5), np.full(5, 0.9)) is None
+    assert calibration.fit_platt(np.array([1, 1, 0, 0]), np.array([0.1, 0.2, 0.8, 0.9])) is None
 
 
 def test_the_bins_of_a_reliability_diagram_hold_all_images():
     labels, given = logistic(2.0, 0)
-    table = calibration.reliability(labels, given)
+    table = calibration.reliability_curve(labels, given)
     gap = (table["images"] * (table["probability"] - table["positives"]).abs()).sum() / len(labels)
-    assert gap == pytest.approx(calibration.error(labels, given))
+    assert gap == pytest.approx(calibration.expected_calibration_error(labels, given))
     assert table["images"].sum() == len(labels)
 
 
@@ -156,20 +156,20 @@ def test_the_bins_of_a_reliability_diagram_hold_all_images():
 
 def test_predictive_values_are_those_of_bayes_rule():
     # Liver scans of Altman and Bland 1994 (doi:10.1136/bmj.309.6947.102), as found and at a prevalence of 0.25
-    found = prevalence.carried(231 / 258, 54 / 86, np.array([258 / 344, 0.25]))
+    found = prevalence.metrics_at_prevalence(231 / 258, 54 / 86, np.array([258 / 344, 0.25]))
     assert found["ppv"] == pytest.approx([0.88, 0.45], abs=0.005)
     assert found["npv"] == pytest.approx([0.67, 0.95], abs=0.005)
     assert found["accuracy"][0] == pytest.approx(285 / 344)
-    assert math.isnan(prevalence.carried(0.0, 1.0, 0.5)["ppv"])
+    assert math.isnan(prevalence.metrics_at_prevalence(0.0, 1.0, 0.5)["ppv"])
 
 
 @pytest.mark.parametrize("there", [0.02, 0.3, 0.5, 0.9])
-def test_the_prevalence_of_unlabelled_images_is_found_and_adaptation_gains_accuracy(there):
+def test_the_prevalence_of_unlabeled_images_is_found_and_adaptation_gains_accuracy(there):
     # Normal marks of both classes, of which Bayes' rule gives P(positive) at a prevalence of 0.1.
     rng = np.random.default_rng(0)
     labels = rng.random(20_000) < there
     odds = np.exp(2 * (rng.normal(size=len(labels)) + 2 * labels) - 2) * 0.1 / 0.9
-    found = prevalence.adapted(odds / (1 + odds), 0.1)
+    found = prevalence.adapt_label_shift(odds / (1 + odds), 0.1)
     assert found["prevalence"] == pytest.approx(there, abs=0.015)
     plain = ((odds >= 1) == labels).mean()
     gained = ((found["probabilities"] >= 0.5) == labels).mean() - plain
@@ -182,7 +182,7 @@ def test_the_prevalence_of_unlabelled_images_is_found_and_adaptation_gains_accur
 def test_adaptation_ends_within_0_and_1_and_keeps_the_order(given, prior):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = prevalence.adapted(np.array(given), prior)
+        found = prevalence.adapt_label_shift(np.array(given), prior)
     assert 0 <= found["prevalence"] <= 1 + 1e-9
     assert np.isfinite(found["probabilities"]).all()
     assert (np.diff(found["probabilities"][np.argsort(given)]) >= -1e-12).all()
@@ -211,31 +211,31 @@ def pack(sources: list[str], size: int = 37) -> tuple[pd.DataFrame, np.ndarray]:
 
 def test_shortcuts_that_tell_the_label_are_found_and_those_that_do_not_are_no_better_than_chance():
     table, images = pack(["a", "b", "b"])
-    found, facts = shortcuts.judge(table, images)
+    found, facts = shortcuts.fit_baselines(table, images)
     labels = table.loc[found.index, "label"].to_numpy(dtype=int)
     assert list(found.index) == list(range(60, 84))
-    for name in ("source", "traits", "thumbnail", "border"):
+    for name in ("source", "file_metadata", "thumbnail", "border"):
         assert sklearn.roc_auc_score(labels, found[name]) > 0.95, name
         assert facts[name]["threshold"] == pytest.approx(1 / 3)
-    found, _ = shortcuts.judge(table.assign(source=np.resize(["a", "b", "a", "b", "b"], 90)), 0 * images + 1)
+    found, _ = shortcuts.fit_baselines(table.assign(source=np.resize(["a", "b", "a", "b", "b"], 90)), 0 * images + 1)
     assert sklearn.roc_auc_score(labels, found["source"]) < 0.8
 
 
 def test_a_shortcut_that_is_not_there_says_why():
     table, images = pack([""])
-    found, facts = shortcuts.judge(table.assign(height=512), 0 * images)
+    found, facts = shortcuts.fit_baselines(table.assign(height=512), 0 * images)
     assert found.isna().all(axis=None)
     assert facts["source"]["reason"] == "no source is known of the training images, or one only"
-    assert facts["traits"]["reason"] == "all training images are the same there"
+    assert facts["file_metadata"]["reason"] == "all training images are the same there"
     assert "the same" in facts["border"]["reason"]
-    _, facts = shortcuts.judge(table.assign(label=0), images)
+    _, facts = shortcuts.fit_baselines(table.assign(label=0), images)
     assert facts["thumbnail"]["reason"] == "training images of one class only"
 
 
 @pytest.mark.parametrize("size", [16, 37, 64])
 def test_a_thumbnail_is_the_mean_of_its_parts(size):
     images = np.random.default_rng(0).integers(0, 256, (3, size, size)).astype(np.uint8)
-    found = shortcuts.thumbnails(images, np.array([2, 0]))
+    found = shortcuts.make_thumbnails(images, np.array([2, 0]))
     assert found.shape == (2, 16, 16)
     edges = [index * size // 16 for index in range(17)]
     assert found[1, 3, 15] == pytest.approx(images[0, edges[3] : edges[4], edges[15] :].mean())
@@ -246,7 +246,7 @@ def test_a_thumbnail_is_the_mean_of_its_parts(size):
 
 def find(
     folder: Path, labels: list[int], settings: Config, *, sources: tuple[str, ...] = ("a", "b"), per_group: int = 2
-) -> Findings:
+) -> Evaluation:
     """Measure models that are mostly right on these labels; whatever warns fails."""
     rng = np.random.default_rng(0)
     count, names = len(labels), [f"seed-{seed}" for seed in settings.seeds]
@@ -263,19 +263,25 @@ def find(
     facts = facts.assign(view="", width=600, height=np.resize([500, 700], count)).set_index("file")
     soup = validation[["file", "label"]].assign(subset="validation", soup=validation[names].mean(axis="columns"))
     write_csv(folder / "soup.csv", soup)
-    write_csv(folder / "shortcuts.csv", validation[["file", "label"]].assign(source=0.2 + 0.5 * truth, traits=np.nan))
-    write_json(folder / "evaluate.json", {name: score(truth, validation[name].to_numpy()) for name in names})
-    known = {"source": {"threshold": 0.4, "reason": ""}, "traits": {"threshold": None, "reason": "all the same"}}
+    write_csv(
+        folder / "shortcuts.csv", validation[["file", "label"]].assign(source=0.2 + 0.5 * truth, file_metadata=np.nan)
+    )
+    write_json(
+        folder / "evaluate.json", {name: score_predictions(truth, validation[name].to_numpy()) for name in names}
+    )
+    known = {"source": {"threshold": 0.4, "reason": ""}, "file_metadata": {"threshold": None, "reason": "all the same"}}
     write_json(folder / "shortcuts.json", known)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = evaluate_models.find(settings, {"validation": validation, "test": test}, facts, folder, folder)
+        found = evaluate_models.evaluate_models(
+            settings, {"validation": validation, "test": test}, facts, folder, folder
+        )
         for path, content in found.tables.items():
             write_csv(folder / path, content)
         write_json(folder / "summary.json", found.summary)
         for name in ("roc", "precision_recall"):
             getattr(curves, f"draw_{name}")(folder / f"{name}.png", truth, validation[names])
-            getattr(curves, f"{name}_table")(truth, validation[names[0]])
+            getattr(curves, f"{name}_points")(truth, validation[names[0]])
     return found
 
 
@@ -285,13 +291,13 @@ USUAL = [int(index % 3 == 0) for index in range(90)]
 def test_every_model_bag_and_shortcut_has_its_figures_or_a_reason(tmp_path):
     found = find(tmp_path, USUAL, shipped()).tables["metrics/intervals.csv"]
     bags = [f"bag ({way})" for way in ("vote", "mean", "logits", "greedy", "soup")]
-    assert list(found["model"].unique()) == ["seed-0", "seed-1", *bags, "shortcut (source)", "shortcut (traits)"]
+    assert list(found["model"].unique()) == ["seed-0", "seed-1", *bags, "shortcut (source)", "shortcut (file_metadata)"]
     there = found["reason"] == ""
     assert (found[there]["low"] <= found[there]["high"]).all()
     assert found[there]["value"].notna().all()
-    assert set(found.loc[~there, "model"]) >= {"shortcut (traits)"}
-    assert set(found.loc[found["model"] == "bag (greedy)", "measured"]) == {"cross-fitted"}
-    assert set(found.loc[found["model"] == "seed-0", "measured"]) == {"fixed"}
+    assert set(found.loc[~there, "model"]) >= {"shortcut (file_metadata)"}
+    assert set(found.loc[found["model"] == "bag (greedy)", "estimate_type"]) == {"cross-fitted"}
+    assert set(found.loc[found["model"] == "seed-0", "estimate_type"]) == {"fixed"}
 
 
 def test_the_same_findings_twice_are_the_same_bytes(tmp_path):
@@ -304,9 +310,9 @@ def test_the_same_findings_twice_are_the_same_bytes(tmp_path):
 
 def test_figures_of_a_chosen_operating_point_are_cross_fitted(tmp_path):
     found = find(tmp_path, USUAL, shipped(operating_point="best_f1")).tables
-    points = found["metrics/operating_points.csv"].set_index(["model", "measured"])
+    points = found["metrics/operating_points.csv"].set_index(["model", "estimate_type"])
     assert (points.xs("apparent", level=1)["f1"] >= points.xs("cross-fitted", level=1)["f1"] - 0.05).all()
-    assert set(found["metrics/intervals.csv"].query("model == 'seed-0'")["measured"]) == {"cross-fitted"}
+    assert set(found["metrics/intervals.csv"].query("model == 'seed-0'")["estimate_type"]) == {"cross-fitted"}
 
 
 def test_the_summary_foretells_accuracy_at_the_expected_prevalence(tmp_path):
@@ -322,9 +328,9 @@ def test_the_summary_foretells_accuracy_at_the_expected_prevalence(tmp_path):
 
 def test_what_no_error_was_seen_in_is_not_foretold_as_sure():
     labels = np.repeat([0, 1], [150, 20])
-    validation = metric_tables.Validation(labels, np.arange(170), 2000)
-    called = np.where(np.arange(170) < 7, 1, labels)  # seven false alarms, and no miss
-    sample = validation.samples(metric_tables.Opinion(called, None))
+    validation = metric_tables.ValidationSet(labels, np.arange(170), 2000)
+    predicted = np.where(np.arange(170) < 7, 1, labels)  # seven false alarms, and no miss
+    sample = validation.bootstrap_metrics(metric_tables.Predictions(predicted, None))
     found = metric_tables.prevalence_table(validation, {"model": sample}, 0.5).set_index("prevalence").loc[0.5]
     assert found["accuracy"] == pytest.approx((1 + 143 / 150) / 2)
     # Half of Jeffreys' lower end for 20 of 20, and half of the specificity
@@ -334,8 +340,8 @@ def test_what_no_error_was_seen_in_is_not_foretold_as_sure():
 
 def test_a_perfect_model_is_not_foretold_to_err_about_both_classes_at_once():
     labels = np.repeat([0, 1], 30)
-    validation = metric_tables.Validation(labels, np.arange(60), 2000)
-    sample = validation.samples(metric_tables.Opinion(labels, None))
+    validation = metric_tables.ValidationSet(labels, np.arange(60), 2000)
+    sample = validation.bootstrap_metrics(metric_tables.Predictions(labels, None))
     found = metric_tables.prevalence_table(validation, {"model": sample}, 0.5).set_index("prevalence").loc[0.5]
     drawn = np.random.default_rng(1).beta(30.5, 0.5, (2, 20_000)).mean(axis=0)
     assert found["accuracy_low"] == pytest.approx(np.quantile(drawn, 0.025), abs=0.005)

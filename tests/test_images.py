@@ -20,7 +20,7 @@ from PIL import Image
 from pydicom.uid import JPEG2000, JPEGBaseline8Bit, JPEGLossless
 
 from pipeline.data import images
-from pipeline.data.images import UnusableError, decode, square
+from pipeline.data.images import UnusableError, decode_radiograph, resize_to_square
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # decoders warn of what is odd
 SHARED = ROOT.parent / "shared/data"
@@ -32,12 +32,12 @@ def noise(*shape: int) -> np.ndarray:
 
 
 def pixels(data: bytes, size: int = 64) -> np.ndarray:
-    return decode(data, size, "stretch")[0]
+    return decode_radiograph(data, size, "stretch")[0]
 
 
 def reason(data: bytes) -> str:
     with pytest.raises(UnusableError) as caught:
-        decode(data, 64, "stretch")
+        decode_radiograph(data, 64, "stretch")
     return str(caught.value)
 
 
@@ -50,7 +50,7 @@ seeds = st.integers(0, 2**32)
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_radiograph_looks_the_same_in_every_format(name):
-    found, shape = decode(FORMATS[name], 64, "stretch")
+    found, shape = decode_radiograph(FORMATS[name], 64, "stretch")
     assert shape == (64, 64)
     assert found.dtype == np.uint8
     lossy = name in ("lossy.webp", "picture.avif", "baseline.dcm") or name.endswith(".jpg")
@@ -63,11 +63,11 @@ def test_a_radiograph_looks_the_same_in_every_format(name):
     st.integers(32, 48),
     st.sampled_from([("PNG", {}), ("TIFF", {}), ("BMP", {}), ("WEBP", {"lossless": True, "exact": True})]),
 )
-def test_a_grey_image_saved_without_loss_comes_back_equal_at_its_own_size(seed, size, kind):
+def test_a_gray_image_saved_without_loss_comes_back_equal_at_its_own_size(seed, size, kind):
     name, options = kind
     image = drawn(seed, size, 0, 256).astype(np.uint8)
-    grey = Image.fromarray(image)
-    found = pixels(encoded(grey.convert("RGB") if name == "WEBP" else grey, name, **options), size)
+    gray = Image.fromarray(image)
+    found = pixels(encoded(gray.convert("RGB") if name == "WEBP" else gray, name, **options), size)
     assert (found == image).all()
 
 
@@ -101,14 +101,14 @@ def test_a_transparent_entry_of_a_palette_is_black():
 
 @pytest.mark.parametrize("mode", ["LA", "RGBA"])
 def test_transparent_pixels_lie_on_black_and_opaque_ones_stay(mode):
-    grey = chest()
-    alpha = np.zeros_like(grey)
+    gray = chest()
+    alpha = np.zeros_like(gray)
     alpha[:, 20:], alpha[:, 40:] = 128, 255
-    channels = [Image.fromarray(grey)] * (len(mode) - 1) + [Image.fromarray(alpha)]
+    channels = [Image.fromarray(gray)] * (len(mode) - 1) + [Image.fromarray(alpha)]
     found = pixels(encoded(Image.merge(mode, channels)))
     assert not found[:, :20].any()
-    assert np.abs(found[:, 20:40] - grey[:, 20:40] * (128 / 255)).max() <= 1
-    assert (found[:, 40:] == grey[:, 40:]).all()
+    assert np.abs(found[:, 20:40] - gray[:, 20:40] * (128 / 255)).max() <= 1
+    assert (found[:, 40:] == gray[:, 40:]).all()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -123,7 +123,7 @@ def test_exif_rotation_is_applied(orientation, kind):
     stored = image if undone is None else image.transpose(undone)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    found, shape = decode(encoded(stored, kind, exif=exif, quality=95), 64, "stretch")
+    found, shape = decode_radiograph(encoded(stored, kind, exif=exif, quality=95), 64, "stretch")
     assert shape == image.size
     assert np.abs(found.astype(int) - pixels(encoded(image))).max() <= (0 if kind == "PNG" else 12)
 
@@ -131,40 +131,40 @@ def test_exif_rotation_is_applied(orientation, kind):
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 @pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
 @pytest.mark.parametrize("size", [64, 77, 200])
-def test_a_jpeg_made_from_grey_has_the_pixels_that_pillow_gives(mode, subsampling, size):
+def test_a_jpeg_made_from_gray_has_the_pixels_that_pillow_gives(mode, subsampling, size):
     for options in ({}, {"progressive": True}, {"optimize": True}, {"restart_marker_blocks": 3}, {"comment": b"x"}):
         data = encoded(Image.fromarray(noise(size, size)).convert(mode), "JPEG", subsampling=subsampling, **options)
         assert (pixels(data, size) == np.asarray(Image.open(io.BytesIO(data)).convert("L"))).all()
-        assert (images._grey_jpeg(data) is None) == ("progressive" in options)
+        assert (images._gray_jpeg(data) is None) == ("progressive" in options)
 
 
 @pytest.mark.parametrize("quality", [20, 75, 95, 100])
-def test_how_coarse_a_jpeg_is_stands_in_its_quantisation_table(quality):
+def test_how_coarse_a_jpeg_is_stands_in_its_quantization_table(quality):
     data = encoded(Image.fromarray(chest()), "JPEG", quality=quality)
     own = np.mean(Image.open(io.BytesIO(data)).quantization[0])
     exif = b"\xff\xe1" + struct.pack(">H", len(data) + 2) + data  # in which a thumbnail has a table, too
     finest = encoded(Image.fromarray(chest()), "JPEG", quality=100)
-    assert images.coarseness(data) == own
-    assert images.coarseness(finest[:2] + exif + finest[2:]) == 1
-    assert images.coarseness(encoded(Image.fromarray(chest()), "PNG")) == 0
+    assert images.jpeg_quantization(data) == own
+    assert images.jpeg_quantization(finest[:2] + exif + finest[2:]) == 1
+    assert images.jpeg_quantization(encoded(Image.fromarray(chest()), "PNG")) == 0
 
 
 def test_a_tint_becomes_luma():
-    grey = Image.fromarray(chest())
+    gray = Image.fromarray(chest())
     for black, white in [("#000000", "#ffe8c0"), ("#001030", "#e0f0ff")]:
-        tinted = Image.merge("RGB", [grey.point(curve) for curve in curves(black, white)])
+        tinted = Image.merge("RGB", [gray.point(curve) for curve in curves(black, white)])
         for kind, most in ("PNG", 0), ("JPEG", 12):
             found = pixels(encoded(tinted, kind, **({"quality": 95} if kind == "JPEG" else {})))
             assert np.abs(found.astype(int) - np.asarray(tinted.convert("L"))).max() <= most
 
 
 def curves(black: str, white: str) -> list[list[int]]:
-    """Return per channel what each grey becomes where black and white are coloured."""
-    ends = [[int(colour[at : at + 2], 16) for colour in (black, white)] for at in (1, 3, 5)]
+    """Return per channel what each gray becomes where black and white are colored."""
+    ends = [[int(color[at : at + 2], 16) for color in (black, white)] for at in (1, 3, 5)]
     return [np.linspace(low, high, 256).round().astype(int).tolist() for low, high in ends]
 
 
-def test_a_radiograph_with_a_small_coloured_mark_is_usable():
+def test_a_radiograph_with_a_small_colored_mark_is_usable():
     marked = Image.fromarray(chest(256)).convert("RGB")
     marked.paste("red", (200, 20, 216, 36))
     for kind in ("PNG", "JPEG"):
@@ -173,16 +173,16 @@ def test_a_radiograph_with_a_small_coloured_mark_is_usable():
 
 @pytest.mark.parametrize("name", ["china.jpg", "flower.jpg"])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_a_colour_photograph_is_refused_and_the_same_in_grey_is_not(name, kind):
+def test_a_color_photograph_is_refused_and_the_same_in_gray_is_not(name, kind):
     photograph = Image.fromarray(sklearn.datasets.load_sample_image(name))
-    assert reason(encoded(photograph, kind)) == "a colour photograph or drawing"
+    assert reason(encoded(photograph, kind)) == "a color photograph or drawing"
     pixels(encoded(photograph.convert("L").convert("RGB"), kind))
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(32, 90), st.integers(32, 90), st.integers(16, 70), st.sampled_from(["stretch", "pad"]))
 def test_any_shape_becomes_the_square_asked_for(width, height, size, resize):
-    found, shape = decode(encoded(Image.fromarray(chest(90)).resize((width, height))), size, resize)
+    found, shape = decode_radiograph(encoded(Image.fromarray(chest(90)).resize((width, height))), size, resize)
     assert found.shape == (size, size)
     assert found.dtype == np.uint8
     assert shape == (width, height)
@@ -190,18 +190,18 @@ def test_any_shape_becomes_the_square_asked_for(width, height, size, resize):
 
 def test_padding_keeps_the_shape_and_lies_in_the_middle_on_black():
     wide = Image.fromarray(chest(128) // 2 + 100).crop((0, 0, 128, 64))
-    found = decode(encoded(wide), 64, "pad")[0]
+    found = decode_radiograph(encoded(wide), 64, "pad")[0]
     assert not found[:16].any()
     assert not found[48:].any()
     assert (found[16:48] == np.asarray(wide.resize((64, 32), Image.Resampling.BILINEAR))).all()
-    tall = decode(encoded(wide.transpose(Image.Transpose.ROTATE_90)), 64, "pad")[0]
+    tall = decode_radiograph(encoded(wide.transpose(Image.Transpose.ROTATE_90)), 64, "pad")[0]
     assert not tall[:, :16].any()
     assert tall[:, 16:48].all()
 
 
 def test_a_square_image_is_the_same_stretched_and_padded():
     for size in (32, 64, 100):
-        stretched, padded = (decode(FORMATS["grey.png"], size, resize)[0] for resize in ("stretch", "pad"))
+        stretched, padded = (decode_radiograph(FORMATS["gray.png"], size, resize)[0] for resize in ("stretch", "pad"))
         assert (stretched == padded).all()
 
 
@@ -311,7 +311,7 @@ def test_a_dicom_is_rescaled_and_the_window_is_applied():
     [
         ({"Modality": "CT"}, "no radiograph: a DICOM of modality CT"),
         ({"NumberOfFrames": 3}, "a DICOM of 3 frames"),
-        ({"PhotometricInterpretation": "RGB"}, "a DICOM in colour (RGB)"),
+        ({"PhotometricInterpretation": "RGB"}, "a DICOM in color (RGB)"),
         ({"Rows": 9000, "Columns": 9000}, "too large: 9000×9000 pixels"),
         ({"Rows": 128}, "broken DICOM: "),
         ({"BitsAllocated": 7}, "broken DICOM: "),
@@ -344,9 +344,9 @@ def test_a_dicom_whose_picture_is_larger_than_it_says_is_unusable():
 @pytest.mark.parametrize(
     "wrong", [noise(64, 64, 3), noise(64, 64) / 2, noise(64, 64).astype(int) - 1, noise(64, 64).astype(int) * 2]
 )
-def test_pixels_that_are_not_grey_bytes_are_unusable(wrong):
-    with pytest.raises(UnusableError, match="not grey pixels"):
-        square(wrong, 64, "stretch")
+def test_pixels_that_are_not_gray_bytes_are_unusable(wrong):
+    with pytest.raises(UnusableError, match="not gray pixels"):
+        resize_to_square(wrong, 64, "stretch")
 
 
 def test_thousands_of_damaged_files_neither_crash_nor_hang_nor_fill_the_memory():
@@ -366,7 +366,7 @@ def test_real_odd_files_are_radiographs_except_those_that_are_broken():
     refused = {}
     for name in names:
         try:
-            found = decode((SHARED / "odd" / name).read_bytes(), 128, "stretch")[0]
+            found = decode_radiograph((SHARED / "odd" / name).read_bytes(), 128, "stretch")[0]
         except UnusableError as error:
             refused[name] = str(error)
         else:
@@ -391,4 +391,4 @@ def test_no_real_radiograph_is_refused():
         names = [name for name in archive.namelist() if name.endswith(".jpg")]
         assert len(names) == 953
         for name in names:
-            decode(archive.read(name), 64, "stretch")
+            decode_radiograph(archive.read(name), 64, "stretch")

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from sklearn import metrics as sklearn
 
 from pipeline.evaluation import calibration
-from pipeline.evaluation.intervals import differences, figures, intervals, resample
-from pipeline.evaluation.metrics import score
+from pipeline.evaluation.intervals import bootstrap_weights, compare_metrics, compute_metrics, confidence_intervals
+from pipeline.evaluation.metrics import score_predictions
 
 rows = st.lists(
     st.tuples(st.integers(0, 1), st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.52, 0.9, 1.0]), st.integers(0, 5)),
@@ -33,23 +33,23 @@ def radiographs(count: int, per_group: int = 1) -> tuple[np.ndarray, np.ndarray,
 @given(rows)
 def test_the_figures_of_the_set_itself_are_its_scores(rows):
     labels, probabilities, groups = arrays(rows)
-    found = figures(labels, probabilities >= 0.5, probabilities, resample(groups, 3)).iloc[0]
-    scores = dict(score(labels, probabilities))
+    found = compute_metrics(labels, probabilities >= 0.5, probabilities, bootstrap_weights(groups, 3)).iloc[0]
+    scores = dict(score_predictions(labels, probabilities))
     if not labels.any():
         scores["f1"] = None
     for metric, value in scores.items():
         assert math.isnan(found[metric]) if value is None else found[metric] == pytest.approx(value), metric
     assert found["brier"] == pytest.approx(np.mean((labels - probabilities) ** 2))
-    assert found["calibration_error"] == pytest.approx(calibration.error(labels, probabilities))
+    assert found["calibration_error"] == pytest.approx(calibration.expected_calibration_error(labels, probabilities))
 
 
 def test_a_resample_without_a_positive_says_nothing_of_f1():
     labels = np.repeat([1, 0], [3, 97])
-    called = labels.copy()
-    called[-1] = 1  # one false alarm
-    samples = figures(labels, called, None, resample(np.arange(100), 2000))
+    predicted = labels.copy()
+    predicted[-1] = 1  # one false alarm
+    samples = compute_metrics(labels, predicted, None, bootstrap_weights(np.arange(100), 2000))
     assert samples["f1"].isna().equals(samples["recall"].isna())
-    found = intervals(labels, called, np.arange(100), samples).set_index("metric").loc["f1"]
+    found = confidence_intervals(labels, predicted, np.arange(100), samples).set_index("metric").loc["f1"]
     assert 0.4 <= found["low"] < found["value"] == pytest.approx(6 / 7)
 
 
@@ -58,19 +58,19 @@ def test_a_resample_without_a_positive_says_nothing_of_f1():
 def test_the_figures_of_a_resample_are_scikit_learns_with_its_weights(rows):
     labels, probabilities, groups = arrays(rows)
     assume(len(set(groups)) > 1)
-    called = (probabilities >= 0.5).astype(int)
-    weights = resample(groups, 2)
-    found, drawn = figures(labels, called, probabilities, weights).iloc[1], weights[1]
+    predicted = (probabilities >= 0.5).astype(int)
+    weights = bootstrap_weights(groups, 2)
+    found, drawn = compute_metrics(labels, predicted, probabilities, weights).iloc[1], weights[1]
     assume(len(set(labels[drawn > 0])) == 2)
     given = {"sample_weight": drawn}
     assert dict(found) == pytest.approx(
         {
-            "accuracy": sklearn.accuracy_score(labels, called, **given),
-            "f1": sklearn.f1_score(labels, called, zero_division=0, **given),
-            "recall": sklearn.recall_score(labels, called, **given),
-            "precision": sklearn.precision_score(labels, called, zero_division=math.nan, **given),
-            "specificity": sklearn.recall_score(labels, called, pos_label=0, **given),
-            "balanced_accuracy": sklearn.balanced_accuracy_score(labels, called, **given),
+            "accuracy": sklearn.accuracy_score(labels, predicted, **given),
+            "f1": sklearn.f1_score(labels, predicted, zero_division=0, **given),
+            "recall": sklearn.recall_score(labels, predicted, **given),
+            "precision": sklearn.precision_score(labels, predicted, zero_division=math.nan, **given),
+            "specificity": sklearn.recall_score(labels, predicted, pos_label=0, **given),
+            "balanced_accuracy": sklearn.balanced_accuracy_score(labels, predicted, **given),
             "loss": sklearn.log_loss(labels, probabilities, **given),
             "auroc": sklearn.roc_auc_score(labels, probabilities, **given),
             "average_precision": sklearn.average_precision_score(labels, probabilities, **given),
@@ -83,13 +83,13 @@ def test_the_figures_of_a_resample_are_scikit_learns_with_its_weights(rows):
 
 def test_images_of_a_group_are_drawn_together():
     groups = np.array(["b", "a", "b", "c", "a"])
-    drawn = resample(groups, 50)
+    drawn = bootstrap_weights(groups, 50)
     assert drawn.shape == (51, 5)
     assert (drawn[0] == 1).all()
     assert (drawn[:, 0] == drawn[:, 2]).all()
     assert (drawn[:, 1] == drawn[:, 4]).all()
     assert (drawn[1:, [0, 1, 3]].sum(axis=1) == 3).all()
-    assert (resample(groups, 50) == drawn).all()
+    assert (bootstrap_weights(groups, 50) == drawn).all()
 
 
 def test_an_interval_holds_its_figure_and_is_wider_for_grouped_images():
@@ -97,7 +97,7 @@ def test_an_interval_holds_its_figure_and_is_wider_for_grouped_images():
     for per_group in (1, 8):
         labels, probabilities, _ = radiographs(320, 8)
         groups = np.arange(320) // per_group
-        found = intervals(labels, probabilities >= 0.5, groups, samples(labels, probabilities, groups))
+        found = confidence_intervals(labels, probabilities >= 0.5, groups, samples(labels, probabilities, groups))
         found = found.set_index("metric").drop("calibration_error")  # which is biased upwards in resamples
         assert (found["low"] <= found["value"]).all()
         assert (found["value"] <= found["high"]).all()
@@ -106,14 +106,16 @@ def test_an_interval_holds_its_figure_and_is_wider_for_grouped_images():
 
 
 def samples(labels, probabilities, groups, count=400):
-    return figures(labels, probabilities >= 0.5, probabilities, resample(groups, count))
+    return compute_metrics(labels, probabilities >= 0.5, probabilities, bootstrap_weights(groups, count))
 
 
 def test_a_proportion_of_independent_images_has_wilsons_interval():
     # 81 of 263, Newcombe 1998 (doi:10.1002/(SICI)1097-0258(19980430)17:8<857::AID-SIM777>3.0.CO;2-E), table I
     labels, probabilities = np.ones(263, dtype=int), np.repeat([0.9, 0.1], [81, 182])
     groups = np.arange(263)
-    found = intervals(labels, probabilities >= 0.5, groups, samples(labels, probabilities, groups)).set_index("metric")
+    found = confidence_intervals(
+        labels, probabilities >= 0.5, groups, samples(labels, probabilities, groups)
+    ).set_index("metric")
     assert found.loc["recall", "method"] == "wilson"
     assert found.loc["recall", ["low", "high"]].tolist() == pytest.approx([0.2553, 0.3662], abs=5e-5)
     assert found.loc["f1", "method"] == "bootstrap"
@@ -121,7 +123,7 @@ def test_a_proportion_of_independent_images_has_wilsons_interval():
 
 def test_a_perfect_share_of_grouped_images_is_as_sure_as_its_groups_and_no_surer():
     labels, groups = np.ones(40, dtype=int), np.arange(40) // 4
-    found = intervals(labels, labels, groups, samples(labels, np.full(40, 0.9), groups)).set_index("metric")
+    found = confidence_intervals(labels, labels, groups, samples(labels, np.full(40, 0.9), groups)).set_index("metric")
     assert found.loc["recall", ["low", "high"]].tolist() == pytest.approx([0.7225, 1], abs=5e-5)  # 10 of 10
     assert found.loc["f1", "reason"] == "no resample differs: too few errors for an interval"
     assert math.isnan(found.loc["f1", "low"])
@@ -130,7 +132,7 @@ def test_a_perfect_share_of_grouped_images_is_as_sure_as_its_groups_and_no_surer
 def test_the_bootstrap_of_a_mean_is_as_wide_as_theory_says():
     labels, probabilities, _ = radiographs(400)
     groups = np.repeat(np.arange(200), 2)
-    found = intervals(labels, probabilities >= 0.5, groups, samples(labels, probabilities, groups, 4000))
+    found = confidence_intervals(labels, probabilities >= 0.5, groups, samples(labels, probabilities, groups, 4000))
     low, high = found.set_index("metric").loc["brier", ["low", "high"]]
     squares = ((labels - probabilities) ** 2).reshape(200, 2).mean(axis=1)
     assert high - low == pytest.approx(2 * 1.96 * squares.std() / math.sqrt(200), rel=0.06)
@@ -142,10 +144,10 @@ def test_a_figure_that_cannot_be_had_says_why_and_nothing_warns(label, count):
     labels, probabilities, groups = np.full(count, label), np.full(count, 0.2), np.zeros(count)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = intervals(labels, probabilities >= 0.5, groups, samples(labels, probabilities, groups))
+        found = confidence_intervals(labels, probabilities >= 0.5, groups, samples(labels, probabilities, groups))
     found = found.set_index("metric")
     assert found.loc["auroc", "reason"] == "images of one class only"
-    assert found.loc["precision", "reason"] == "no image is called positive"
+    assert found.loc["precision", "reason"] == "no image is predicted positive"
     absent = "specificity" if label else "recall"
     assert found.loc[absent, "reason"] == f"no {'negative' if label else 'positive'} image"
     assert found.loc["loss", "reason"] == "one group only"
@@ -156,11 +158,11 @@ def test_a_paired_difference_is_narrower_than_its_parts():
     labels, probabilities, groups = radiographs(300)
     other = np.clip(probabilities + 0.02 * np.sin(np.arange(300)), 0, 1)
     ours, theirs = samples(labels, probabilities, groups), samples(labels, other, groups)
-    found = differences(ours, theirs).set_index("metric").loc["auroc"]
+    found = compare_metrics(ours, theirs).set_index("metric").loc["auroc"]
     assert found["difference"] == pytest.approx(ours["auroc"][0] - theirs["auroc"][0])
-    alone = intervals(labels, probabilities >= 0.5, groups, ours).set_index("metric").loc["auroc"]
+    alone = confidence_intervals(labels, probabilities >= 0.5, groups, ours).set_index("metric").loc["auroc"]
     assert found["high"] - found["low"] < (alone["high"] - alone["low"]) / 2
-    assert differences(ours, ours)["difference"].eq(0).all()
-    assert set(differences(ours, figures(labels, other >= 0.5, None, resample(groups, 400)))["metric"]) == {
+    assert compare_metrics(ours, ours)["difference"].eq(0).all()
+    assert set(compare_metrics(ours, compute_metrics(labels, other >= 0.5, None, bootstrap_weights(groups, 400)))["metric"]) == {
         "accuracy", "f1", "recall", "precision", "specificity", "balanced_accuracy",
     }  # fmt: skip

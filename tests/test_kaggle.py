@@ -20,10 +20,10 @@ from kaggle_server import COMPETITION, DATASET, KEY, SIGNATURE, TOKEN, Kaggle, s
 from kagglehub import config as kagglehub_config
 from kagglesdk import kaggle_env
 
-from pipeline.core.config import KaggleParams, load
+from pipeline.core.config import KaggleParams, load_config
 from pipeline.core.files import write_json
 from pipeline.data import sources
-from pipeline.evaluation.ensemble import Rule
+from pipeline.evaluation.ensemble import EnsembleConfig
 from pipeline.kaggle import client, submit
 from pipeline.tracking import fingerprint, runs
 from pipeline.tracking.store import connect
@@ -47,7 +47,7 @@ def kaggle(tmp_path, monkeypatch) -> Kaggle:
     monkeypatch.setattr(kagglehub_config, "DEFAULT_KAGGLE_CREDENTIALS_FOLDER", str(home / ".kaggle"))
     monkeypatch.setenv("KAGGLE_API_TOKEN", TOKEN)
     monkeypatch.setenv("KAGGLE_API_ENVIRONMENT", "LOCALHOST")
-    monkeypatch.setattr(client, "PAUSES", (0, 0, 0, 0))
+    monkeypatch.setattr(client, "RETRY_DELAYS", (0, 0, 0, 0))
     members = {"other.bin": random.Random(0).randbytes(3 * CHUNK), **archive_members()}  # its half is more than a chunk
     archive = write_zip(tmp_path / "kaggle.zip", members).read_bytes()
     with serve(archive) as running:
@@ -62,7 +62,7 @@ def target(tmp_path) -> Path:
 
 
 def download(target: Path, params: KaggleParams = PARAMS) -> bytes:
-    sources.fetch(params, target)
+    sources.fetch_source(params, target)
     return target.read_bytes()
 
 
@@ -140,7 +140,7 @@ def test_a_busy_server_is_asked_again(kaggle, target, where, status):
 
 def test_the_pauses_grow(kaggle, target, monkeypatch):
     slept: list[float] = []
-    monkeypatch.setattr(client, "PAUSES", (1, 2, 4, 8))
+    monkeypatch.setattr(client, "RETRY_DELAYS", (1, 2, 4, 8))
     monkeypatch.setattr(client.time, "sleep", slept.append)
     kaggle.faults["DownloadDataFiles"] = [429] * 9
     assert refusal(download, target).endswith("tried 5 times: Kaggle answers 429; run again later")
@@ -175,10 +175,13 @@ def test_what_is_no_whole_zip_is_not_put_in_place(kaggle, target, spoil):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda env, kaggle: env.delenv("KAGGLE_API_TOKEN"), f"Kaggle: there are no credentials; {client.TOKEN}"),
+        (
+            lambda env, kaggle: env.delenv("KAGGLE_API_TOKEN"),
+            f"Kaggle: there are no credentials; {client.TOKEN_ADVICE}",
+        ),
         (
             lambda env, kaggle: env.setenv("KAGGLE_API_TOKEN", "KGAT_of_yesterday"),
-            f"Kaggle does not accept these credentials (401: Unauthenticated); {client.TOKEN}",
+            f"Kaggle does not accept these credentials (401: Unauthenticated); {client.TOKEN_ADVICE}",
         ),
         (
             lambda env, kaggle: kaggle.faults.update(Download=[(403, "Do!")]),
@@ -313,12 +316,12 @@ def test_the_shipped_competition_profile_downloads_with_nothing_but_credentials(
 def test_no_stage_of_the_pipeline_sends_or_deletes_what_was_sent():
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     assert stages["submit"]["cmd"] == "python -m stages.submit"
-    assert not any(submit.LOG.is_relative_to(out) for out in stages["submit"]["outs"])  # which DVC deletes
+    assert not any(submit.SUBMISSION_LOG.is_relative_to(out) for out in stages["submit"]["outs"])  # which DVC deletes
 
 
 def rule(*members: str) -> dict:
     count = len(members)
-    return asdict(Rule(list(members), "mean", "mean", 0.5, [0.5] * count, [1 / count] * count))
+    return asdict(EnsembleConfig(list(members), "mean", "mean", 0.5, [0.5] * count, [1 / count] * count))
 
 
 @pytest.fixture(scope="module")
@@ -342,11 +345,11 @@ def finished(tmp_path_factory, empty_store) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         enter(project, patch)
         said("cxr submit")
-        config = load()
+        config = load_config()
         store = connect(config.model_name)
         runs.parent_run(store, config)
         for seed in (0, 1):
-            mark = fingerprint.of_training(config, seed=seed, environment={})
+            mark = fingerprint.training_fingerprint(config, seed=seed, environment={})
             write_json(Path(f"models/seed-{seed}/model.json"), {"fingerprint": mark, "environment": {}})
             runs._find_or_make(store, config, mark, f"seed-{seed}", {})
     return project
@@ -356,7 +359,7 @@ def finished(tmp_path_factory, empty_store) -> Path:
 def send(kaggle, finished, monkeypatch) -> Callable[..., Result]:
     """Runs `cxr submit` in the finished project, which forgets what was sent before."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(submit, "POLL", 0.01)
+    monkeypatch.setattr(submit, "POLL_SECONDS", 0.01)
     (finished / "submissions.csv").unlink(missing_ok=True)
     return lambda *arguments, answer=None: run_cxr(finished, monkeypatch, "submit", *arguments, answer=answer)
 
@@ -455,7 +458,7 @@ def test_a_submission_without_a_score_is_in_the_log_all_the_same(send, kaggle, f
     kaggle.verdict = {"status": "ERROR", "errorDescription": "row 3\nis missing"}
     ended = send("--send", "bag", "-m", "x", "--yes")
     assert "submission 41: Kaggle cannot score it: row 3 is missing" in ended.stderr
-    monkeypatch.setattr(submit, "PATIENCE", 0.1)
+    monkeypatch.setattr(submit, "TIMEOUT_SECONDS", 0.1)
     kaggle.looks = 99
     ended = send("--send", "bag", "-m", "x", "--yes")
     assert "submission 42 has no score yet" in ended.stderr

@@ -17,9 +17,9 @@ from conftest import archive_members, refusal_of_file, write_zip
 from pipeline.core.config import ArchiveParams
 from pipeline.core.errors import UserError
 from pipeline.data import layout
-from pipeline.data.sources import archive, fetch
+from pipeline.data.sources import archive, fetch_source
 
-refusal = partial(refusal_of_file, layout.read)
+refusal = partial(refusal_of_file, layout.read_layout)
 LABELS, SAMPLE = "train_labels.csv", "sample_submission.csv"
 
 
@@ -45,7 +45,7 @@ def good(count: int = 6) -> list[str]:
 @pytest.mark.parametrize("nested", [True, False])
 def test_both_nestings_are_read(tmp_path, nested):
     path = write_zip(tmp_path / "raw.zip", archive_members(train=6, test=3, nested=nested))
-    found = layout.read(path)
+    found = layout.read_layout(path)
     assert list(found.images["file"]) == [f"a{i:03}.jpg" for i in range(6)] + [f"t{i:03}.jpg" for i in range(3)]
     assert list(found.images["set"]) == ["train"] * 6 + ["test"] * 3
     assert list(found.images["label"][:6]) == [1, 0, 0, 1, 0, 0]
@@ -57,7 +57,7 @@ def test_both_nestings_are_read(tmp_path, nested):
 
 
 def test_images_come_in_the_order_of_the_tables(tmp_path):
-    found = layout.read(zipped(tmp_path, train_labels=labels(*reversed(good()))))
+    found = layout.read_layout(zipped(tmp_path, train_labels=labels(*reversed(good()))))
     assert list(found.images["file"][:6]) == [f"a{i:03}.jpg" for i in reversed(range(6))]
     assert list(found.images["label"][:6]) == [0, 0, 1, 0, 0, 1]
 
@@ -67,7 +67,7 @@ def test_files_that_are_no_images_of_the_competition_are_left_alone(tmp_path):
         "train/.DS_Store": b"", "__MACOSX/train/train/._a000.jpg": b"", "train/train/": b"", "notes.txt": b"",
         "train/train/old/a999.jpg": b"",
     }  # fmt: skip
-    assert len(layout.read(write_zip(tmp_path / "raw.zip", members)).images) == 9
+    assert len(layout.read_layout(write_zip(tmp_path / "raw.zip", members)).images) == 9
 
 
 @pytest.mark.parametrize("name", [LABELS, SAMPLE])
@@ -99,7 +99,7 @@ def test_a_label_that_is_not_0_or_1_is_named_with_its_line_and_file(tmp_path, la
 
 
 def test_a_label_without_an_image_has_no_member(tmp_path):
-    images = layout.read(zipped(tmp_path, train_labels=labels(*good(), "a100.jpg,0", "a101.jpg,1"))).images
+    images = layout.read_layout(zipped(tmp_path, train_labels=labels(*good(), "a100.jpg,0", "a101.jpg,1"))).images
     assert list(images.loc[images["member"] == "", "file"]) == ["a100.jpg", "a101.jpg"]
     assert len(images) == 11
 
@@ -146,18 +146,18 @@ def test_a_table_that_is_no_csv_is_named(tmp_path, content):
 
 def test_a_comma_too_many_in_every_line_is_refused(tmp_path):
     assert LABELS in refusal_of_file(
-        layout.read, zipped(tmp_path, train_labels=labels(*(f"{line}," for line in good())))
+        layout.read_layout, zipped(tmp_path, train_labels=labels(*(f"{line}," for line in good())))
     )
 
 
 def test_tables_as_spreadsheets_write_them_are_read(tmp_path):
     text = "\ufeff" + labels(*good()).replace("\n", "\r\n")
-    assert len(layout.read(zipped(tmp_path, train_labels=text)).images) == 9
+    assert len(layout.read_layout(zipped(tmp_path, train_labels=text)).images) == 9
 
 
 def test_metadata_are_joined_by_file_and_unknown_ones_are_empty(tmp_path):
     metadata = "File,patient,source,view\nt001.jpg,p9,B,AP\na002.jpg,p7,A,PA\nelse.jpg,p1,A,PA\n"
-    images = layout.read(zipped(tmp_path, metadata=metadata)).images.set_index("file")
+    images = layout.read_layout(zipped(tmp_path, metadata=metadata)).images.set_index("file")
     assert list(images.loc["a002.jpg", layout.METADATA]) == ["p7", "A", "PA"]
     assert list(images.loc["t001.jpg", layout.METADATA]) == ["p9", "B", "AP"]
     assert list(images.loc["a000.jpg", layout.METADATA]) == ["", "", ""]
@@ -165,7 +165,7 @@ def test_metadata_are_joined_by_file_and_unknown_ones_are_empty(tmp_path):
 
 
 def test_patients_are_texts_and_na_is_a_name(tmp_path):
-    images = layout.read(zipped(tmp_path, metadata="File,patient,source,view\na000.jpg,007,NA,\n")).images
+    images = layout.read_layout(zipped(tmp_path, metadata="File,patient,source,view\na000.jpg,007,NA,\n")).images
     assert list(images.loc[0, layout.METADATA]) == ["007", "NA", ""]
 
 
@@ -175,15 +175,15 @@ def test_metadata_without_a_column_are_refused(tmp_path):
     assert message == f"metadata.csv: no column 'patient'; {must}"
 
 
-def test_licences_are_kept_where_metadata_have_them(tmp_path):
-    metadata = "File,patient,source,view,licence\na000.jpg,p1,A,PA,CC BY 4.0\n"
-    images = layout.read(zipped(tmp_path, metadata=metadata)).images
-    assert list(images["licence"][:2]) == ["CC BY 4.0", ""]
+def test_licenses_are_kept_where_metadata_have_them(tmp_path):
+    metadata = "File,patient,source,view,license\na000.jpg,p1,A,PA,CC BY 4.0\n"
+    images = layout.read_layout(zipped(tmp_path, metadata=metadata)).images
+    assert list(images["license"][:2]) == ["CC BY 4.0", ""]
 
 
 def test_no_metadata_are_empty_texts(tmp_path):
-    images = layout.read(zipped(tmp_path)).images
-    assert (images[[*layout.METADATA, "licence"]] == "").all(axis=None)
+    images = layout.read_layout(zipped(tmp_path)).images
+    assert (images[[*layout.METADATA, "license"]] == "").all(axis=None)
 
 
 def folder(tmp_path):
@@ -205,15 +205,15 @@ def test_a_folder_zips_to_the_same_bytes_twice(tmp_path):
 
 
 def test_a_zipped_folder_holds_its_files_and_reads_as_a_layout(tmp_path):
-    fetch(ArchiveParams(source="archive", path=folder(tmp_path)), tmp_path / "raw.zip")
+    fetch_source(ArchiveParams(source="archive", path=folder(tmp_path)), tmp_path / "raw.zip")
     with zipfile.ZipFile(tmp_path / "raw.zip") as content:
         assert {name: content.read(name) for name in content.namelist()} == archive_members(train=4, test=2)
         assert content.namelist() == sorted(content.namelist())
-    assert len(layout.read(tmp_path / "raw.zip").images) == 6
+    assert len(layout.read_layout(tmp_path / "raw.zip").images) == 6
 
 
 def test_a_zip_is_copied_unchanged(tmp_path, raw):
-    fetch(ArchiveParams(source="archive", path=raw), tmp_path / "copy.zip")
+    fetch_source(ArchiveParams(source="archive", path=raw), tmp_path / "copy.zip")
     assert (tmp_path / "copy.zip").read_bytes() == raw.read_bytes()
 
 
@@ -291,12 +291,12 @@ def test_a_member_that_says_it_is_huge_is_refused_unread(tmp_path):
 def read_whole(path) -> str:
     """Read the archive and its images, and return what was said if it was refused."""
     try:
-        rows = layout.read(path).images
+        rows = layout.read_layout(path).images
     except UserError as error:
         return str(error)
     with zipfile.ZipFile(path) as archive:
         for member in filter(None, rows["member"]):
-            with contextlib.suppress(*layout.DAMAGE):  # which sends an image to quarantine
+            with contextlib.suppress(*layout.DAMAGED_ZIP_ERRORS):  # which sends an image to quarantine
                 archive.read(member)
     return ""
 
@@ -329,7 +329,7 @@ def test_images_without_an_ending_are_found(tmp_path):
     more = {f"train/train/{name}": b"x" for name in ("IM1", "0001", "README", ".gitkeep")}
     members = archive_members(train=6, test=3) | more
     members[LABELS] += b"IM1,1\n0001,0\n"
-    images = layout.read(write_zip(tmp_path / "raw.zip", members)).images
+    images = layout.read_layout(write_zip(tmp_path / "raw.zip", members)).images
     assert list(images["member"][6:8]) == ["train/train/IM1", "train/train/0001"]
     assert len(images) == 11
 
@@ -348,7 +348,7 @@ def test_a_table_that_inflates_to_more_than_the_archive_says_is_not_read_whole(t
         data[place + 8 : place + 12] = struct.pack("<I", len(said))
     path.write_bytes(data)
     tracemalloc.start()
-    assert len(layout.read(path).images) == 3
+    assert len(layout.read_layout(path).images) == 3
     assert tracemalloc.get_traced_memory()[1] < 2**24
     tracemalloc.stop()
 
@@ -369,7 +369,7 @@ def test_one_image_in_both_nestings_is_refused(tmp_path):
 
 def test_names_that_begin_with_the_folder_itself_are_found(tmp_path):
     members = {f"./{name}" if "/" in name else name: data for name, data in archive_members(6, 3).items()}
-    found = layout.read(write_zip(tmp_path / "raw.zip", members))
+    found = layout.read_layout(write_zip(tmp_path / "raw.zip", members))
     with zipfile.ZipFile(tmp_path / "raw.zip") as archive:
         assert all(archive.read(member) for member in found.images["member"])
 
@@ -388,7 +388,7 @@ def test_a_link_that_leaves_the_folder_is_refused_and_one_inside_is_followed(tmp
 
 
 def test_the_sample_is_kept_as_it_is(tmp_path):
-    sample = layout.read(zipped(tmp_path)).sample
+    sample = layout.read_layout(zipped(tmp_path)).sample
     pd.testing.assert_frame_equal(
         sample, pd.read_csv(io.StringIO("File,Label\nt000.jpg,0\nt001.jpg,0\nt002.jpg,0\n"), dtype=str)
     )

@@ -42,7 +42,7 @@ def train_lock(project: Path) -> list[dict]:
 @pytest.mark.parametrize(
     ("train", "pieces"),
     [
-        ({"backbone": "alexnet", "size": 64, "mixup_alpha": 0.4, "hidden": [16, 8]}, 2),
+        ({"backbone": "alexnet", "size": 64, "mixup_alpha": 0.4, "head_hidden": [16, 8]}, 2),
         ({"frozen_epochs": 2, "sampling": "shuffle"}, 1),
     ],
     ids=["batches in parts", "frozen backbone"],
@@ -50,7 +50,7 @@ def train_lock(project: Path) -> list[dict]:
 def test_two_processes_train_one_seed_as_one_process_does(ready, train, pieces):
     results = {}
     for count in (1, 2):
-        project = ready(accumulate=pieces if count == 2 else 1, **train)
+        project = ready(gradient_accumulation_steps=pieces if count == 2 else 1, **train)
         (project / "data/weights/origin.json").write_text('{"source": "none"}')
         together = "torchrun --standalone --nproc-per-node 2 -m stages.train --seed 0"
         ended = do(project, together if count == 2 else "python -m stages.train --seed 0")
@@ -78,13 +78,13 @@ images.requires_grad_()
 whole = alone(images)
 (whole * factors).sin().sum().backward()
 with joined() as group:
-    group.parallel(shared)
-    share = group.share(8)
+    group.data_parallel(shared)
+    share = group.local_slice(8)
     own = images.detach()[share].requires_grad_()
     part = shared(own)
     (part * factors[share]).sin().sum().backward()
     for one, other in [
-        (part, whole[share]), (own.grad, images.grad[share]), (group.sum(shared[0].weight.grad), alone.weight.grad),
+        (part, whole[share]), (own.grad, images.grad[share]), (group.all_reduce_sum(shared[0].weight.grad), alone.weight.grad),
         (shared[0].running_mean, alone.running_mean), (shared[0].running_var, alone.running_var),
     ]:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

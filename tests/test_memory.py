@@ -12,7 +12,7 @@ from pipeline.core import memory
 MEASURE = """
 from pathlib import Path
 from resource import getpagesize
-from pipeline import memory
+from pipeline.core import memory
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * getpagesize() >> 20
@@ -29,7 +29,7 @@ print(resident() - before)
 def test_freed_memory_is_kept_once_asked_for():
     kept, plain = (
         int(subprocess.check_output([sys.executable, "-c", MEASURE.format(first=first)]))
-        for first in ("memory.keep_freed()", "")
+        for first in ("memory.retain_freed_memory()", "")
     )
     assert kept > 90
     assert plain < 10
@@ -38,6 +38,6 @@ def test_freed_memory_is_kept_once_asked_for():
 def test_an_allocation_that_fails_is_known_from_other_errors():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
-    assert memory.ran_out(caught.value)
-    assert memory.ran_out(MemoryError())
-    assert not memory.ran_out(RuntimeError("a damaged checkpoint"))
+    assert memory.is_out_of_memory(caught.value)
+    assert memory.is_out_of_memory(MemoryError())
+    assert not memory.is_out_of_memory(RuntimeError("a damaged checkpoint"))

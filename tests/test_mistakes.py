@@ -28,7 +28,7 @@ def use_archive(project: Path, path: Path | str | None) -> None:
     edit_params(project, edit)
 
 
-def test_a_misspelt_parameter_is_named(project):
+def test_a_misspelled_parameter_is_named(project):
     edit_params(project, lambda params: params["demo"]["train"].update(learning_rate=1))
     assert "params.yaml: demo.train.learning_rate: unknown key" in refusal(project, "download")
 
@@ -150,7 +150,7 @@ def test_cxr_lists_every_stage_without_torch_or_mlflow(project):
 
 
 def test_a_seed_that_diverges_leaves_a_failed_run_and_no_out(ready):
-    project = ready(lr=1e30, optimiser="sgd", frozen_epochs=0)
+    project = ready(lr=1e30, optimizer="sgd", frozen_epochs=0)
     ended = run(project, "python", "-m", "stages.train", "--seed", "0")
     assert ended.returncode == 2
     line = ended.stderr.strip().splitlines()[-1]
@@ -166,7 +166,7 @@ def test_too_little_memory_names_the_batch_size(ready):
     ended = run(project, "bash", "-c", "ulimit -v 9000000; python -m stages.train --seed 0")
     assert ended.returncode == 2, ended.stderr
     assert ended.stderr.strip().splitlines()[-1] == (
-        "Error: out of memory with train.batch_size = 64 at train.size = 1024; raise train.accumulate = 1 "
+        "Error: out of memory with train.batch_size = 64 at train.size = 1024; raise train.gradient_accumulation_steps = 1 "
         "(the same batch in more parts), or lower one of the two"
     )
 

@@ -26,8 +26,8 @@ def archive(tmp_path_factory) -> Path:
     return target
 
 
-def plan(**changes) -> list[phantom.Case]:
-    return phantom.cases(SMALL.model_copy(update=changes))
+def plan(**changes) -> list[phantom.PhantomCase]:
+    return phantom.draw_cases(SMALL.model_copy(update=changes))
 
 
 def rows(archive: Path, name: str) -> list[dict[str, str]]:
@@ -35,7 +35,7 @@ def rows(archive: Path, name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(io.StringIO(content.read(name).decode())))
 
 
-def association(planned: list[phantom.Case]) -> float:
+def association(planned: list[phantom.PhantomCase]) -> float:
     """Share of A among positives less that among negatives."""
     shares = [np.mean([case.source == "A" for case in planned if case.label == label]) for label in (0, 1)]
     return float(shares[1] - shares[0])
@@ -50,7 +50,7 @@ def test_equal_params_give_equal_bytes_whatever_the_number_of_workers(archive, t
 
 def test_another_seed_gives_other_images():
     first, second = plan(seed=1)[0], replace(plan(seed=1)[0], seed=2)
-    assert (phantom.draw(first) != phantom.draw(second)).mean() > 0.5
+    assert (phantom.draw_radiograph(first) != phantom.draw_radiograph(second)).mean() > 0.5
 
 
 def test_the_zip_has_the_competitions_layout_and_no_test_labels(archive):
@@ -78,7 +78,7 @@ def test_the_tables_list_the_planned_cases_and_the_submission_is_all_zero(archiv
     ]
 
 
-def test_images_are_grey_jpegs_of_512_pixels_with_halved_colour(archive):
+def test_images_are_gray_jpegs_of_512_pixels_with_halved_color(archive):
     with zipfile.ZipFile(archive) as content:
         for name in content.namelist()[3:]:
             with Image.open(io.BytesIO(content.read(name))) as image:
@@ -115,13 +115,16 @@ def test_neither_name_nor_order_nor_patient_number_tells_the_label():
     assert [case.file for case in planned] == sorted(case.file for case in planned)
     for position in ([case.number for case in planned], [case.patient for case in planned]):
         assert abs(np.corrcoef(position, labels)[0, 1]) < 0.06
-    neighbours = np.mean([a.patient == b.patient for a, b in pairwise(planned)])
-    assert neighbours < 0.01
+    neighbors = np.mean([a.patient == b.patient for a, b in pairwise(planned)])
+    assert neighbors < 0.01
 
 
 def test_opacities_brighten_the_lower_outer_zones_of_both_lungs_most():
     shown = [case for case in plan(train=120) if case.opacity][:12]
-    change = np.mean([phantom.draw(c) - phantom.draw(replace(c, opacity=0.0)).astype(float) for c in shown], axis=0)
+    change = np.mean(
+        [phantom.draw_radiograph(c) - phantom.draw_radiograph(replace(c, opacity=0.0)).astype(float) for c in shown],
+        axis=0,
+    )
     right, middle, left = change[:, 50:180], change[:, 220:300], change[:, 340:470]
     for lung in (right, left):
         assert lung[240:400].mean() > 3
@@ -131,7 +134,7 @@ def test_opacities_brighten_the_lower_outer_zones_of_both_lungs_most():
 
 def test_only_opacities_tell_a_positive_from_the_same_picture_without_them():
     case = next(case for case in plan() if case.label)
-    assert (phantom.draw(replace(case, label=0)) == phantom.draw(case)).all()
+    assert (phantom.draw_radiograph(replace(case, label=0)) == phantom.draw_radiograph(case)).all()
 
 
 def test_greater_strength_gives_denser_opacities():
@@ -140,10 +143,12 @@ def test_greater_strength_gives_denser_opacities():
 
 
 @pytest.mark.parametrize("view", ["PA", "AP"])
-@pytest.mark.parametrize("look_alike", phantom.LOOK_ALIKES)
+@pytest.mark.parametrize("look_alike", phantom.MIMICS)
 def test_every_look_alike_changes_the_picture(view, look_alike):
-    healthy = phantom.Case(seed=3, number=1, patient=1, split="train", label=0, view=view)
-    assert (phantom.draw(healthy) != phantom.draw(replace(healthy, look_alike=look_alike))).mean() > 0.002
+    healthy = phantom.PhantomCase(seed=3, number=1, patient=1, split="train", label=0, view=view)
+    assert (
+        phantom.draw_radiograph(healthy) != phantom.draw_radiograph(replace(healthy, look_alike=look_alike))
+    ).mean() > 0.002
 
 
 @pytest.mark.parametrize("confounding", [0, 0.6, 1])

@@ -40,15 +40,15 @@ def locked(project: Path) -> dict[str, str]:
 def test_every_stage_leaves_its_files_with_their_columns(built):
     columns = {
         "data/manifest.csv": [
-            *("file", "set", "label", "patient", "source", "view", "licence", "width", "height", "bytes"),
-            *("coarseness", "xxh128", "phash"),
+            *("file", "set", "label", "patient", "source", "view", "license", "width", "height", "bytes"),
+            *("jpeg_quantization", "xxh128", "phash"),
         ],
         "data/quarantine.csv": ["file", "set", "label", "reason"],
         "data/split.csv": ["file", "group", "subset", "fold"],
         "predictions/validation.csv": ["file", "label", "seed-0", "seed-1"],
         "predictions/test.csv": ["file", "seed-0", "seed-1"],
         "predictions/soup.csv": ["subset", "file", "label", "soup"],
-        "predictions/shortcuts.csv": ["file", "label", "source", "traits", "thumbnail", "border"],
+        "predictions/shortcuts.csv": ["file", "label", "source", "file_metadata", "thumbnail", "border"],
         "predictions/bag.csv": ["subset", "file", "label", "votes", "vote", "mean", "logits", "greedy"],
         "predictions/adapted.csv": ["file", "best", "bag"],
         "metrics/intervals.csv": ["model", "measured", "metric", "value", "low", "high", "method", "reason"],

@@ -49,7 +49,7 @@ def logged_models(project: Path) -> list[mlflow.entities.LoggedModel]:
 
 
 def test_every_seed_and_the_bag_is_a_version_that_belongs_to_its_run(promoted):
-    found = {one.tags["candidate"]: one for one in registry.versions(connect(NAME), NAME)}
+    found = {one.tags["candidate"]: one for one in registry.list_versions(connect(NAME), NAME)}
     assert list(found) == CANDIDATES
     assert [found[f"seed-{index}"].run_id for index in (0, 1)] == [run.info.run_id for run in seed_runs(promoted)]
     assert found["bag"].run_id == seed_runs(promoted)[0].data.tags["mlflow.parentRunId"]
@@ -62,7 +62,7 @@ def test_sync_does_nothing_twice(promoted):
         client = store(promoted)
         experiment = client.get_experiment_by_name(NAME)
         model = client.get_registered_model(NAME)
-        versions = [(one.version, one.tags) for one in registry.versions(connect(NAME), NAME)]
+        versions = [(one.version, one.tags) for one in registry.list_versions(connect(NAME), NAME)]
         found = client.search_runs([experiment.experiment_id])
         return [[run.to_dictionary() for run in found], versions, model.aliases, model.tags]
 
@@ -73,7 +73,7 @@ def test_sync_does_nothing_twice(promoted):
 
 def test_a_champion_of_another_training_is_scored_anew_on_the_present_validation_set(promoted):
     if aliases(promoted)["champion"] != "3":
-        registry.crown(connect(NAME), NAME, registry.find(connect(NAME), NAME, "3"), "it is the bag")
+        registry.set_champion(connect(NAME), NAME, registry.get_version(connect(NAME), NAME, "3"), "it is the bag")
     bag = json.loads(Path("metrics/bag.json").read_text())["vote"]
     edit_params(promoted, lambda params: params["demo"]["bag"].update(method="mean"))  # makes another bag
     line = said("cxr promote")
@@ -117,7 +117,7 @@ def test_a_champion_that_cannot_be_read_any_more_stands_in_nobodys_way(promoted)
 )
 def test_what_misses_a_floor_does_not_become_champion_even_where_there_is_none(promoted, floor, value, named):
     name = "covid-xray-strict"
-    profile = config.load(Path("params.yaml")).profiles["demo"]
+    profile = config.load_config(Path("params.yaml")).profiles["demo"]
 
     def edit(params: dict) -> None:
         params["profile"] = "strict"
@@ -146,7 +146,13 @@ def test_a_person_overrules_the_gate_for_good_and_rollback_goes_back_one_champio
     for reason in ("by hand: it is smaller", "by hand: it is kinder [/b]", "rolled back", "it was better"):
         assert reason in shown
     assert "now" in shown
-    assert [reign.version for reign in registry.history(connect(NAME), NAME)] == [first, second, third, second, first]
+    assert [reign.version for reign in registry.champion_history(connect(NAME), NAME)] == [
+        first,
+        second,
+        third,
+        second,
+        first,
+    ]
     rows = json.loads(Path("metrics/promotion.json").read_text())["decisions"]
     assert [row["version"] for row in rows] == [first, second, third, second, first]
     tags = store(promoted).get_model_version(NAME, second).tags
@@ -174,8 +180,8 @@ def test_what_a_person_decided_stands_until_a_newer_version_passes_the_gate(prom
 
 def test_a_champion_that_was_taken_back_does_not_return_by_itself(promoted):
     best, (other, _) = aliases(promoted)["champion"], others()
-    registry.crown(connect(NAME), NAME, registry.find(connect(NAME), NAME, other), "as if by the gate")
-    registry.crown(connect(NAME), NAME, registry.find(connect(NAME), NAME, best), "as if by the gate")
+    registry.set_champion(connect(NAME), NAME, registry.get_version(connect(NAME), NAME, other), "as if by the gate")
+    registry.set_champion(connect(NAME), NAME, registry.get_version(connect(NAME), NAME, best), "as if by the gate")
     said("cxr rollback --because 'it is blind'")
     assert f"but a person chose version {other} over it" in said("cxr sync")
     assert aliases(promoted) == {"champion": other, "challenger": best}
@@ -193,7 +199,7 @@ def test_a_best_model_that_is_champion_already_is_recorded_where_the_last_decisi
     best = aliases(promoted)["challenger"]
     said(f"cxr promote --model {others()[0]} --because 'for a while'")
     connect(NAME).client.set_registered_model_alias(NAME, "champion", best)
-    registry.crown(connect(NAME), NAME, registry.find(connect(NAME), NAME, best), "by another machine")
+    registry.set_champion(connect(NAME), NAME, registry.get_version(connect(NAME), NAME, best), "by another machine")
     assert "it is champion already" in said("cxr promote")
     shown = json.loads(Path("metrics/promotion.json").read_text())
     assert (shown["version"], shown["decisions"][-1]["version"]) == (best, best)
@@ -203,7 +209,7 @@ def test_a_bag_of_other_members_than_are_configured_is_neither_registered_nor_ju
     edit_params(promoted, lambda params: params["demo"]["bag"].update(members=[1]))
     for command in ("sync", f"predict {radiographs} --model bag", "submit"):
         assert refused(f"cxr {command}").endswith("not those of the present bag; run: dvc repro bag")
-    assert len(registry.versions(connect(NAME), NAME)) == 3
+    assert len(registry.list_versions(connect(NAME), NAME)) == 3
 
 
 def test_the_commands_of_the_documents_follow_one_another(promoted):
@@ -223,16 +229,16 @@ def test_the_commands_of_the_documents_follow_one_another(promoted):
 def test_promotions_from_many_machines_at_once_end_in_one_state(promoted, tmp_path):
     experiment = connect(NAME).experiment_id
     client = store(promoted)
-    versions = registry.versions(connect(NAME), NAME)
+    versions = registry.list_versions(connect(NAME), NAME)
 
     def crown(index: int) -> None:
         # A lock of its own, as on a machine of its own.
         apart = Store(client, experiment, FileLock(tmp_path / f"{index}.lock", thread_local=False))
-        registry.crown(apart, NAME, versions[index % 3], f"promotion {index}")
+        registry.set_champion(apart, NAME, versions[index % 3], f"promotion {index}")
 
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(crown, range(12)))
-    reigns = registry.history(connect(NAME), NAME)
+    reigns = registry.champion_history(connect(NAME), NAME)
     assert aliases(promoted)["champion"] == reigns[-1].version
     assert {reign.why for reign in reigns[1:]} == {f"promotion {index}" for index in range(12)}
 
@@ -315,7 +321,7 @@ def test_a_served_model_takes_pixels_and_names_its_version(radiographs):
     store(Path.cwd())
     best = json.loads(Path("metrics/promotion.json").read_text())["candidate"]
     model = mlflow.pyfunc.load_model(f"models:/{NAME}@champion")
-    size = config.load().active.prepare.size
+    size = config.load_config().active.prepare.size
     pixels = np.load("data/images.npy")[-8:]
     assert pixels.shape == (8, size, size)
     found = model.predict(pd.DataFrame({"image": list(pixels)}))
@@ -328,10 +334,10 @@ def test_a_served_model_takes_pixels_and_names_its_version(radiographs):
 def test_what_is_pruned_is_of_experiments_that_are_gone_and_of_which_nothing_trains(promoted):
     opened = connect(NAME)
     for name, status in [("gone", "FINISHED"), ("trains", "FINISHED"), ("trains", "RUNNING"), ("there", "KILLED")]:
-        tags = {runs.EXPERIMENT: name, runs.WORKSPACE: runs._workspace()}
+        tags = {runs.DVC_EXPERIMENT: name, runs.WORKSPACE: runs._workspace()}
         made = opened.client.create_run(opened.experiment_id, tags=tags)
         opened.client.update_run(made.info.run_id, status)
-    assert [run.data.tags[runs.EXPERIMENT] for run in runs.runs_of_others(opened, ["there"])] == ["gone"]
+    assert [run.data.tags[runs.DVC_EXPERIMENT] for run in runs.orphaned_runs(opened, ["there"])] == ["gone"]
 
 
 def test_a_run_whose_process_is_gone_is_marked_killed_at_the_next_contact(promoted):
@@ -342,5 +348,5 @@ def test_a_run_whose_process_is_gone_is_marked_killed_at_the_next_contact(promot
         opened.client.create_run(opened.experiment_id, tags={runs.WORKER: worker}).info.run_id: status
         for worker, status in workers.items()
     }
-    runs.parent_run(opened, config.load())
+    runs.parent_run(opened, config.load_config())
     assert {run_id: opened.client.get_run(run_id).info.status for run_id in made} == made

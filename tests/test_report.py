@@ -1,4 +1,4 @@
-"""The report and the model card: that they say what was measured, everywhere and to everybody."""
+"""The report and the model card: that they say what was estimate_type, everywhere and to everybody."""
 
 import re
 import shutil
@@ -19,7 +19,7 @@ from pipeline.models import classifier
 from pipeline.models.classifier import Architecture, Classifier
 from pipeline.report import gradcam, page, summary_text
 from pipeline.report.results import Estimate, Results
-from pipeline.report.tables import Grid, markdown
+from pipeline.report.tables import ReportTable, format_markdown
 from pipeline.tracking import registry
 from stages.bag import bag
 from stages.evaluate import evaluate
@@ -68,7 +68,7 @@ def made(folder: Path, labels: list[int], *, seeds: int = 2, known: bool = True,
     sets = ["test" if subset == "test" else "train" for subset in subsets]
     facts = {"file": files, "set": sets, "label": pd.array(every, "Int64"), "patient": patients, "view": ""}
     facts |= {"source": ["A", "B"] * (len(every) // 2) + ["A"] * (len(every) % 2) if known else ""}
-    table = pd.DataFrame({**facts, "licence": "", "width": 512, "height": 512, "bytes": 9, "xxh128": files})
+    table = pd.DataFrame({**facts, "license": "", "width": 512, "height": 512, "bytes": 9, "xxh128": files})
     write_csv(folder / "data/manifest.csv", table)
     folds = [{"train": "1", "validation": "0", "test": ""}[subset] for subset in subsets]
     split = {"file": files, "group": files, "subset": subsets, "fold": folds}
@@ -83,9 +83,9 @@ def made(folder: Path, labels: list[int], *, seeds: int = 2, known: bool = True,
             Classifier(Architecture("resnet18", [], 0.0, 48, "none", 48, "stretch")),
             folder / f"models/seed-{seed}",
         )
-        classifier.save(network, own)
+        classifier.save_weights(network, own)
         place = {"torch": "2", "device": "cpu", "cpu_threads": 1, "processes": 1}
-        classifier.describe(network, own, {"environment": place})
+        classifier.save_description(network, own, {"environment": place})
         write_json(own / "metrics.json", {"run": f"seed-{seed} · made", "epoch": 1})
         history = {"epoch": [1, 2], "train_loss": [0.7, 0.6], "loss": [0.7, 0.6], "f1": [0.0, 0.5]}
         write_csv(own / "history.csv", pd.DataFrame(history))
@@ -139,7 +139,7 @@ def test_the_registered_model_is_described_by_its_card_and_the_run_holds_the_rep
     described = store(built).get_registered_model("covid-xray-demo").description
     card = (built / "report/model-card.md").read_text()
     assert described == f"{registry.DESCRIPTION}\n{card}"
-    assert len(described) < registry.LONGEST
+    assert len(described) < registry.MAX_DESCRIPTION
     for told in ("no diagnosis", "cxr history", "Intended use", "Training data", "Caveats", "not known"):
         assert told in described
 
@@ -181,40 +181,40 @@ def test_the_report_is_the_same_bytes_each_time_and_neither_a_files_name_nor_a_d
 def test_a_model_that_looks_at_the_border_puts_a_warning_light_on(built, monkeypatch):
     monkeypatch.chdir(built)
     for share, said in {0.9: True, 0.1: False, np.nan: False}.items():
-        found = summary_text.cautions(Results(config.load()), np.array([share, share]))
+        found = summary_text.find_caveats(Results(config.load_config()), np.array([share, share]))
         assert ("It looks at the border" in [caution.what for caution in found]) == said
 
 
 @pytest.mark.parametrize(("value", "low", "warned"), [(0.4, 0.1, True), (0.9, 0.6, False), (1.0, np.nan, False)])
 def test_a_source_within_which_the_model_may_know_nothing_is_named(built, monkeypatch, value, low, warned):
     monkeypatch.chdir(built)
-    results = Results(config.load())
+    results = Results(config.load_config())
     row = {"by": "source", "slice": "B", "model": results.best, "metric": "auroc", "value": value, "low": low}
     vars(results)["slices"] = pd.DataFrame([row | {"high": low + 0.3, "reason": ""}])
     why = [
         one.why
-        for one in summary_text.cautions(results, np.array([0.1]))
+        for one in summary_text.find_caveats(results, np.array([0.1]))
         if one.what.startswith("On images of one source")
     ]
     assert why == ([f"Among those of B it has AUROC {value:.3f} (0.100 to 0.400)."] if warned else [])
 
 
 def test_a_missing_figure_of_a_table_has_a_letter_and_each_reason_is_given_once():
-    grid = Grid(["", "F1", "AUROC"])
+    grid = ReportTable(["", "F1", "AUROC"])
     grid.add("one", Estimate(0.5, 0.4, 0.6), Estimate(np.nan, reason="one class"))
     grid.add("two", Estimate(0.5, reason="no resample differs"), Estimate(np.nan, reason="one class"))
     assert [[cell.note for cell in row[1:]] for row in grid.rows] == [["", "a"], ["b", "a"]]
     assert grid.notes == [("a", "one class"), ("b", "no resample differs")]
-    assert markdown(grid).splitlines()[2] == "| one | 0.500 | – (one class) |"
+    assert format_markdown(grid).splitlines()[2] == "| one | 0.500 | – (one class) |"
 
 
 def test_the_surest_and_the_least_sure_images_are_chosen_once_each():
     labels, given = np.array([0, 0, 0, 1, 1, 1, 0, 1]), np.array([0.0, 0.1, 0.9, 1.0, 0.9, 0.2, 0.45, 0.55])
-    chosen = gradcam.choose(labels, given, 0.5, count=2)
+    chosen = gradcam.most_and_least_confident(labels, given, 0.5, count=2)
     assert chosen.groupby("kind")["row"].agg(set).to_dict() == {
         "surest right": {0, 3}, "surest wrong": {2, 5}, "least sure": {6, 7},
     }  # fmt: skip
-    assert len(gradcam.choose(labels[:1], given[:1], 0.5)) == 1
+    assert len(gradcam.most_and_least_confident(labels[:1], given[:1], 0.5)) == 1
 
 
 @pytest.mark.parametrize("name", ["alexnet", "resnet18", "timm/tf_efficientnet_lite0"])
@@ -222,7 +222,7 @@ def test_every_backbone_is_explained_by_maps_of_the_size_of_its_images(name, one
     torch.manual_seed(0)
     network = Classifier(Architecture(name, [], 0.0, 128, "none", 128, "stretch")).eval()
     pixels = torch.zeros(2, 128, 128, dtype=torch.uint8)
-    maps = gradcam.explain(network, pixels, [0, 1])
+    maps = gradcam.compute_heatmaps(network, pixels, [0, 1])
     assert maps.shape == (2, 128, 128)
     assert maps.min() >= 0
     assert maps.max() <= 1
@@ -231,8 +231,8 @@ def test_every_backbone_is_explained_by_maps_of_the_size_of_its_images(name, one
 def test_the_share_in_the_border_is_that_of_the_area_for_an_even_map_and_missing_for_an_empty_one():
     even, corner, middle = np.ones((64, 64)), np.zeros((64, 64)), np.zeros((64, 64))
     corner[:8, :8] = middle[20:30, 20:30] = 1
-    found = gradcam.outside(np.stack([even, corner, middle, np.zeros((64, 64))]))
-    assert found[:3] == pytest.approx([gradcam.EVEN, 1, 0])
+    found = gradcam.border_share(np.stack([even, corner, middle, np.zeros((64, 64))]))
+    assert found[:3] == pytest.approx([gradcam.UNIFORM_BORDER_SHARE, 1, 0])
     assert np.isnan(found[3])
 
 

@@ -13,10 +13,11 @@ from PIL import Image
 
 from pipeline.core.config import PrepareParams
 from pipeline.data import manifest, packing
-from pipeline.data.dataset import Pack
-from pipeline.evaluation.ensemble import Rule
+from pipeline.data.dataset import PackedImages
+from pipeline.evaluation.ensemble import EnsembleConfig
 from pipeline.inference import candidate
-from pipeline.inference.dataset import predict
+from pipeline.inference import files as inference_files
+from pipeline.inference.dataset import probability_table
 from pipeline.models import classifier
 from pipeline.models.classifier import Architecture, Classifier
 
@@ -35,27 +36,27 @@ def test_a_file_has_the_probability_it_had_in_evaluate_however_it_is_judged(tmp_
     }
     files = formats(72) | wide
     lines = "".join(f"{name},0\n" for name in files)
-    labelled = {"train/a.png": wide["wide.png"], "train_labels.csv": b"File,Label\na.png,0\n"}
-    members = {f"test/{name}": data for name, data in files.items()} | labelled
+    labeled = {"train/a.png": wide["wide.png"], "train_labels.csv": b"File,Label\na.png,0\n"}
+    members = {f"test/{name}": data for name, data in files.items()} | labeled
     raw = write_zip(tmp_path / "raw.zip", members | {"sample_submission.csv": f"File,Label\n{lines}".encode()})
-    packing.pack(raw, PrepareParams(size=48, resize=resize, max_quarantined=0), tmp_path)
-    pack, rows = Pack(tmp_path / "images.npy", CPU), manifest.read(tmp_path)
+    packing.pack_images(raw, PrepareParams(size=48, resize=resize, max_quarantined=0), tmp_path)
+    pack, rows = PackedImages(tmp_path / "images.npy", CPU), manifest.read_manifest(tmp_path)
 
     torch.manual_seed(0)
-    facts = {"hidden": [], "dropout": 0.0, "size": 40, "normalisation": "imagenet"}
+    facts = {"head_hidden": [], "dropout": 0.0, "size": 40, "normalization": "imagenet"}
     network = Classifier(Architecture("squeezenet1_1", **facts, packed_size=pack.size, resize=pack.resize)).eval()
-    classifier.save(network, tmp_path / "seed-0")
-    classifier.describe(network, tmp_path / "seed-0", {})
-    rule = Rule(["seed-0"], "mean", "mean", 0.5, [0.5], [1.0])
-    candidate.assemble(tmp_path / "candidate", tmp_path, rule)
-    expected = predict({"seed-0": network}, pack, list(rows.index), batch_size=4)["seed-0"].to_numpy()[1:]
+    classifier.save_weights(network, tmp_path / "seed-0")
+    classifier.save_description(network, tmp_path / "seed-0", {})
+    rule = EnsembleConfig(["seed-0"], "mean", "mean", 0.5, [0.5], [1.0])
+    candidate.assemble_candidate(tmp_path / "candidate", tmp_path, rule)
+    expected = probability_table({"seed-0": network}, pack, list(rows.index), batch_size=4)["seed-0"].to_numpy()[1:]
     assert list(rows["file"][1:]) == list(files)
     assert len(set(expected.round(6))) > 3
 
     with zipfile.ZipFile(raw) as archive:
         archive.extractall(tmp_path)
     paths = [tmp_path / "test" / name for name in files]
-    judged = files.judge(candidate.load(tmp_path / "candidate", CPU), paths)
+    judged = inference_files.predict_files(candidate.load_candidate(tmp_path / "candidate", CPU), paths)
     assert judged["probability"].to_numpy() == pytest.approx(expected, abs=1e-6)
 
     served = ServedModel()

@@ -9,14 +9,14 @@ import yaml
 from conftest import ROOT, jpeg, refusal
 
 from pipeline.core import config
-from pipeline.core.config import CohenParams, ColumnsParams, CovidxParams, TableParams
+from pipeline.core.config import ColumnsParams, CovidChestXrayParams, CovidxParams, TableParams
 from pipeline.data import layout
-from pipeline.data.sources import archive_writer, fetch
+from pipeline.data.sources import archive_writer, fetch_source
 
 SNIPPETS = [
     yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/data.md").read_text(), re.DOTALL)
 ]
-NAMES = ColumnsParams(file="image", label="what", patient="who", source=None, view=None, licence=None, set=None)
+NAMES = ColumnsParams(file="image", label="what", patient="who", source=None, view=None, license=None, set=None)
 
 
 def images(folder: Path, *names: str) -> None:
@@ -29,28 +29,28 @@ def images(folder: Path, *names: str) -> None:
 def read(params: config.DownloadParams, folder: Path) -> pd.DataFrame:
     """Fetch twice to the same bytes, and return the layout's rows."""
     for name in ("one.zip", "two.zip"):
-        fetch(params, folder / name)
+        fetch_source(params, folder / name)
     assert (folder / "one.zip").read_bytes() == (folder / "two.zip").read_bytes()
-    rows = layout.read(folder / "one.zip").images
+    rows = layout.read_layout(folder / "one.zip").images
     with zipfile.ZipFile(folder / "one.zip") as archive:
         assert all(archive.read(member).startswith(b"\xff\xd8") for member in filter(None, rows["member"]))
     return rows.set_index("file")
 
 
-def test_every_source_of_the_documentation_is_accepted_and_a_misspelt_key_named(tmp_path):
+def test_every_source_of_the_documentation_is_accepted_and_a_misspelled_key_named(tmp_path):
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     assert [snippet["download"]["source"] for snippet in SNIPPETS] == ["archive", "covidx", "cohen", "table"]
     path = tmp_path / "params.yaml"
     for snippet in SNIPPETS:
         path.write_text(yaml.safe_dump(params | {"local": params["local"] | snippet}))
-        loaded = config.load(path).profiles["local"].download.model_dump(mode="json")
+        loaded = config.load_config(path).profiles["local"].download.model_dump(mode="json")
         assert loaded == snippet["download"]
-        misspelt = {**snippet["download"], "pth": "x"}
-        path.write_text(yaml.safe_dump(params | {"local": params["local"] | {"download": misspelt}}))
-        assert f"{path}: local.download.pth: unknown key; did you mean 'path'?" == refusal(config.load, path)
-    misspelt = SNIPPETS[3]["download"] | {"columns": SNIPPETS[3]["download"]["columns"] | {"pateint": "x"}}
-    path.write_text(yaml.safe_dump(params | {"local": params["local"] | {"download": misspelt}}))
-    assert "local.download.columns.pateint: unknown key; did you mean 'patient'?" in refusal(config.load, path)
+        misspelled = {**snippet["download"], "pth": "x"}
+        path.write_text(yaml.safe_dump(params | {"local": params["local"] | {"download": misspelled}}))
+        assert f"{path}: local.download.pth: unknown key; did you mean 'path'?" == refusal(config.load_config, path)
+    misspelled = SNIPPETS[3]["download"] | {"columns": SNIPPETS[3]["download"]["columns"] | {"pateint": "x"}}
+    path.write_text(yaml.safe_dump(params | {"local": params["local"] | {"download": misspelled}}))
+    assert "local.download.columns.pateint: unknown key; did you mean 'patient'?" in refusal(config.load_config, path)
 
 
 # COVIDx
@@ -69,7 +69,7 @@ def covidx(tmp_path) -> Path:
     return folder
 
 
-def test_covidx_has_spaces_in_patients_misspelt_sources_and_patients_in_both_sets(covidx, tmp_path):
+def test_covidx_has_spaces_in_patients_misspelled_sources_and_patients_in_both_sets(covidx, tmp_path):
     rows = read(CovidxParams(source="covidx", path=covidx), tmp_path)
     assert list(rows.index) == ["a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg", "f.jpg"]
     assert list(rows["patient"]) == ["SARS-10 1148rg", "p 2 of Hannover", "419", "420", "419", "7"]
@@ -85,7 +85,7 @@ def test_a_byte_order_mark_is_not_the_patients(covidx, tmp_path):
     params = CovidxParams(source="covidx", path=covidx)
     assert read(params, tmp_path)["patient"].iloc[0] == "SARS-10 1148rg"
     path.write_bytes(path.read_bytes().decode("utf-8-sig").replace("SARS", "SÄRS").encode("latin-1"))
-    assert f"{path}: not a text in UTF-8" in refusal(fetch, params, tmp_path / "raw.zip")
+    assert f"{path}: not a text in UTF-8" in refusal(fetch_source, params, tmp_path / "raw.zip")
 
 
 def test_three_classes_of_covidx_are_two_labels(covidx, tmp_path):
@@ -97,7 +97,7 @@ def test_three_classes_of_covidx_are_two_labels(covidx, tmp_path):
 def test_a_line_of_covidx_that_is_not_understood_is_named(covidx, tmp_path, line):
     with (covidx / "test.txt").open("a") as out:
         out.write(line)
-    said = refusal(fetch, CovidxParams(source="covidx", path=covidx), tmp_path / "raw.zip")
+    said = refusal(fetch_source, CovidxParams(source="covidx", path=covidx), tmp_path / "raw.zip")
     assert said.startswith(f"{covidx / 'test.txt'} line 4: {line!r}; it must be patient, file, class and source")
 
 
@@ -106,16 +106,18 @@ def test_covidx_without_a_list_an_image_or_a_folder_is_refused(covidx, tmp_path,
     params = CovidxParams(source="covidx", path=covidx)
     rows = read(params, tmp_path)
     assert list(rows.index[rows["member"] == ""]) == ["b.jpg"]  # which prepare puts into quarantine
-    assert f"{covidx / 'train/b.jpg'}: not found (1 labelled images in all)" in caplog.text
+    assert f"{covidx / 'train/b.jpg'}: not found (1 labeled images in all)" in caplog.text
     (covidx / "test/e.jpg").unlink()
-    assert refusal(fetch, params, tmp_path / "raw.zip").startswith(f"{covidx / 'test/e.jpg'}: not found (1 missing")
+    assert refusal(fetch_source, params, tmp_path / "raw.zip").startswith(
+        f"{covidx / 'test/e.jpg'}: not found (1 missing"
+    )
     (covidx / "test.txt").unlink()
-    assert "one list test*.txt is needed, but there is none" in refusal(fetch, params, tmp_path / "raw.zip")
+    assert "one list test*.txt is needed, but there is none" in refusal(fetch_source, params, tmp_path / "raw.zip")
     (covidx / "test_a.txt").touch()
     (covidx / "test_b.txt").touch()
-    assert "but there is test_a.txt, test_b.txt" in refusal(fetch, params, tmp_path / "raw.zip")
+    assert "but there is test_a.txt, test_b.txt" in refusal(fetch_source, params, tmp_path / "raw.zip")
     for path, reason in ((None, "no folder is named"), (tmp_path / "nowhere", "no such folder")):
-        assert reason in refusal(fetch, CovidxParams(source="covidx", path=path), tmp_path / "raw.zip")
+        assert reason in refusal(fetch_source, CovidxParams(source="covidx", path=path), tmp_path / "raw.zip")
 
 
 # ieee8023/covid-chestxray-dataset
@@ -138,19 +140,23 @@ def cohen(folder: Path, *, patients: int = 40) -> Path:
 
 
 def test_cohen_gives_frontal_views_with_a_finding_and_holds_patients_out(tmp_path):
-    rows = read(CohenParams(source="cohen", path=cohen(tmp_path / "c"), test_share=0.3), tmp_path)
+    rows = read(CovidChestXrayParams(source="cohen", path=cohen(tmp_path / "c"), test_share=0.3), tmp_path)
     assert set(rows.index) == {*(f"{index}.jpg" for index in range(40)), "q0.jpg", "q1.jpg", "later.jpg"}
     tests = rows["set"] == "test"
     assert 4 <= tests.sum() <= 20
     assert not set(rows.loc[tests, "patient"]) & set(rows.loc[~tests, "patient"])
     labels = rows.loc[~tests, "label"]
     assert all(labels[name] == int(name[0].isdigit()) for name in labels.index)
-    assert set(rows["licence"]) == {"CC0", ""}
+    assert set(rows["license"]) == {"CC0", ""}
 
 
 def test_a_held_out_patient_stays_held_out_when_others_come(tmp_path):
-    few = read(CohenParams(source="cohen", path=cohen(tmp_path / "few", patients=30), test_share=0.3), tmp_path)
-    many = read(CohenParams(source="cohen", path=cohen(tmp_path / "many", patients=40), test_share=0.3), tmp_path)
+    few = read(
+        CovidChestXrayParams(source="cohen", path=cohen(tmp_path / "few", patients=30), test_share=0.3), tmp_path
+    )
+    many = read(
+        CovidChestXrayParams(source="cohen", path=cohen(tmp_path / "many", patients=40), test_share=0.3), tmp_path
+    )
     assert (many.loc[few.index, "set"] == few["set"]).all()
 
 
@@ -206,13 +212,13 @@ def test_a_table_without_a_test_set_holds_some_patients_out(tmp_path):
 )
 def test_a_table_that_cannot_be_used_is_refused_in_one_line(tmp_path, text, reason):
     images(tmp_path, "1.jpg", "2.jpg", "3.jpg", "4.jpg")
-    assert reason in refusal(fetch, table(tmp_path, text), tmp_path / "raw.zip")
+    assert reason in refusal(fetch_source, table(tmp_path, text), tmp_path / "raw.zip")
 
 
 def test_the_share_that_is_held_out_is_about_as_asked():
     names = pd.Series([f"patient {index}" for index in range(4000)])
     for share in (0.05, 0.15, 0.5):
-        assert archive_writer.held_out(names, names, share).mean() == pytest.approx(share, abs=0.02)
+        assert archive_writer.draw_test_set(names, names, share).mean() == pytest.approx(share, abs=0.02)
 
 
 def test_a_value_that_is_positive_and_negative_is_refused(tmp_path):
@@ -221,4 +227,4 @@ def test_a_value_that_is_positive_and_negative_is_refused(tmp_path):
     path = tmp_path / "params.yaml"
     path.write_text(yaml.safe_dump(params))
     said = f"{path}: local.download: 'covid' is in positive and in negative; leave it in one"
-    assert refusal(config.load, path) == said
+    assert refusal(config.load_config, path) == said

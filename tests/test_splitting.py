@@ -24,8 +24,8 @@ def split(rows: pd.DataFrame, params: SplitParams, duplicates: dict[int, int] | 
     same = np.arange(len(rows))
     for row, first in (duplicates or {}).items():
         same[row] = first
-    found = splitting.split(rows, same, params)
-    splitting.check(rows, same, found)
+    found = splitting.split_dataset(rows, same, params)
+    splitting.check_split(rows, same, found)
     return found
 
 
@@ -57,9 +57,9 @@ def test_a_manifest_is_refused_in_one_line_or_every_group_and_class_is_where_it_
         return
     assert list(found["file"]) == list(rows["file"])
     assert (found.loc[rows["set"] == "test", "subset"] == "test").all()
-    labelled = found[rows["set"] == "train"]
-    assert set(labelled["subset"]) == {"train", "validation"}
-    assert len(labelled[["group", "subset"]].drop_duplicates()) == labelled["group"].nunique()
+    labeled = found[rows["set"] == "train"]
+    assert set(labeled["subset"]) == {"train", "validation"}
+    assert len(labeled[["group", "subset"]].drop_duplicates()) == labeled["group"].nunique()
     for subset in ("train", "validation"):
         assert rows.loc[found["subset"] == subset, "label"].nunique() == 2
 
@@ -117,12 +117,12 @@ def test_a_class_without_images_is_refused(label):
         split(table([1 - label] * 10), params())
 
 
-def test_folds_are_numbered_for_every_labelled_image_and_the_first_validates():
+def test_folds_are_numbered_for_every_labeled_image_and_the_first_validates():
     rows = table([0, 0, 0, 1] * 25)
     found = split(rows, params(4))
-    labelled = rows["set"] == "train"
-    assert set(found.loc[labelled, "fold"]) == {0, 1, 2, 3}
-    assert found.loc[~labelled, "fold"].isna().all()
+    labeled = rows["set"] == "train"
+    assert set(found.loc[labeled, "fold"]) == {0, 1, 2, 3}
+    assert found.loc[~labeled, "fold"].isna().all()
     assert ((found["subset"] == "validation") == (found["fold"] == 0).fillna(value=False)).all()
     for fold in range(4):
         assert rows.loc[found["fold"] == fold, "label"].nunique() == 2
@@ -138,8 +138,8 @@ def test_in_cross_validation_every_fold_has_both_classes_or_it_is_refused():
 
 
 def test_a_seed_validates_on_the_fold_of_its_number_only_in_cross_validation():
-    assert [params(4, cross_validate=True).fold(seed) for seed in range(6)] == [0, 1, 2, 3, 0, 1]
-    assert {params(4).fold(seed) for seed in range(6)} == {0}
+    assert [params(4, cross_validate=True).validation_fold(seed) for seed in range(6)] == [0, 1, 2, 3, 0, 1]
+    assert {params(4).validation_fold(seed) for seed in range(6)} == {0}
 
 
 def test_a_radiograph_that_is_there_twice_goes_one_way_and_takes_its_patients_along():
@@ -176,7 +176,7 @@ def test_a_split_that_leaks_is_refused(patients, same, kind):
     rows = table([0, 1, 0, 1], patients, tests=0)
     leaking = pd.DataFrame({"file": rows["file"], "group": rows["file"], "subset": "train", "fold": [0, 1, 1, 0]})
     with pytest.raises(UserError, match=rf"^data/split.csv: the {kind} is in 2 folds, .*; do not use this split"):
-        splitting.check(rows, np.array(same), leaking)
+        splitting.check_split(rows, np.array(same), leaking)
 
 
 def test_a_source_that_is_held_out_validates_with_all_images_of_its_patients():

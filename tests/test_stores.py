@@ -143,14 +143,14 @@ def test_a_database_that_does_not_answer_is_said_in_one_line(project, port, monk
 
 
 def log_a_seed(seed: int) -> None:
-    loaded = config.load()
+    loaded = config.load_config()
     opened = connect(NAME)
     run = runs.SeedRun(opened, loaded, runs.parent_run(opened, loaded), seed, f"{seed:064}")
     row = {"epoch": 1, "train_loss": 0.5, "lr": 0.1, "f1": seed / 10, "loss": 0.4}
     run.log_epoch(row)
     weights = Path(f"weights-{seed}")
     weights.write_bytes(b"weights")
-    run.take_checkpoint(weights)
+    run.upload_checkpoint(weights)
     run.close("FINISHED")
 
 

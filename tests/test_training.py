@@ -15,27 +15,27 @@ from safetensors.torch import save
 
 from pipeline.core import config
 from pipeline.core.errors import Interrupted, UserError
-from pipeline.data.dataset import Pack
+from pipeline.data.dataset import PackedImages
 from pipeline.data.manifest import read_split
-from pipeline.evaluation.metrics import score
+from pipeline.evaluation.metrics import score_predictions
 from pipeline.models.classifier import Architecture, Classifier
 from pipeline.training import determinism, loop
 from pipeline.training.checkpoint import Checkpoint
-from pipeline.training.distributed import Group
-from pipeline.training.schedule import learning_rate, optimiser
+from pipeline.training.distributed import ProcessGroup
+from pipeline.training.schedule import build_optimizer, learning_rate_at
 
-SHIPPED = config.load(ROOT / "params.yaml").profiles["demo"].train
+SHIPPED = config.load_config(ROOT / "params.yaml").profiles["demo"].train
 SMALL, LITE = "squeezenet1_1", "timm/tf_efficientnet_lite0"
 
 
 TINY = {
-    "backbone": SMALL, "hidden": [], "dropout": 0.2, "size": 32, "normalisation": "imagenet", "epochs": 2,
-    "frozen_epochs": 0, "patience": None, "batch_size": 8, "sampling": "shuffle", "positive_weight": 1.0,
-    "class_weights": (1.0, 1.0), "flip": 0.5, "rotation": 5.0, "zoom": 0.0, "shift": 0.0, "gamma": 0.0,
-    "mixup_alpha": 0.0, "optimiser": "adamw",
-    "fresh_optimiser": False, "lr": 1e-3, "eps": 1e-8, "weight_decay": 0.01, "weight_average": 0.0,
+    "backbone": SMALL, "head_hidden": [], "dropout": 0.2, "size": 32, "normalization": "imagenet", "epochs": 2,
+    "frozen_epochs": 0, "early_stopping_patience": None, "batch_size": 8, "sampling": "shuffle", "positive_oversampling": 1.0,
+    "class_weights": (1.0, 1.0), "flip": 0.5, "rotation": 5.0, "zoom": 0.0, "shift": 0.0, "gamma_jitter": 0.0,
+    "mixup_alpha": 0.0, "optimizer": "adamw",
+    "reset_optimizer_each_epoch": False, "lr": 1e-3, "eps": 1e-8, "weight_decay": 0.01, "ema_decay": 0.0,
     "schedule": "cosine", "warmup_epochs": 0.0, "precision": "float32", "channels_last": True, "cpu_threads": 1,
-    "accumulate": 1, "fused": False, "compile": False, "loader_threads": 1,
+    "gradient_accumulation_steps": 1, "fused": False, "compile": False, "loader_threads": 1,
 }  # fmt: skip
 
 
@@ -68,7 +68,7 @@ def pack(tmp_path_factory):
     path = tmp_path_factory.mktemp("pack") / "images.npy"
     np.save(path, images)
     path.with_suffix(".json").write_text('{"resize": "stretch"}')
-    return Pack(path, torch.device("cpu"))
+    return PackedImages(path, torch.device("cpu"))
 
 
 NEGATIVE_VALIDATION = (*(0, 1) * 8, *(0,) * 8)  # F1 stays 0, so the last epoch is the best
@@ -83,14 +83,14 @@ def train(pack, weights, seed=0, rows=None, **changes):
     rows = table() if rows is None else rows
     checkpoint = Checkpoint(weights / "checkpoints", uuid4().hex)
     on_epoch = lambda epoch, best: seen.append((epoch, best))  # noqa: E731
-    training = loop.Training(params(**changes), seed, rows, pack, weights, Group())
+    training = loop.Trainer(params(**changes), seed, rows, pack, weights, ProcessGroup())
     return training.run(checkpoint, on_epoch, lambda: 0), seen
 
 
 def initial(seed=0, **changes) -> Classifier:
     recipe = params(**changes)
-    determinism.reseed(seed, "initial weights")
-    facts = (recipe.backbone, recipe.hidden, recipe.dropout, recipe.size, recipe.normalisation)
+    determinism.seed_global_generators(seed, "initial weights")
+    facts = (recipe.backbone, recipe.head_hidden, recipe.dropout, recipe.size, recipe.normalization)
     return Classifier(Architecture(*facts, packed_size=32, resize="stretch"))
 
 
@@ -103,29 +103,29 @@ def data(network: Classifier) -> bytes:
 
 @given(st.integers(), st.lists(st.integers() | st.text(), max_size=3), st.lists(st.integers() | st.text(), max_size=3))
 def test_seeds_differ_by_purpose_and_are_stable(seed, one, other):
-    assert determinism.derive(seed, *one) == determinism.derive(seed, *one)
-    assert 0 <= determinism.derive(seed, *one) < 2**63
-    assert (determinism.derive(seed, *one) == determinism.derive(seed, *other)) == (one == other)
+    assert determinism.derive_seed(seed, *one) == determinism.derive_seed(seed, *one)
+    assert 0 <= determinism.derive_seed(seed, *one) < 2**63
+    assert (determinism.derive_seed(seed, *one) == determinism.derive_seed(seed, *other)) == (one == other)
 
 
 def test_a_seed_is_the_same_on_every_machine_and_in_every_release():
-    assert determinism.derive(0, "initial weights") == 3244773394241027492
-    assert determinism.derive(3, 1, 2, "augment") == 793560637783469253
+    assert determinism.derive_seed(0, "initial weights") == 3244773394241027492
+    assert determinism.derive_seed(3, 1, 2, "augment") == 793560637783469253
 
 
 def test_seed_epoch_and_step_do_not_run_into_each_other():
-    assert determinism.derive(1, 12, "order") != determinism.derive(11, 2, "order")
-    assert determinism.derive(1, 1, 12, "augment") != determinism.derive(1, 11, 2, "augment")
+    assert determinism.derive_seed(1, 12, "order") != determinism.derive_seed(11, 2, "order")
+    assert determinism.derive_seed(1, 1, 12, "augment") != determinism.derive_seed(1, 11, 2, "augment")
 
 
 def test_generators_repeat_what_they_draw():
-    draws = [torch.rand(4, generator=determinism.generator(1, purpose)) for purpose in ("a", "a", "b")]
+    draws = [torch.rand(4, generator=determinism.make_generator(1, purpose)) for purpose in ("a", "a", "b")]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
 
 
 def test_the_environment_names_what_equal_bytes_rest_on():
-    assert determinism.environment(2) | {"device": "", "cuda": ""} == {
+    assert determinism.describe_environment(2) | {"device": "", "cuda": ""} == {
         "torch": torch.__version__, "cuda": "", "device": "", "cpu_threads": 1, "processes": 2,
     }  # fmt: skip
 
@@ -135,38 +135,40 @@ def test_the_environment_names_what_equal_bytes_rest_on():
 
 def test_warm_up_rises_from_zero_to_the_rate_asked_for():
     recipe = params(epochs=10, warmup_epochs=2.0, schedule="constant", lr=0.1)
-    rates = [learning_rate(done, recipe) for done in (0, 0.5, 1, 1.5, 2)]
+    rates = [learning_rate_at(done, recipe) for done in (0, 0.5, 1, 1.5, 2)]
     assert rates == pytest.approx([0, 0.025, 0.05, 0.075, 0.1])
 
 
 @pytest.mark.parametrize("warmup", [0.0, 2.0])
 def test_a_cosine_starts_at_the_rate_asked_for_and_ends_near_zero(warmup):
     recipe = params(epochs=10, warmup_epochs=warmup, schedule="cosine", lr=0.1)
-    assert learning_rate(warmup, recipe) == pytest.approx(0.1)
-    assert learning_rate((10 + warmup) / 2, recipe) == pytest.approx(0.05)
-    assert learning_rate(9.99, recipe) == pytest.approx(0, abs=1e-6)
+    assert learning_rate_at(warmup, recipe) == pytest.approx(0.1)
+    assert learning_rate_at((10 + warmup) / 2, recipe) == pytest.approx(0.05)
+    assert learning_rate_at(9.99, recipe) == pytest.approx(0, abs=1e-6)
 
 
 def test_a_constant_rate_stays():
-    assert {learning_rate(done, params(schedule="constant", lr=0.3)) for done in (0, 0.1, 1, 1.99)} == {0.3}
+    assert {learning_rate_at(done, params(schedule="constant", lr=0.3)) for done in (0, 0.1, 1, 1.99)} == {0.3}
 
 
 @given(st.integers(1, 50), st.floats(0, 60), st.sampled_from(["constant", "cosine"]), st.floats(0, 1, exclude_max=True))
 def test_the_rate_is_never_negative_nor_above_the_one_asked_for(epochs, warmup, schedule, moment):
     recipe = params(epochs=epochs, warmup_epochs=warmup, schedule=schedule, lr=0.1)
-    assert 0 <= learning_rate(moment * epochs, recipe) <= 0.1 + 1e-12
+    assert 0 <= learning_rate_at(moment * epochs, recipe) <= 0.1 + 1e-12
 
 
 @pytest.mark.parametrize(("name", "kind"), [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)])
 def test_adam_and_adamw_take_rate_eps_and_decay(name, kind):
-    made = optimiser([torch.nn.Parameter(torch.zeros(1))], params(optimiser=name, lr=0.1, eps=0.01, weight_decay=0.2))
+    made = build_optimizer(
+        [torch.nn.Parameter(torch.zeros(1))], params(optimizer=name, lr=0.1, eps=0.01, weight_decay=0.2)
+    )
     assert type(made) is kind
     group = made.param_groups[0]
     assert (group["lr"], group["eps"], group["weight_decay"]) == (0.1, 0.01, 0.2)
 
 
 def test_sgd_has_momentum_rate_and_decay():
-    made = optimiser([torch.nn.Parameter(torch.zeros(1))], params(optimiser="sgd", lr=0.1, weight_decay=0.2))
+    made = build_optimizer([torch.nn.Parameter(torch.zeros(1))], params(optimizer="sgd", lr=0.1, weight_decay=0.2))
     assert type(made) is torch.optim.SGD
     group = made.param_groups[0]
     assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.1, 0.9, 0.2)
@@ -204,7 +206,7 @@ def test_training_learns_a_bright_middle(pack, weights):
 
 
 def test_frozen_epochs_leave_the_backbone_bit_equal_and_change_the_head(pack, weights):
-    changes = {"backbone": LITE, "epochs": 2, "frozen_epochs": 2, "optimiser": "adamw", "weight_decay": 0.1}
+    changes = {"backbone": LITE, "epochs": 2, "frozen_epochs": 2, "optimizer": "adamw", "weight_decay": 0.1}
     trained, before = train(pack, weights, **changes)[0].network.state_dict(), initial(**changes).state_dict()
     assert any("running_mean" in name for name in trained)
     for name, value in trained.items():
@@ -224,26 +226,32 @@ def test_the_epoch_after_the_frozen_ones_changes_the_backbone_and_its_batch_stat
 
 
 def test_training_follows_the_schedule(pack, weights):
-    changes = {"optimiser": "sgd", "lr": 1.0, "weight_decay": 0.0, "schedule": "constant", "warmup_epochs": 1e9}
+    changes = {"optimizer": "sgd", "lr": 1.0, "weight_decay": 0.0, "schedule": "constant", "warmup_epochs": 1e9}
     trained, _ = train(pack, weights, **changes)
     after, before = trained.network.state_dict(), initial().state_dict()
     assert all(torch.allclose(after[name], before[name], atol=1e-6) for name in before)
-    assert [entry.lr for entry in trained.history] == [learning_rate(done, params(**changes)) for done in (0.75, 1.75)]
+    assert [entry.lr for entry in trained.history] == [
+        learning_rate_at(done, params(**changes)) for done in (0.75, 1.75)
+    ]
 
 
-def test_a_fresh_optimiser_forgets_its_moments(pack, weights):
+def test_a_fresh_optimizer_forgets_its_moments(pack, weights):
     rows = table(NEGATIVE_VALIDATION)
     for epochs, same in ((1, True), (2, False)):
         fresh, kept = (
-            data(train(pack, weights, rows=rows, epochs=epochs, schedule="constant", fresh_optimiser=new)[0].network)
+            data(
+                train(pack, weights, rows=rows, epochs=epochs, schedule="constant", reset_optimizer_each_epoch=new)[
+                    0
+                ].network
+            )
             for new in (True, False)
         )
         assert (fresh == kept) == same
 
 
 def test_the_weights_that_are_kept_are_averaged_over_the_steps(pack, weights):
-    changes = params(weight_average=0.75, epochs=1, batch_size=8)
-    first, whole = (loop.Training(changes, 0, table(), pack, weights, Group()) for _ in range(2))
+    changes = params(ema_decay=0.75, epochs=1, batch_size=8)
+    first, whole = (loop.Trainer(changes, 0, table(), pack, weights, ProcessGroup()) for _ in range(2))
     with pytest.raises(Interrupted):
         first.run(Checkpoint(weights / "checkpoints", uuid4().hex), lambda *_: None, lambda: 15)
     kept = whole.run(Checkpoint(weights / "checkpoints", uuid4().hex), lambda *_: None, lambda: 0).network
@@ -261,12 +269,12 @@ def test_a_leftover_of_one_image_does_not_stop_batch_norm(pack, weights):
 def test_batches_of_one_image_train_on_every_image(pack, weights):
     trained, _ = train(pack, weights, batch_size=1, schedule="cosine")
     assert [entry.lr for entry in trained.history] == [
-        learning_rate(epoch + 15.5 / 16, params(schedule="cosine")) for epoch in (0, 1)
+        learning_rate_at(epoch + 15.5 / 16, params(schedule="cosine")) for epoch in (0, 1)
     ]
 
 
 def test_of_equal_epochs_the_last_is_the_best(pack, weights):
-    trained, seen = train(pack, weights, epochs=3, optimiser="sgd", lr=1e-12)
+    trained, seen = train(pack, weights, epochs=3, optimizer="sgd", lr=1e-12)
     assert len({entry.scores["f1"] for entry in trained.history}) == 1
     assert trained.best is trained.history[-1]
     assert all(best is not None for _, best in seen)
@@ -276,7 +284,7 @@ def test_of_equal_epochs_the_last_is_the_best(pack, weights):
 def unsteady(pack, weights):
     """A seed whose F1 falls in the end, and its whole training."""
     for seed in range(20):
-        trained, seen = train(pack, weights, seed, epochs=5, optimiser="sgd", lr=0.02, schedule="constant")
+        trained, seen = train(pack, weights, seed, epochs=5, optimizer="sgd", lr=0.02, schedule="constant")
         if trained.best.epoch < 4:
             return seed, trained, seen
     raise AssertionError("every seed ends at its best")
@@ -287,8 +295,8 @@ def test_the_model_is_the_one_of_the_best_epoch_and_only_better_ones_are_handed_
     figures = [entry.scores["f1"] for entry in trained.history]
     assert trained.best.epoch == max(range(1, 6), key=lambda epoch: (figures[epoch - 1], epoch))
     rows = torch.arange(16, 24)
-    found = trained.network.probabilities(pack.pixels(rows))
-    assert score(np.array([0, 1] * 4), found.numpy()) == trained.best.scores
+    found = trained.network.predict_proba(pack.pixels(rows))
+    assert score_predictions(np.array([0, 1] * 4), found.numpy()) == trained.best.scores
     assert [entry for entry, _ in seen] == trained.history
     handed = [best is not None for _, best in seen]
     assert handed == [figure == max(figures[: index + 1]) for index, figure in enumerate(figures)]
@@ -301,7 +309,9 @@ def test_patience_stops_after_so_many_epochs_without_a_better_one(unsteady, pack
     figures = [entry.scores["f1"] for entry in whole.history]
     best = [max(range(end), key=lambda index: (figures[index], index)) for end in range(1, 6)]
     ends = [index + 1 for index in range(5) if index - best[index] >= patience]
-    stopped, _ = train(pack, weights, seed, epochs=5, optimiser="sgd", lr=0.02, schedule="constant", patience=patience)
+    stopped, _ = train(
+        pack, weights, seed, epochs=5, optimizer="sgd", lr=0.02, schedule="constant", early_stopping_patience=patience
+    )
     assert [entry.row() for entry in stopped.history] == [entry.row() for entry in whole.history[: min([*ends, 5])]]
     if patience == 1:
         assert len(stopped.history) < 5
@@ -313,10 +323,10 @@ def test_patience_stops_after_so_many_epochs_without_a_better_one(unsteady, pack
 )  # fmt: skip
 def test_a_diverging_run_is_refused_with_epoch_batch_and_parameters_named(pack, weights, batch_size, where):
     with pytest.raises(UserError) as caught:
-        train(pack, weights, seed=7, optimiser="sgd", lr=1e20, schedule="constant", batch_size=batch_size)
+        train(pack, weights, seed=7, optimizer="sgd", lr=1e20, schedule="constant", batch_size=batch_size)
     message = str(caught.value)
     assert message.startswith(f"seed 7, {where}")
-    for named in ("train.lr = 1e+20", "train.precision = float32", "train.normalisation"):
+    for named in ("train.lr = 1e+20", "train.precision = float32", "train.normalization"):
         assert named in message
     assert "\n" not in message
 
@@ -324,22 +334,22 @@ def test_a_diverging_run_is_refused_with_epoch_batch_and_parameters_named(pack, 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"sampling": "weighted", "positive_weight": 3.0},
+        {"sampling": "weighted", "positive_oversampling": 3.0},
         {"class_weights": (1.0, 5.0)},
         {"rotation": 20.0, "flip": 0.0},
         {"zoom": 0.2},
         {"shift": 0.1},
-        {"gamma": 0.5},
+        {"gamma_jitter": 0.5},
         {"mixup_alpha": 0.4},
-        {"weight_average": 0.9},
-        {"optimiser": "sgd"},
-        {"optimiser": "adam", "fresh_optimiser": True},
+        {"ema_decay": 0.9},
+        {"optimizer": "sgd"},
+        {"optimizer": "adam", "reset_optimizer_each_epoch": True},
         {"precision": "bfloat16"},
         {"channels_last": False},
-        {"hidden": [16, 8]},
-        {"normalisation": "none"},
+        {"head_hidden": [16, 8]},
+        {"normalization": "none"},
         {"size": 40},
-        {"accumulate": 3},
+        {"gradient_accumulation_steps": 3},
         {"fused": True, "lr": 2e-3},
     ],
     ids=", ".join,
@@ -374,7 +384,7 @@ def resumed(pack, weights, calls: list[int], **changes):
     checkpoint, seen = Checkpoint(weights / "checkpoints", uuid4().hex), []
 
     def go_on(answers):
-        training = loop.Training(params(**changes), 0, table(), pack, weights, Group())
+        training = loop.Trainer(params(**changes), 0, table(), pack, weights, ProcessGroup())
         return training.run(checkpoint, lambda epoch, _: seen.append(epoch.epoch), partial(next, answers))
 
     for asked in calls:
@@ -388,10 +398,10 @@ def resumed(pack, weights, calls: list[int], **changes):
     "changes",
     [
         {},
-        {"backbone": LITE, "frozen_epochs": 1, "weight_average": 0.9, "zoom": 0.2, "gamma": 0.5},
-        {"optimiser": "sgd", "mixup_alpha": 0.4, "hidden": [8]},
-        {"optimiser": "adam", "fresh_optimiser": True, "sampling": "weighted", "patience": 1},
-        {"precision": "bfloat16", "accumulate": 2, "fused": True, "loader_threads": 3},
+        {"backbone": LITE, "frozen_epochs": 1, "ema_decay": 0.9, "zoom": 0.2, "gamma_jitter": 0.5},
+        {"optimizer": "sgd", "mixup_alpha": 0.4, "head_hidden": [8]},
+        {"optimizer": "adam", "reset_optimizer_each_epoch": True, "sampling": "weighted", "early_stopping_patience": 1},
+        {"precision": "bfloat16", "gradient_accumulation_steps": 2, "fused": True, "loader_threads": 3},
     ],
     ids=", ".join,
 )
@@ -421,7 +431,8 @@ def test_the_number_of_loader_threads_changes_no_byte(pack, weights, plain, thre
 @pytest.mark.parametrize("changes", [{}, {"dropout": 0.5, "mixup_alpha": 0.4, "class_weights": (1.0, 3.0)}])
 def test_a_batch_in_parts_takes_the_step_of_the_whole_batch(pack, weights, changes):
     whole, parts = (
-        train(pack, weights, accumulate=pieces, optimiser="sgd", **changes)[0].network.state_dict() for pieces in (1, 3)
+        train(pack, weights, gradient_accumulation_steps=pieces, optimizer="sgd", **changes)[0].network.state_dict()
+        for pieces in (1, 3)
     )
     for name, value in whole.items():
         torch.testing.assert_close(parts[name], value, rtol=1e-4, atol=1e-6)
@@ -441,7 +452,7 @@ def test_a_compiled_network_trains_as_the_plain_one(pack, weights):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_on_cuda_a_seed_repeats_its_bytes_and_is_near_the_cpu(pack, weights, tmp_path, precision):
     np.save(tmp_path / "images.npy", pack.images.numpy())
-    there = Pack(tmp_path / "images.npy", torch.device("cuda"))
+    there = PackedImages(tmp_path / "images.npy", torch.device("cuda"))
     first, second = (train(there, weights, backbone="alexnet", size=64, precision=precision)[0] for _ in range(2))
     here, _ = train(pack, weights, backbone="alexnet", size=64)
     assert data(first.network.cpu()) == data(second.network.cpu())
@@ -453,7 +464,7 @@ def test_on_cuda_a_seed_repeats_its_bytes_and_is_near_the_cpu(pack, weights, tmp
 
 def write_tables(folder, split: str) -> None:
     (folder / "manifest.csv").write_text(
-        "file,set,label,patient,source,view,licence,width,height,bytes,coarseness,xxh128,phash\n"
+        "file,set,label,patient,source,view,license,width,height,bytes,jpeg_quantization,xxh128,phash\n"
         "a.jpg,train,1,NA,,PA,,64,64,9,16.5,aa,00\nb.jpg,train,0,,,,,64,64,9,16.5,bb,00\nt.jpg,test,,,,,,64,64,9,0,cc,00\n"
     )
     (folder / "split.csv").write_text(split)

@@ -1,4 +1,4 @@
-"""`params.yaml`, typed: one model per section, every key required, and a misspelt one named."""
+"""`params.yaml`, typed: one model per section, every key required, and a misspelled one named."""
 
 import difflib
 from collections.abc import Iterable
@@ -28,9 +28,9 @@ class PhantomParams(Section):
     """Radiographs drawn by the pipeline itself."""
 
     source: Literal["phantom"]
-    train: Positive  # labelled images
+    train: Positive  # labeled images
     test: Positive
-    prevalence: Share  # share of positives among the labelled images
+    prevalence: Share  # share of positives among the labeled images
     test_prevalence: Share
     strength: Annotated[float, Field(gt=0)]  # how visible opacities are; at 1 some are very faint
     confounding: Share  # how far the source tells the label: 0 not at all, 1 wholly
@@ -59,7 +59,7 @@ class CovidxParams(Section):
     path: Path | None
 
 
-class CohenParams(Section):
+class CovidChestXrayParams(Section):
     """A checkout of github.com/ieee8023/covid-chestxray-dataset."""
 
     source: Literal["cohen"]
@@ -75,7 +75,7 @@ class ColumnsParams(Section):
     patient: str | None
     source: str | None
     view: str | None
-    licence: str | None
+    license: str | None
     set: str | None  # whose values are train and test
 
 
@@ -107,7 +107,7 @@ class WeightsParams(Section):
 class PrepareParams(Section):
     size: Annotated[int, Field(ge=16, le=2048)]  # edge of the square images in the pack, pixels
     resize: Resize  # how an image becomes square
-    max_quarantined: Share  # share of the labelled images that may be unusable
+    max_quarantined: Share  # share of the labeled images that may be unusable
 
 
 class SplitParams(Section):
@@ -122,42 +122,42 @@ class SplitParams(Section):
             raise ValueError("cross_validate and held_out_source are two ways to validate; set one to false or null")
         return self
 
-    def fold(self, seed: int) -> int:
+    def validation_fold(self, seed: int) -> int:
         """Return the fold on which a training seed validates."""
         return seed % self.folds if self.cross_validate else 0
 
 
 class TrainParams(Section):
     backbone: str  # a torchvision classifier, or timm/<name>
-    hidden: list[Positive]  # widths of the head's hidden layers
+    head_hidden: list[Positive]  # widths of the head's hidden layers
     dropout: Annotated[float, Field(ge=0, lt=1)]
     size: Annotated[int, Field(ge=16, le=2048)]  # edge of the images the backbone sees, pixels
-    normalisation: Literal["none", "imagenet"]
+    normalization: Literal["none", "imagenet"]
     epochs: Positive
     frozen_epochs: Annotated[int, Field(ge=0)]  # the first epochs, in which only the head is trained
-    patience: Positive | None  # epochs without a better F1 before training stops early
+    early_stopping_patience: Positive | None  # epochs without a better F1 before training stops early
     batch_size: Positive
-    accumulate: Positive  # parts a batch is computed in, one after another, to save memory
+    gradient_accumulation_steps: Positive  # parts a batch is computed in, one after another, to save memory
     sampling: Literal["shuffle", "weighted"]
-    positive_weight: Weight  # weighted sampling draws a positive this much more often
+    positive_oversampling: Weight  # weighted sampling draws a positive this much more often
     class_weights: tuple[Weight, Weight]  # of negative and positive in the loss
     flip: Share  # probability of a horizontal flip
     rotation: Annotated[float, Field(ge=0, le=180)]  # degrees, at most, to either side
     zoom: Annotated[float, Field(ge=0, le=1)]  # at most: 0.2 shows from 1 / 1.2 of the image to 1.2 of it
     shift: Annotated[float, Field(ge=0, le=0.5)]  # of the edge, at most, to any side
-    gamma: Annotated[float, Field(ge=0, le=3)]  # at most: 0.5 raises brightness to a power from 1 / 1.5 to 1.5
+    gamma_jitter: Annotated[float, Field(ge=0, le=3)]  # at most: 0.5 raises brightness to a power from 1 / 1.5 to 1.5
     mixup_alpha: Annotated[float, Field(ge=0)]  # 0 is no mixup
-    optimiser: Literal["adam", "adamw", "sgd"]
-    fresh_optimiser: bool  # made anew every epoch, which forgets its moments
+    optimizer: Literal["adam", "adamw", "sgd"]
+    reset_optimizer_each_epoch: bool  # made anew every epoch, which forgets its moments
     lr: Annotated[float, Field(gt=0)]
     eps: Annotated[float, Field(gt=0)]
     weight_decay: Annotated[float, Field(ge=0)]
-    weight_average: Annotated[float, Field(ge=0, lt=1)]  # share of the average that each step keeps; 0 is none
+    ema_decay: Annotated[float, Field(ge=0, lt=1)]  # share of the average that each step keeps; 0 is none
     schedule: Literal["constant", "cosine"]
     warmup_epochs: Annotated[float, Field(ge=0)]
     precision: Literal["float32", "bfloat16", "float16"]
     channels_last: bool
-    fused: bool  # the optimiser's step as one kernel
+    fused: bool  # the optimizer's step as one kernel
     compile: bool  # the network by torch.compile
     loader_threads: Positive  # threads that gather the next batches from disk
     cpu_threads: Positive  # part of the result: it sets the order in which floats are summed
@@ -187,7 +187,7 @@ class PromoteParams(Section):
     max_calibration_error: Share
 
 
-DownloadParams = PhantomParams | ArchiveParams | KaggleParams | CovidxParams | CohenParams | TableParams
+DownloadParams = PhantomParams | ArchiveParams | KaggleParams | CovidxParams | CovidChestXrayParams | TableParams
 SOURCES = ["phantom", "archive", "kaggle", "covidx", "cohen", "table"]
 
 
@@ -233,19 +233,19 @@ class Config(Section):
         return self.profiles[self.profile]
 
     @property
-    def models(self) -> list[str]:
+    def model_names(self) -> list[str]:
         """The names of the models, one per seed."""
         return [f"seed-{seed}" for seed in self.seeds]
 
     @property
-    def members(self) -> list[int]:
+    def bag_seeds(self) -> list[int]:
         """The seeds in the bag."""
         return self.seeds if self.active.bag.members == "all" else self.active.bag.members
 
     @property
-    def bagged(self) -> list[str]:
+    def bag_members(self) -> list[str]:
         """The names of the models in the bag."""
-        return [f"seed-{seed}" for seed in self.members]
+        return [f"seed-{seed}" for seed in self.bag_seeds]
 
     @property
     def model_name(self) -> str:
@@ -253,7 +253,7 @@ class Config(Section):
         return f"covid-xray-{self.profile}"
 
 
-def load(path: Path = Path("params.yaml")) -> Config:
+def load_config(path: Path = Path("params.yaml")) -> Config:
     """Read and check the whole file, not only the section in use.
 
     Raises:
@@ -291,7 +291,7 @@ def _keys(loc: tuple[int | str, ...]) -> list[str]:
     """Return the keys that the section at `loc` may have."""
     models: dict[str, type[Section]] = {
         "phantom": PhantomParams, "archive": ArchiveParams, "kaggle": KaggleParams, "covidx": CovidxParams,
-        "cohen": CohenParams, "table": TableParams, "columns": ColumnsParams, "weights": WeightsParams,
+        "cohen": CovidChestXrayParams, "table": TableParams, "columns": ColumnsParams, "weights": WeightsParams,
         "prepare": PrepareParams, "split": SplitParams, "train": TrainParams, "evaluate": EvaluateParams,
         "bag": BagParams, "promote": PromoteParams,
     }  # fmt: skip

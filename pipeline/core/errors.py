@@ -20,8 +20,8 @@ class Interrupted(Exception):  # noqa: N818  # it is no error
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its kind, without the names and passwords that URLs may hold."""
     line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return redacted(line)
+    return redact_credentials(line)
 
 
-def redacted(text: str) -> str:
+def redact_credentials(text: str) -> str:
     return re.sub(r"(password=)[^&\s]+", r"\1…", re.sub(r"//[^/\s]*@", "//", text), flags=re.IGNORECASE)

@@ -14,7 +14,7 @@ from pipeline.core.errors import UserError
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a name beside `path` to write to; it takes the place of `path` only when the block ends well."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.part")  # what a killed process leaves, the next one takes over
@@ -26,7 +26,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    with replacing(path) as aside:
+    with atomic_path(path) as aside:
         aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -36,7 +36,7 @@ def read_json(path: Path) -> Any:
 
 def write_csv(path: Path, table: pd.DataFrame) -> None:
     """Write without an index; floats keep the nine digits that tell any two float32 apart."""
-    with replacing(path) as aside:
+    with atomic_path(path) as aside:
         table.to_csv(aside, index=False, float_format="%.9g", lineterminator="\n")
 
 
@@ -45,7 +45,7 @@ def read_csv(path: Path) -> pd.DataFrame:
     return pd.read_csv(path, dtype={"file": str}, keep_default_na=False, na_values=[""])
 
 
-def read_texts(source: Path | IO[bytes], name: str, columns: Collection[str]) -> pd.DataFrame:
+def read_text_table(source: Path | IO[bytes], name: str, columns: Collection[str]) -> pd.DataFrame:
     """Read a table that a person made: every field a text as it stands, and a row for every line, also a blank one.
 
     Raises:
@@ -67,12 +67,12 @@ def read_texts(source: Path | IO[bytes], name: str, columns: Collection[str]) ->
     return table
 
 
-def sha256(path: Path) -> str:
+def sha256_of_file(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def dvc_hash(path: Path) -> str:
+def md5_of_file(path: Path) -> str:
     """Return the md5 that dvc.lock holds for the file."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, functools.partial(hashlib.md5, usedforsecurity=False)).hexdigest()

@@ -7,7 +7,7 @@ import ctypes
 TRIM_THRESHOLD, MMAP_MAX = -1, -4
 
 
-def keep_freed() -> None:
+def retain_freed_memory() -> None:
     """Let glibc keep freed memory for the next tensors instead of giving it back to the kernel.
 
     Every step on a CPU frees activations of tens of megabytes and asks for as much again; fetched from the kernel page
@@ -19,6 +19,6 @@ def keep_freed() -> None:
         libc.mallopt(TRIM_THRESHOLD, -1)  # and nothing is given back from the end of the heap
 
 
-def ran_out(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Tell whether Python, CUDA or torch's allocator on the CPU, whose error has no type of its own, had no memory."""
     return isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error)

@@ -13,7 +13,7 @@ from pipeline.core.config import Resize
 from pipeline.core.files import read_json
 
 
-class Pack:
+class PackedImages:
     """All images, uint8 (N, S, S): on the CUDA device when half its free memory holds them, else mapped from disk."""
 
     def __init__(self, path: Path, device: torch.device) -> None:

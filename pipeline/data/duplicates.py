@@ -10,14 +10,14 @@ from PIL import Image
 from scipy.fft import dctn
 from scipy.ndimage import gaussian_filter
 
-MOST_BITS = 40  # of 256 in which the hashes of candidates may differ
-LEAST_LIKENESS = 0.96  # of two images that are one
-DETAIL = 64  # edge of the thumbnails that are compared, pixels
-AT_ONCE = 1024  # candidates that are compared in one go
+MAX_HAMMING_DISTANCE = 40  # of 256 in which the hashes of candidates may differ
+MIN_SIMILARITY = 0.96  # of two images that are one
+THUMBNAIL_SIZE = 64  # edge of the thumbnails that are compared, pixels
+CHUNK_SIZE = 1024  # candidates that are compared in one go
 
-PLACE = np.linspace(-1, 1, DETAIL, dtype=np.float32)
-# The middle counts most: towards the edges a trimmed image is moved furthest, and all have markers and black borders.
-WINDOW = np.outer(np.cos(PLACE * np.pi / 2), np.cos(PLACE * np.pi / 2))
+COORDINATES = np.linspace(-1, 1, THUMBNAIL_SIZE, dtype=np.float32)
+# The middle counts most: toward the edges a trimmed image is moved furthest, and all have markers and black borders.
+WINDOW = np.outer(np.cos(COORDINATES * np.pi / 2), np.cos(COORDINATES * np.pi / 2))
 
 
 def perceptual_hash(pixels: np.ndarray) -> str:
@@ -35,7 +35,7 @@ def perceptual_hash(pixels: np.ndarray) -> str:
     return np.packbits(frequencies > np.median(frequencies)).tobytes().hex()
 
 
-def find(manifest: pd.DataFrame, images: np.ndarray) -> np.ndarray:
+def find_duplicates(manifest: pd.DataFrame, images: np.ndarray) -> np.ndarray:
     """Find images that show the same radiograph.
 
     Args:
@@ -52,19 +52,19 @@ def find(manifest: pd.DataFrame, images: np.ndarray) -> np.ndarray:
     # Row by row, so that no table of all pairs is ever in memory.
     for place in range(len(first)):
         bits = np.bitwise_count(hashes[:, place + 1 :] ^ hashes[:, place, None]).sum(axis=0, dtype=np.uint16)
-        near = np.flatnonzero(bits <= MOST_BITS) + place + 1
+        near = np.flatnonzero(bits <= MAX_HAMMING_DISTANCE) + place + 1
         near = near[same[near] != same[place]]
-        for start in range(0, len(near), AT_ONCE):
-            some = near[start : start + AT_ONCE]
+        for start in range(0, len(near), CHUNK_SIZE):
+            some = near[start : start + CHUNK_SIZE]
             for one in {place, *some.tolist()} - patterns.keys():
                 patterns[one] = _pattern(images[first[one]])
-            likely = some[likeness(patterns[place], np.array([patterns[one] for one in some])) >= LEAST_LIKENESS]
+            likely = some[similarity(patterns[place], np.array([patterns[one] for one in some])) >= MIN_SIMILARITY]
             joined = np.isin(same, same[[place, *likely]])
             same[joined] = same[joined].min()
     return manifest["xxh128"].map(pd.Series(first[same], manifest["xxh128"].iloc[first])).to_numpy()
 
 
-def likeness(pattern: np.ndarray, others: np.ndarray) -> np.ndarray:
+def similarity(pattern: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Say how much of each other pattern is this one, brightened, moved and stretched a little: 0 nothing, 1 all.
 
     It is the multiple correlation of the other with this one and, to first order, with the four ways to move and
@@ -79,8 +79,8 @@ def likeness(pattern: np.ndarray, others: np.ndarray) -> np.ndarray:
     """
     one = pattern.astype(np.float32)
     down, across = np.gradient(one)
-    ways = (np.stack([one, across, across * PLACE, down, down * PLACE[:, None]]) * WINDOW).reshape(5, -1)
-    targets = (others * WINDOW).reshape(len(others), DETAIL * DETAIL)
+    ways = (np.stack([one, across, across * COORDINATES, down, down * COORDINATES[:, None]]) * WINDOW).reshape(5, -1)
+    targets = (others * WINDOW).reshape(len(others), THUMBNAIL_SIZE * THUMBNAIL_SIZE)
     shared = ways @ targets.T
     explained = (shared * (np.linalg.pinv(ways @ ways.T, hermitian=True) @ shared)).sum(axis=0)
     return np.asarray(np.sqrt(explained.clip(0) / np.square(targets).sum(axis=1).clip(1e-9)))
@@ -88,6 +88,6 @@ def likeness(pattern: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 def _pattern(pixels: np.ndarray) -> np.ndarray:
     """Return what tells chests apart, edges and vessels, without the light and shade that they share."""
-    small = Image.fromarray(pixels).resize((DETAIL, DETAIL), Image.Resampling.BILINEAR)
+    small = Image.fromarray(pixels).resize((THUMBNAIL_SIZE, THUMBNAIL_SIZE), Image.Resampling.BILINEAR)
     smooth = gaussian_filter(np.asarray(small, dtype=np.float32), 0.7)
     return (smooth - gaussian_filter(smooth, 1.5)).astype(np.float16)

@@ -1,10 +1,10 @@
 """The competition's layout: what a zip must hold, read and checked in one place.
 
-train/train/*.jpg or train/*.jpg     labelled images
+train/train/*.jpg or train/*.jpg     labeled images
 test/test/*.jpg or test/*.jpg        images to be judged
 train_labels.csv                     File,Label with Label 0 (negative) or 1 (COVID-19)
 sample_submission.csv                File,Label with the test images in the order of the submission
-metadata.csv                         optional: File,patient,source,view and, where known, licence
+metadata.csv                         optional: File,patient,source,view and, where known, license
 """
 
 import io
@@ -18,31 +18,37 @@ from pathlib import Path, PureWindowsPath
 import pandas as pd
 
 from pipeline.core.errors import UserError, first_line
-from pipeline.core.files import read_texts
+from pipeline.core.files import read_text_table
 
 METADATA = ["patient", "source", "view"]
-LITTER = ("", ".DS_Store", "Thumbs.db")  # folders, and what file managers leave, as they do ._names
-LICENCE = "licence"  # of the image, a column that metadata.csv need not have
-LARGEST = 2**28  # bytes of a member once unpacked
-DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError)  # what zipfile raises on a broken zip
-PROTECTED = 0b1100001  # flags of a member: encrypted, strongly encrypted, a patch of another file
-DENSEST = 200  # times what it is packed into, for what is above BOMB bytes; no radiograph comes near
-BOMB = 2**20
+IGNORED_FILES = ("", ".DS_Store", "Thumbs.db")  # folders, and what file managers leave, as they do ._names
+LICENSE = "license"  # of the image, a column that metadata.csv need not have
+MAX_MEMBER_SIZE = 2**28  # bytes of a member once unpacked
+DAMAGED_ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    RuntimeError,
+    ValueError,
+)  # what zipfile raises on a broken zip
+ENCRYPTION_FLAGS = 0b1100001  # flags of a member: encrypted, strongly encrypted, a patch of another file
+MAX_COMPRESSION_RATIO = 200  # times what it is packed into, for what is above BOMB bytes; no radiograph comes near
+MIN_BOMB_SIZE = 2**20
 
 
 @dataclass(frozen=True)
 class Layout:
-    """`images` has one row per image, labelled ones first.
+    """`images` has one row per image, labeled ones first.
 
-    Its columns are file, set (train or test), member (the name inside the zip, empty where a labelled image is
-    missing), label (0, 1 or missing for the test set), patient, source, view and licence (empty where not known).
+    Its columns are file, set (train or test), member (the name inside the zip, empty where a labeled image is
+    missing), label (0, 1 or missing for the test set), patient, source, view and license (empty where not known).
     """
 
     images: pd.DataFrame
     sample: pd.DataFrame
 
 
-def read(path: Path) -> Layout:
+def read_layout(path: Path) -> Layout:
     """Read the tables of the zip and match them with its images; no image is opened.
 
     Raises:
@@ -50,18 +56,18 @@ def read(path: Path) -> Layout:
             archive of radiographs has.
     """
     with _open(path) as archive:
-        labelled, judged = _members(archive, path, "train"), _members(archive, path, "test")
+        labeled, judged = _members(archive, path, "train"), _members(archive, path, "test")
         labels = _table(archive, path, "train_labels.csv", ["File", "Label"])
         sample = _table(archive, path, "sample_submission.csv", ["File", "Label"])
         known = "metadata.csv" in archive.namelist()
-        metadata = _table(archive, path, "metadata.csv", ["File", *METADATA], LICENCE) if known else None
+        metadata = _table(archive, path, "metadata.csv", ["File", *METADATA], LICENSE) if known else None
     wrong = labels[~labels["Label"].isin(["0", "1"])]
     if len(wrong):
         raise UserError(
             f"{path}: train_labels.csv line {wrong.index[0] + 2}: the label of {wrong['File'].iloc[0]} is "
             f"{wrong['Label'].iloc[0]!r}; it must be 0 (negative) or 1 (COVID-19)"
         )
-    train = _match(path, "train_labels.csv", labels["File"], labelled, "train")
+    train = _match(path, "train_labels.csv", labels["File"], labeled, "train")
     test = _match(path, "sample_submission.csv", sample["File"], judged, "test")
     absent = test[test["member"] == ""]
     if len(absent):
@@ -70,10 +76,10 @@ def read(path: Path) -> Layout:
             f"test/ ({len(absent)} missing in all); a submission needs every test image, so add it"
         )
     # What has no ending, such as README or .gitkeep, is an image only where a table says so.
-    unlabelled = sorted(name for name in set(labelled) - set(labels["File"]) if "." in name.strip("."))
-    if unlabelled:
+    unlabeled = sorted(name for name in set(labeled) - set(labels["File"]) if "." in name.strip("."))
+    if unlabeled:
         raise UserError(
-            f"{path}: {len(unlabelled)} training images have no label, the first is {unlabelled[0]}; "
+            f"{path}: {len(unlabeled)} training images have no label, the first is {unlabeled[0]}; "
             "add them to train_labels.csv or take them out"
         )
     images = pd.concat([train.assign(label=labels["Label"].astype(int).to_numpy()), test], ignore_index=True)
@@ -84,7 +90,7 @@ def read(path: Path) -> Layout:
 def _open(path: Path) -> zipfile.ZipFile:
     try:
         archive = zipfile.ZipFile(path)
-    except DAMAGE as error:
+    except DAMAGED_ZIP_ERRORS as error:
         raise UserError(f"{path}: a damaged zip ({first_line(error)}); fetch it again") from None
     names, size = Counter(archive.namelist()), path.stat().st_size
     for member in archive.infolist():
@@ -102,15 +108,16 @@ def _wrong(member: zipfile.ZipInfo, size: int) -> str:
         "leads out of the archive": ".." in name.parts,
         "lies outside of it": not 0 <= member.header_offset < size,
         "is a symbolic link": stat.S_ISLNK(member.external_attr >> 16),
-        "is encrypted": member.flag_bits & PROTECTED,
+        "is encrypted": member.flag_bits & ENCRYPTION_FLAGS,
         "is neither stored nor deflated": member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED),
-        f"is too large ({unpacked} bytes)": unpacked > LARGEST,
-        f"is a decompression bomb ({packed} to {unpacked} bytes)": unpacked > BOMB + DENSEST * packed,
+        f"is too large ({unpacked} bytes)": unpacked > MAX_MEMBER_SIZE,
+        f"is a decompression bomb ({packed} to {unpacked} bytes)": unpacked
+        > MIN_BOMB_SIZE + MAX_COMPRESSION_RATIO * packed,
     }
     return next((fault for fault, found in checks.items() if found), "")
 
 
-def content(archive: zipfile.ZipFile, member: str) -> bytes:
+def read_member(archive: zipfile.ZipFile, member: str) -> bytes:
     """Read a member, but no more of it than the archive says there is, whatever it inflates to.
 
     Raises:
@@ -122,12 +129,12 @@ def content(archive: zipfile.ZipFile, member: str) -> bytes:
 
 def _table(archive: zipfile.ZipFile, path: Path, name: str, columns: list[str], optional: str = "") -> pd.DataFrame:
     try:
-        text = content(archive, name)
+        text = read_member(archive, name)
     except KeyError:
         raise UserError(f"{path}: has no {name}; add it at the top of the zip") from None
-    except DAMAGE as error:
+    except DAMAGED_ZIP_ERRORS as error:
         raise UserError(f"{path}: {name} is damaged in the zip ({first_line(error)}); fetch it again") from None
-    table = read_texts(io.BytesIO(text), f"{path}: {name}", columns)
+    table = read_text_table(io.BytesIO(text), f"{path}: {name}", columns)
     twice = table["File"][table["File"].duplicated()]
     if len(twice):
         raise UserError(f"{path}: {name} line {twice.index[0] + 2}: {twice.iloc[0]} is listed twice; keep one line")
@@ -139,7 +146,7 @@ def _members(archive: zipfile.ZipFile, path: Path, folder: str) -> dict[str, str
     members: dict[str, str] = {}
     for member in archive.namelist():
         place, _, file = member.removeprefix("./").rpartition("/")
-        if place in (folder, f"{folder}/{folder}") and file not in LITTER and not file.startswith("._"):
+        if place in (folder, f"{folder}/{folder}") and file not in IGNORED_FILES and not file.startswith("._"):
             if file in members:
                 raise UserError(f"{path}: {member!r} and {members[file]!r} have one name; leave one of them in it")
             members[file] = member
@@ -158,5 +165,5 @@ def _with_metadata(path: Path, images: pd.DataFrame, metadata: pd.DataFrame | No
         raise UserError(f"{path}: {name} is in train and in test; give every image its own name")
     if metadata is None:
         metadata = pd.DataFrame(columns=["File"])
-    known = metadata.set_index("File").reindex(index=images["file"], columns=[*METADATA, LICENCE], fill_value="")
+    known = metadata.set_index("File").reindex(index=images["file"], columns=[*METADATA, LICENSE], fill_value="")
     return images.join(known.astype("str"), on="file")

@@ -17,11 +17,11 @@ from xxhash import xxh3_128_hexdigest
 
 from pipeline.core.config import PrepareParams
 from pipeline.core.errors import UserError, first_line
-from pipeline.core.files import replacing, write_csv, write_json
-from pipeline.core.progress import shown
+from pipeline.core.files import atomic_path, write_csv, write_json
+from pipeline.core.progress import track_progress
 from pipeline.data import duplicates, images, layout
 
-FACTS = ["width", "height", "bytes", "coarseness", "xxh128", "phash", "reason"]
+FILE_COLUMNS = ["width", "height", "bytes", "jpeg_quantization", "xxh128", "phash", "reason"]
 
 # Each worker process opens the zip and the array once.
 _archive: zipfile.ZipFile
@@ -29,25 +29,25 @@ _array: int
 _start: int
 
 
-def pack(raw: Path, params: PrepareParams, target: Path) -> None:
+def pack_images(raw: Path, params: PrepareParams, target: Path) -> None:
     """Write `images.npy`, `images.json`, `manifest.csv` and `quarantine.csv` into the folder `target`.
 
     The array is uint8 of shape (N, size, size). Row i of the manifest is image i: file, set, label, patient, source,
-    view, licence, width and height (of the upright image, pixels), bytes and `coarseness` (of the file), the XXH3 hash
+    view, license, width and height (of the upright image, pixels), bytes and `jpeg_quantization` (of the file), the XXH3 hash
     of its pixels, so that the manifest's own hash stands for the array, and their perceptual hash. Workers write their
     rows into the file themselves: memory does not grow with N. The JSON says how the images became square, which a
     model must know to do the same.
 
     Raises:
-        UserError: a test image is not usable, or more labelled ones than `max_quarantined` allows.
+        UserError: a test image is not usable, or more labeled ones than `max_quarantined` allows.
     """
-    rows = layout.read(raw).images
-    with replacing(target / "images.npy") as array_path:
+    rows = layout.read_layout(raw).images
+    with atomic_path(target / "images.npy") as array_path:
         start = _allocate(array_path, len(rows), params.size)
         with ProcessPoolExecutor(cpu_count(), initializer=_open, initargs=(raw, array_path, start)) as pool:
             jobs = pool.map(_decode, range(len(rows)), rows["member"], repeat(params), chunksize=32)
             try:
-                facts = pd.DataFrame(shown(jobs, "decoding", len(rows)), columns=FACTS)
+                facts = pd.DataFrame(track_progress(jobs, "decoding", len(rows)), columns=FILE_COLUMNS)
             except BrokenProcessPool:
                 raise UserError(
                     "a process that decoded images was killed, most likely for lack of memory; free some and run again"
@@ -78,21 +78,21 @@ def _decode(row: int, member: str, params: PrepareParams) -> tuple[int, int, int
     if not member:
         return 0, 0, 0, 0, "", "", "no such image in the archive"
     try:
-        data = layout.content(_archive, member)
-    except layout.DAMAGE as reason:
+        data = layout.read_member(_archive, member)
+    except layout.DAMAGED_ZIP_ERRORS as reason:
         return 0, 0, 0, 0, "", "", f"damaged in the zip: {first_line(reason)}"
     try:
-        pixels, (width, height) = images.decode(data, params.size, params.resize)
+        pixels, (width, height) = images.decode_radiograph(data, params.size, params.resize)
     except images.UnusableError as reason:
         return 0, 0, 0, 0, "", "", str(reason)
     # Writing, unlike a memory map, says so when the disk is full.
     if os.pwrite(_array, pixels.data, _start + row * pixels.nbytes) < pixels.nbytes:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     hashes = xxh3_128_hexdigest(pixels.data), duplicates.perceptual_hash(pixels)
-    return width, height, len(data), images.coarseness(data), *hashes, ""
+    return width, height, len(data), images.jpeg_quantization(data), *hashes, ""
 
 
-def _check(bad: pd.DataFrame, labelled: int, allowed: float) -> None:
+def _check(bad: pd.DataFrame, labeled: int, allowed: float) -> None:
     test = bad[bad["set"] == "test"]
     if len(test):
         first = test.iloc[0]
@@ -100,13 +100,13 @@ def _check(bad: pd.DataFrame, labelled: int, allowed: float) -> None:
             f"test image {first['file']}: {first['reason']} ({len(test)} unusable in all); "
             "a submission needs every test image, so replace it"
         )
-    if len(bad) > allowed * labelled:
+    if len(bad) > allowed * labeled:
         kinds = bad.groupby(bad["reason"].str.split(":").str[0])["file"].agg(["count", "first"])
         worst = ", ".join(
             f"{count} × {kind} (first {first})" for kind, count, first in kinds.nlargest(3, "count").itertuples()
         )
         raise UserError(
-            f"{len(bad)} of {labelled} labelled images are unusable, more than prepare.max_quarantined = {allowed:g} "
+            f"{len(bad)} of {labeled} labeled images are unusable, more than prepare.max_quarantined = {allowed:g} "
             f"allows: {worst}; mend them or raise it"
         )
 
@@ -114,7 +114,7 @@ def _check(bad: pd.DataFrame, labelled: int, allowed: float) -> None:
 def _keep(path: Path, rows: np.ndarray) -> None:
     """Leave only the given rows in the array."""
     everything = np.load(path, mmap_mode="r")
-    with replacing(path) as aside, aside.open("wb") as out:
+    with atomic_path(path) as aside, aside.open("wb") as out:
         shape = (len(rows), *everything.shape[1:])
         write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": shape})
         for row in rows:

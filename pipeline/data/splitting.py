@@ -1,4 +1,4 @@
-"""Which labelled images are trained on and which validate."""
+"""Which labeled images are trained on and which validate."""
 
 import warnings
 
@@ -11,8 +11,8 @@ from pipeline.core.config import SplitParams
 from pipeline.core.errors import UserError
 
 
-def split(manifest: pd.DataFrame, same: np.ndarray, params: SplitParams) -> pd.DataFrame:
-    """Assign every image of the manifest to train, validation or test, and every labelled one to a fold.
+def split_dataset(manifest: pd.DataFrame, same: np.ndarray, params: SplitParams) -> pd.DataFrame:
+    """Assign every image of the manifest to train, validation or test, and every labeled one to a fold.
 
     All images of a group go the same way: those of a patient, and those of all patients who share a radiograph. Fold 0
     validates. Both classes keep their share in the folds, which are those of scikit-learn's StratifiedGroupKFold; or
@@ -31,12 +31,12 @@ def split(manifest: pd.DataFrame, same: np.ndarray, params: SplitParams) -> pd.D
     """
     group = _groups(manifest, same)
     table = pd.DataFrame({"file": manifest["file"], "group": group, "subset": manifest["set"]})
-    labelled = manifest["set"] == "train"
-    labels, groups = manifest.loc[labelled, "label"], group[labelled]
+    labeled = manifest["set"] == "train"
+    labels, groups = manifest.loc[labeled, "label"], group[labeled]
     if params.held_out_source is None:
         folds = _folds(labels, groups, params)
     else:
-        folds = _leave_out(labels, groups, manifest.loc[labelled, "source"], params)
+        folds = _leave_out(labels, groups, manifest.loc[labeled, "source"], params)
     table["fold"] = folds.astype("Int64").reindex(table.index)
     table.loc[table["fold"] == 0, "subset"] = "validation"
     return table
@@ -87,7 +87,7 @@ def _leave_out(labels: pd.Series, groups: pd.Series, sources: pd.Series, params:
     return pd.Series(np.where(held_out, 0, 1), labels.index)
 
 
-def check(manifest: pd.DataFrame, same: np.ndarray, table: pd.DataFrame) -> None:
+def check_split(manifest: pd.DataFrame, same: np.ndarray, table: pd.DataFrame) -> None:
     """Prove that what is trained on and what validates share no patient, no radiograph and no group.
 
     Raises:

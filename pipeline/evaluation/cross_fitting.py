@@ -7,13 +7,13 @@ from typing import TypeVar
 import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold
 
-from pipeline.evaluation.metrics import one_class
+from pipeline.evaluation.metrics import has_single_class
 
-FOLDS = 5
+FOLD_COUNT = 5
 Chosen = TypeVar("Chosen")
 
 
-def folds(labels: np.ndarray, groups: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+def grouped_folds(labels: np.ndarray, groups: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     """Split images into folds, all of a group into the same one, with both classes where they choose.
 
     Args:
@@ -24,13 +24,13 @@ def folds(labels: np.ndarray, groups: np.ndarray) -> list[tuple[np.ndarray, np.n
         Of each fold the rows that choose and those that are measured; no fold where a class has too few groups.
     """
     labels = np.asarray(labels)
-    if min((len(np.unique(groups[labels == label])) for label in (0, 1)), default=0) < FOLDS:
+    if min((len(np.unique(groups[labels == label])) for label in (0, 1)), default=0) < FOLD_COUNT:
         return []
     with warnings.catch_warnings():
         # Groups of both classes may leave a fold without one.
         warnings.filterwarnings("ignore", "The least populated class", UserWarning)
-        found = list(StratifiedGroupKFold(FOLDS, shuffle=True, random_state=0).split(labels, labels, groups))
-    return found if not any(one_class(labels[choose]) for choose, _ in found) else []
+        found = list(StratifiedGroupKFold(FOLD_COUNT, shuffle=True, random_state=0).split(labels, labels, groups))
+    return found if not any(has_single_class(labels[choose]) for choose, _ in found) else []
 
 
 def cross_fit(

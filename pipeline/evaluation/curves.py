@@ -15,21 +15,21 @@ from sklearn.metrics import (
     roc_curve,
 )
 
-from pipeline.core.files import replacing
-from pipeline.evaluation.metrics import one_class
+from pipeline.core.files import atomic_path
+from pipeline.evaluation.metrics import has_single_class
 
 
-def roc_table(labels: np.ndarray, probabilities: np.ndarray) -> pd.DataFrame:
+def roc_points(labels: np.ndarray, probabilities: np.ndarray) -> pd.DataFrame:
     """Return the points of the curve, `fpr` and `tpr`; none where there is one class only."""
-    if one_class(labels):
+    if has_single_class(labels):
         return pd.DataFrame(columns=["fpr", "tpr"])
     fpr, tpr, _ = roc_curve(labels, probabilities)
     return pd.DataFrame({"fpr": fpr, "tpr": tpr})
 
 
-def precision_recall_table(labels: np.ndarray, probabilities: np.ndarray) -> pd.DataFrame:
+def precision_recall_points(labels: np.ndarray, probabilities: np.ndarray) -> pd.DataFrame:
     """Return the points of the curve, `recall` and `precision`; none where there is one class only."""
-    if one_class(labels):
+    if has_single_class(labels):
         return pd.DataFrame(columns=["recall", "precision"])
     precision, recall, _ = precision_recall_curve(labels, probabilities)
     return pd.DataFrame({"recall": recall, "precision": precision})
@@ -38,7 +38,7 @@ def precision_recall_table(labels: np.ndarray, probabilities: np.ndarray) -> pd.
 def draw_roc(path: Path, labels: np.ndarray, models: pd.DataFrame) -> None:
     """Draw one ROC curve per column of P(positive); none where there is one class only."""
     axes = _axes()
-    for name in models if not one_class(labels) else []:
+    for name in models if not has_single_class(labels) else []:
         RocCurveDisplay.from_predictions(labels, models[name], name=name, ax=axes)
     axes.set(title="ROC on the validation set", xlabel="1 − specificity", ylabel="sensitivity")
     _save(path, axes)
@@ -47,7 +47,7 @@ def draw_roc(path: Path, labels: np.ndarray, models: pd.DataFrame) -> None:
 def draw_precision_recall(path: Path, labels: np.ndarray, models: pd.DataFrame) -> None:
     """Draw one precision–recall curve per column of P(positive); none where there is one class only."""
     axes = _axes()
-    for name in models if not one_class(labels) else []:
+    for name in models if not has_single_class(labels) else []:
         PrecisionRecallDisplay.from_predictions(labels, models[name], name=name, ax=axes)
     axes.set(
         title="Precision and recall on the validation set", xlabel="recall (sensitivity)", ylabel="precision (PPV)"
@@ -55,7 +55,7 @@ def draw_precision_recall(path: Path, labels: np.ndarray, models: pd.DataFrame) 
     _save(path, axes)
 
 
-def draw_confusion(path: Path, labels: np.ndarray, predicted: np.ndarray, title: str) -> None:
+def draw_confusion_matrix(path: Path, labels: np.ndarray, predicted: np.ndarray, title: str) -> None:
     """Draw the confusion matrix of hard labels, 0 or 1."""
     axes = _axes()
     names = ["negative", "positive"]
@@ -66,7 +66,7 @@ def draw_confusion(path: Path, labels: np.ndarray, predicted: np.ndarray, title:
     _save(path, axes)
 
 
-def draw_training(path: Path, histories: Mapping[str, pd.DataFrame]) -> None:
+def draw_learning_curves(path: Path, histories: Mapping[str, pd.DataFrame]) -> None:
     """Draw validation F1 and both losses by epoch, one line per model."""
     figure = Figure(figsize=(12, 4), layout="constrained")
     panels = {"f1": "validation F1", "loss": "validation loss", "train_loss": "training loss"}
@@ -76,7 +76,7 @@ def draw_training(path: Path, histories: Mapping[str, pd.DataFrame]) -> None:
         axes.set(title=title, xlabel="epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
     figure.axes[-1].legend(fontsize="x-small")
-    with replacing(path) as aside:
+    with atomic_path(path) as aside:
         figure.savefig(aside, format="png", dpi=110)
 
 
@@ -88,5 +88,5 @@ def _axes() -> Axes:
 def _save(path: Path, axes: Axes) -> None:
     if axes.get_legend():
         axes.legend(fontsize="x-small")
-    with replacing(path) as aside:
+    with atomic_path(path) as aside:
         axes.get_figure().savefig(aside, format="png", dpi=110)  # type: ignore[union-attr]

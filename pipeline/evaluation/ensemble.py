@@ -15,18 +15,18 @@ from pipeline.core.config import Config, EvaluateParams, Method, Tie
 from pipeline.core.errors import UserError
 from pipeline.core.files import read_json
 from pipeline.evaluation import operating_point
-from pipeline.evaluation.calibration import SURE, logits
-from pipeline.evaluation.metrics import THRESHOLD, called
+from pipeline.evaluation.calibration import PROBABILITY_EPS, log_odds
+from pipeline.evaluation.metrics import DEFAULT_THRESHOLD, apply_threshold
 
 METHODS: tuple[Method, ...] = get_args(Method)
 BAG = "bag"
-RULES = Path("metrics/candidates.json")
-PICKS = 50  # of the greedy selection
-SUBSETS = 100  # of each size, at most, that are tried when the bag grows
+CANDIDATES = Path("metrics/candidates.json")
+MAX_SELECTIONS = 50  # of the greedy selection
+MAX_SUBSETS = 100  # of each size, at most, that are tried when the bag grows
 
 
 @dataclass(frozen=True)
-class Rule:
+class EnsembleConfig:
     """How members answer as one.
 
     `thresholds` are the operating points of the members, in their order, by which they vote, and `threshold` that of
@@ -41,7 +41,9 @@ class Rule:
     weights: list[float]
 
 
-def fit(labels: np.ndarray, members: pd.DataFrame, method: Method, tie: Tie, params: EvaluateParams) -> Rule:
+def fit_ensemble(
+    labels: np.ndarray, members: pd.DataFrame, method: Method, tie: Tie, params: EvaluateParams
+) -> EnsembleConfig:
     """Choose, on these images, all operating points and the greedy selection.
 
     Args:
@@ -51,16 +53,16 @@ def fit(labels: np.ndarray, members: pd.DataFrame, method: Method, tie: Tie, par
         tie: who wins an even vote.
         params: with the rule that chooses thresholds.
     """
-    thresholds, names = operating_point.thresholds(labels, members, params), members.columns.tolist()
+    thresholds, names = operating_point.choose_thresholds(labels, members, params), members.columns.tolist()
     if len(names) == 1:
-        return Rule(names, "mean", "mean", thresholds.iloc[0], list(thresholds), [1.0])
-    weights = greedy(labels, members.to_numpy()) if method == "greedy" else [1 / len(names)] * len(names)
-    draft = Rule(names, method, tie, THRESHOLD, list(thresholds), weights)
-    probability = judge(members, draft)["probability"]
-    return replace(draft, threshold=operating_point.choose(labels, probability.to_numpy(), params))
+        return EnsembleConfig(names, "mean", "mean", thresholds.iloc[0], list(thresholds), [1.0])
+    weights = select_greedily(labels, members.to_numpy()) if method == "greedy" else [1 / len(names)] * len(names)
+    draft = EnsembleConfig(names, method, tie, DEFAULT_THRESHOLD, list(thresholds), weights)
+    probability = predict(members, draft)["probability"]
+    return replace(draft, threshold=operating_point.choose_threshold(labels, probability.to_numpy(), params))
 
 
-def combine(predictions: pd.DataFrame, rule: Rule) -> pd.DataFrame:
+def combine(predictions: pd.DataFrame, rule: EnsembleConfig) -> pd.DataFrame:
     """Combine the members' P(positive) in every way there is.
 
     Args:
@@ -80,33 +82,33 @@ def combine(predictions: pd.DataFrame, rule: Rule) -> pd.DataFrame:
         "votes": votes,
         "vote": vote.astype(int),
         "mean": mean,
-        "logits": expit(logits(values).mean(axis=1)),
+        "logits": expit(log_odds(values).mean(axis=1)),
         "greedy": values @ np.array(rule.weights),
     }
     return pd.DataFrame(columns, predictions.index)
 
 
-def judge(predictions: pd.DataFrame, rule: Rule) -> pd.DataFrame:
+def predict(predictions: pd.DataFrame, rule: EnsembleConfig) -> pd.DataFrame:
     """Return the `probability` (of a vote, the mean) and `label`, 0 or 1, of the members as one; see `combine`."""
     combined = combine(predictions, rule)
     probability = combined["mean" if rule.method == "vote" else rule.method]
-    label = combined["vote"] if rule.method == "vote" else called(probability, rule.threshold)
+    label = combined["vote"] if rule.method == "vote" else apply_threshold(probability, rule.threshold)
     return pd.DataFrame({"probability": probability, "label": label})
 
 
-def read_rules(config: Config) -> dict[str, Rule]:
+def load_candidate_configs(config: Config) -> dict[str, EnsembleConfig]:
     """Return the rule of every candidate by name, as the bag stage chose it.
 
     Raises:
         UserError: it chose for other seeds or members than those that are configured now.
     """
-    rules = {name: Rule(**rule) for name, rule in read_json(RULES).items()}
-    if set(rules) != {*config.models, BAG} or rules[BAG].members != config.bagged:
+    rules = {name: EnsembleConfig(**rule) for name, rule in read_json(CANDIDATES).items()}
+    if set(rules) != {*config.model_names, BAG} or rules[BAG].members != config.bag_members:
         raise UserError("params.yaml: seeds or bag.members are not those of the present bag; run: dvc repro bag")
     return rules
 
 
-def greedy(labels: np.ndarray, members: np.ndarray) -> list[float]:
+def select_greedily(labels: np.ndarray, members: np.ndarray) -> list[float]:
     """Select members with replacement, each time the one that helps the mean most (Caruana et al. 2004).
 
     Args:
@@ -119,8 +121,8 @@ def greedy(labels: np.ndarray, members: np.ndarray) -> list[float]:
     of_label = np.where(np.asarray(labels)[:, None] == 1, members, 1 - members).astype(float)
     total, counts = np.zeros(len(of_label)), np.zeros(of_label.shape[1])
     best, shares = np.inf, counts
-    for picked in range(1, PICKS + 1):
-        losses = -np.log(np.clip((total[:, None] + of_label) / picked, SURE, 1)).mean(axis=0)
+    for picked in range(1, MAX_SELECTIONS + 1):
+        losses = -np.log(np.clip((total[:, None] + of_label) / picked, PROBABILITY_EPS, 1)).mean(axis=0)
         chosen = int(losses.argmin())
         total, counts[chosen] = total + of_label[:, chosen], counts[chosen] + 1
         if losses[chosen] < best - 1e-12:
@@ -128,7 +130,7 @@ def greedy(labels: np.ndarray, members: np.ndarray) -> list[float]:
     return [float(share) for share in shares]
 
 
-def growth(labels: np.ndarray, predictions: pd.DataFrame, rule: Rule) -> pd.DataFrame:
+def metric_by_ensemble_size(labels: np.ndarray, predictions: pd.DataFrame, rule: EnsembleConfig) -> pd.DataFrame:
     """Score bags of 1 to M members: all subsets of each size, or `SUBSETS` of them where there are more.
 
     Args:
@@ -156,14 +158,14 @@ def growth(labels: np.ndarray, predictions: pd.DataFrame, rule: Rule) -> pd.Data
     return pd.DataFrame(rows, columns=["members", "subsets", "f1", "lowest", "highest"])
 
 
-def disagreement(members: pd.DataFrame, thresholds: Sequence[float]) -> pd.DataFrame:
+def pairwise_disagreement(members: pd.DataFrame, thresholds: Sequence[float]) -> pd.DataFrame:
     """Return, for every two members, the share of images that they call differently: `model`, `other`, `share`."""
     labels = members >= np.array(thresholds)
     rows = [[one, two, (labels[one] != labels[two]).mean()] for one, two in combinations(members, 2)]
     return pd.DataFrame(rows, columns=["model", "other", "share"])
 
 
-def disputed(predictions: pd.DataFrame, combined: pd.DataFrame, count: int) -> pd.DataFrame:
+def disagreements(predictions: pd.DataFrame, combined: pd.DataFrame, count: int) -> pd.DataFrame:
     """Return the images that some of the `count` members call positive and some negative, the most disputed first."""
     split = combined["votes"].between(1, count - 1)
     table = pd.concat([predictions.filter(["file", "label"]), combined[["votes", "mean"]]], axis="columns")[split]
@@ -171,7 +173,7 @@ def disputed(predictions: pd.DataFrame, combined: pd.DataFrame, count: int) -> p
     return table.assign(margin=margin).sort_values(["margin", "file"]).drop(columns="margin")
 
 
-def no_soup(source: str, hidden: list[int], count: int) -> str:
+def soup_unavailable_reason(source: str, hidden: list[int], count: int) -> str:
     """Say why the weights of members cannot be averaged; nothing where they can.
 
     Every seed draws the first weights of its head. That does no harm where the head is one layer on a backbone that
@@ -191,10 +193,10 @@ def no_soup(source: str, hidden: list[int], count: int) -> str:
 
 def _indicators(count: int, size: int, rng: np.random.Generator) -> np.ndarray:
     """Return subsets as columns of 0 and 1, (count, subsets)."""
-    if comb(count, size) <= SUBSETS:
+    if comb(count, size) <= MAX_SUBSETS:
         chosen = list(combinations(range(count), size))
     else:
-        chosen = [tuple(rng.choice(count, size, replace=False)) for _ in range(SUBSETS)]
+        chosen = [tuple(rng.choice(count, size, replace=False)) for _ in range(MAX_SUBSETS)]
     inside = np.zeros((count, len(chosen)))
     for column, subset in enumerate(chosen):
         inside[list(subset), column] = 1

@@ -11,27 +11,27 @@ import pandas as pd
 from pipeline.core.config import Config, Method
 from pipeline.core.files import read_json
 from pipeline.evaluation import ensemble, metric_tables, prevalence
-from pipeline.evaluation.calibration import corrected
+from pipeline.evaluation.calibration import fit_platt
 from pipeline.evaluation.cross_fitting import cross_fit
-from pipeline.evaluation.ensemble import Rule
-from pipeline.evaluation.intervals import figures
-from pipeline.evaluation.metric_tables import Opinion, Validation
+from pipeline.evaluation.ensemble import EnsembleConfig
+from pipeline.evaluation.intervals import compute_metrics
+from pipeline.evaluation.metric_tables import Predictions, ValidationSet
 from pipeline.evaluation.metrics import best_model
 
-SHOWN = ["f1", "recall", "specificity", "auroc", "calibration_error"]  # in the summary
+HEADLINE_METRICS = ["f1", "recall", "specificity", "auroc", "calibration_error"]  # in the summary
 
 
 @dataclass(frozen=True)
-class Findings:
+class Evaluation:
     """Tables by the path of their file, and the single numbers of the best model and the bag."""
 
     tables: dict[str, pd.DataFrame]
     summary: dict[str, Any]
 
 
-def find(
+def evaluate_models(
     config: Config, subsets: Mapping[str, pd.DataFrame], facts: pd.DataFrame, predictions: Path, metrics: Path
-) -> Findings:
+) -> Evaluation:
     """Measure everything on the validation set, and estimate the prevalence of the test set.
 
     Args:
@@ -42,38 +42,46 @@ def find(
         metrics: the folder with `evaluate.json` and `shortcuts.json`.
     """
     params, bag = config.active.evaluate, config.active.bag
-    seeds, members = config.models, config.bagged
+    seeds, members = config.model_names, config.bag_members
     given, test = subsets["validation"], subsets["test"]
     facts, labels = facts.loc[given["file"]], given["label"].to_numpy()
-    validation = Validation(labels, facts["group"].to_numpy(), params.resamples)
+    validation = ValidationSet(labels, facts["group"].to_numpy(), params.resamples)
     chosen, best = f"bag ({bag.method})", best_model(read_json(metrics / "evaluate.json"))
 
-    judges: dict[str, Judge] = {seed: Judge(config, validation, given[[seed]]) for seed in seeds}
-    judges |= {f"bag ({way})": Judge(config, validation, given[members], way) for way in ensemble.METHODS}
-    no_soup = ensemble.no_soup(config.active.weights.source, config.active.train.hidden, len(members))
+    judges: dict[str, CrossFittedPredictor] = {
+        seed: CrossFittedPredictor(config, validation, given[[seed]]) for seed in seeds
+    }
+    judges |= {
+        f"bag ({way})": CrossFittedPredictor(config, validation, given[members], way) for way in ensemble.METHODS
+    }
+    no_soup = ensemble.soup_unavailable_reason(
+        config.active.weights.source, config.active.train.head_hidden, len(members)
+    )
     if not no_soup:
         soup = pd.read_csv(predictions / "soup.csv").query("subset == 'validation'").reset_index()
-        judges["bag (soup)"] = Judge(config, validation, soup[["soup"]])
-    voices = {name: judge.opinion for name, judge in judges.items()}
+        judges["bag (soup)"] = CrossFittedPredictor(config, validation, soup[["soup"]])
+    voices = {name: judge.predictions for name, judge in judges.items()}
     if no_soup:
-        voices["bag (soup)"] = metric_tables.absent(no_soup)
+        voices["bag (soup)"] = metric_tables.unavailable(no_soup)
     shortcuts = pd.read_csv(predictions / "shortcuts.csv")
     for name, fact in read_json(metrics / "shortcuts.json").items():
         values = shortcuts[name].to_numpy()
         voices[f"shortcut ({name})"] = (
-            metric_tables.absent(fact["reason"]) if fact["reason"] else Opinion(values >= fact["threshold"], values)
+            metric_tables.unavailable(fact["reason"])
+            if fact["reason"]
+            else Predictions(values >= fact["threshold"], values)
         )
-    samples = {name: validation.samples(voice) for name, voice in voices.items()}
+    samples = {name: validation.bootstrap_metrics(voice) for name, voice in voices.items()}
     models = {name: judges[name].probabilities for name in [*seeds, chosen]}
     rule = judges[chosen].rule
     combined = {subset: ensemble.combine(table, rule) for subset, table in subsets.items()}
-    disputed = {name: ensemble.disputed(table, combined[name], len(members)) for name, table in subsets.items()}
+    disputed = {name: ensemble.disagreements(table, combined[name], len(members)) for name, table in subsets.items()}
     calibrations, reliability = metric_tables.calibration_table(validation, models)
     shown = {name: samples[name] for name in [*seeds, chosen]}
     ahead = metric_tables.prevalence_table(validation, shown, params.expected_prevalence)
     roles, shifts = {"best": best, "bag": chosen}, {}
     for role, name in roles.items():
-        old, new = (ensemble.judge(table, judges[name].rule)["probability"] for table in (given, test))
+        old, new = (ensemble.predict(table, judges[name].rule)["probability"] for table in (given, test))
         shifts[role] = _shift(labels, old, new)
     intervals = metric_tables.interval_table(validation, voices, samples)
     tables = {
@@ -87,8 +95,8 @@ def find(
         "metrics/slices.csv": metric_tables.slice_table(
             validation, facts, {name: voices[name] for name in (best, chosen)}, config.active.split.held_out_source
         ),
-        "metrics/disagreement.csv": ensemble.disagreement(given[members], rule.thresholds),
-        "plots/bag_growth.csv": ensemble.growth(labels, given, rule),
+        "metrics/disagreement.csv": ensemble.pairwise_disagreement(given[members], rule.thresholds),
+        "plots/bag_growth.csv": ensemble.metric_by_ensemble_size(labels, given, rule),
         "plots/bag_prevalence.csv": ahead.query("model == @chosen"),
         "plots/bag_reliability.csv": reliability.query("model == @chosen and calibration == 'none'"),
         "predictions/disputed.csv": pd.concat(disputed, names=["subset"]).reset_index("subset"),
@@ -101,61 +109,68 @@ def find(
         | {"estimated_test_prevalence": _number(shifts[role]["prevalence"])}
         for role, name in roles.items()
     }
-    return Findings(tables, summary)
+    return Evaluation(tables, summary)
 
 
-class Judge:
+class CrossFittedPredictor:
     """One model or several with a rule, and what they say of the validation set where nothing flatters them."""
 
-    def __init__(self, config: Config, validation: Validation, given: pd.DataFrame, way: Method = "mean") -> None:
+    def __init__(self, config: Config, validation: ValidationSet, given: pd.DataFrame, way: Method = "mean") -> None:
         params, tie = config.active.evaluate, config.active.bag.tie
 
-        def fit(rows: np.ndarray) -> Rule:
-            return ensemble.fit(validation.labels[rows], given.iloc[rows], way, tie, params)
+        def fit(rows: np.ndarray) -> EnsembleConfig:
+            return ensemble.fit_ensemble(validation.labels[rows], given.iloc[rows], way, tie, params)
 
-        def answer(rule: Rule, rows: np.ndarray) -> np.ndarray:
-            return ensemble.judge(given.iloc[rows], rule).to_numpy(float)
+        def answer(rule: EnsembleConfig, rows: np.ndarray) -> np.ndarray:
+            return ensemble.predict(given.iloc[rows], rule).to_numpy(float)
 
         everything = np.arange(len(given))
         self.rule = fit(everything)
-        self.apparent, measured = answer(self.rule, everything), "fixed"
+        self.apparent, estimate_type = answer(self.rule, everything), "fixed"
         honest = self.apparent
         if params.operating_point != "half" or (way == "greedy" and given.shape[1] > 1):
             fitted = cross_fit(validation.folds, fit, answer)
-            honest, measured = (honest, "apparent") if fitted is None else (fitted, "cross-fitted")
+            honest, estimate_type = (honest, "apparent") if fitted is None else (fitted, "cross-fitted")
         self.probabilities = honest[:, 0]
-        self.opinion = Opinion(honest[:, 1], None if self.rule.method == "vote" else self.probabilities, measured)
+        self.predictions = Predictions(
+            honest[:, 1], None if self.rule.method == "vote" else self.probabilities, estimate_type
+        )
 
 
-def _operating_points(judges: Mapping[str, Judge], labels: np.ndarray, chosen_by: str) -> pd.DataFrame:
+def _operating_points(judges: Mapping[str, CrossFittedPredictor], labels: np.ndarray, chosen_by: str) -> pd.DataFrame:
     """Return the threshold of every judge, and its scores there on the images that chose it and cross-fitted."""
     rows = []
     for name, judge in judges.items():
-        labelled = {judge.opinion.measured: judge.opinion.called}
-        if judge.opinion.measured == "cross-fitted":
-            labelled["apparent"] = judge.apparent[:, 1]
-        for measured, called in labelled.items():
-            row = {"model": name, "chosen_by": chosen_by, "threshold": judge.rule.threshold, "measured": measured}
-            once = figures(labels, called, None, np.ones((1, len(labels)))).iloc[0]
+        labeled = {judge.predictions.estimate_type: judge.predictions.predicted}
+        if judge.predictions.estimate_type == "cross-fitted":
+            labeled["apparent"] = judge.apparent[:, 1]
+        for estimate_type, predicted in labeled.items():
+            row = {
+                "model": name,
+                "chosen_by": chosen_by,
+                "threshold": judge.rule.threshold,
+                "estimate_type": estimate_type,
+            }
+            once = compute_metrics(labels, predicted, None, np.ones((1, len(labels)))).iloc[0]
             rows.append(row | once.to_dict())
     return pd.DataFrame(rows)
 
 
-def _shift(labels: np.ndarray, validation: pd.Series, test: pd.Series) -> prevalence.Shift:
+def _shift(labels: np.ndarray, validation: pd.Series, test: pd.Series) -> prevalence.LabelShift:
     """Adapt predictions of the test set; NaN where they cannot be calibrated."""
-    calibrated = corrected(labels, validation.to_numpy())
+    calibrated = fit_platt(labels, validation.to_numpy())
     if calibrated is None or not len(test):
         return {"prevalence": np.nan, "probabilities": np.full(len(test), np.nan)}
-    return prevalence.adapted(calibrated(test.to_numpy()), float(labels.mean()))
+    return prevalence.adapt_label_shift(calibrated(test.to_numpy()), float(labels.mean()))
 
 
 def _summary(
-    name: str, rule: Rule, intervals: pd.DataFrame, calibrations: pd.DataFrame, ahead: pd.DataFrame,
+    name: str, rule: EnsembleConfig, intervals: pd.DataFrame, calibrations: pd.DataFrame, ahead: pd.DataFrame,
     expected: float | None,
 ) -> dict[str, Any]:  # fmt: skip
-    own = intervals[intervals["model"] == name].set_index("metric").reindex(SHOWN)
+    own = intervals[intervals["model"] == name].set_index("metric").reindex(HEADLINE_METRICS)
     found: dict[str, Any] = {"model": name, "threshold": rule.threshold}
-    for metric in SHOWN:
+    for metric in HEADLINE_METRICS:
         value, low, high = (_number(own.loc[metric, column]) for column in ("value", "low", "high"))
         found |= {metric: value, f"{metric}_low": low, f"{metric}_high": high}
     of_model = calibrations[calibrations["model"] == name].set_index("calibration")

@@ -7,25 +7,25 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
 
-from pipeline.evaluation.calibration import BINS, bins
+from pipeline.evaluation.calibration import BIN_COUNT, bin_indices
 
-LEVEL = 0.95
-CHUNK = 64  # resamples that are worked on at once, so that they stay in the processor's cache
+CONFIDENCE_LEVEL = 0.95
+CHUNK_SIZE = 64  # resamples that are worked on at once, so that they stay in the processor's cache
 EPS = np.finfo(float).eps
-OF_CALLS = ["accuracy", "f1", "recall", "precision", "specificity", "balanced_accuracy"]
-OF_PROBABILITIES = ["loss", "auroc", "average_precision", "brier", "calibration_error"]
-NEEDS = {
+THRESHOLD_METRICS = ["accuracy", "f1", "recall", "precision", "specificity", "balanced_accuracy"]
+SCORE_METRICS = ["loss", "auroc", "average_precision", "brier", "calibration_error"]
+UNDEFINED_REASONS = {
     "f1": "no positive image",
     "recall": "no positive image",
     "specificity": "no negative image",
-    "precision": "no image is called positive",
+    "precision": "no image is predicted positive",
     "balanced_accuracy": "images of one class only",
     "auroc": "images of one class only",
     "average_precision": "images of one class only",
 }
 
 
-def resample(groups: np.ndarray, count: int) -> np.ndarray:
+def bootstrap_weights(groups: np.ndarray, count: int) -> np.ndarray:
     """Draw whole groups with replacement (Efron and Tibshirani 1993): images of one patient are not independent.
 
     Args:
@@ -42,14 +42,14 @@ def resample(groups: np.ndarray, count: int) -> np.ndarray:
     return np.concatenate([np.ones((1, len(index)), np.int32), drawn.astype(np.int32)[:, index]])
 
 
-def figures(
-    labels: np.ndarray, called: np.ndarray, probabilities: np.ndarray | None, weights: np.ndarray
+def compute_metrics(
+    labels: np.ndarray, predicted: np.ndarray, probabilities: np.ndarray | None, weights: np.ndarray
 ) -> pd.DataFrame:
     """Score one model on every resample.
 
     Args:
         labels: (N,), 0 or 1.
-        called: (N,), the labels that the model gives, 0 or 1.
+        predicted: (N,), the labels that the model gives, 0 or 1.
         probabilities: (N,), P(positive) in [0, 1]; None where the model has none.
         weights: (R, N), as `resample` gives them.
 
@@ -57,17 +57,21 @@ def figures(
         A row per resample and a column per figure, named as in `metrics.Scores`, with `brier` and
         `calibration_error` (see `calibration.error`); NaN where a resample lacks what the figure divides by.
     """
-    parts = [weights[start : start + CHUNK].astype(float) for start in range(0, len(weights), CHUNK)]
-    labels, called = np.asarray(labels, dtype=float), np.asarray(called, dtype=float)
-    table = pd.DataFrame(np.concatenate([_of_calls(labels, called, part) for part in parts]), columns=OF_CALLS)
+    parts = [weights[start : start + CHUNK_SIZE].astype(float) for start in range(0, len(weights), CHUNK_SIZE)]
+    labels, predicted = np.asarray(labels, dtype=float), np.asarray(predicted, dtype=float)
+    table = pd.DataFrame(
+        np.concatenate([_threshold_metrics(labels, predicted, part) for part in parts]), columns=THRESHOLD_METRICS
+    )
     if probabilities is None:
         return table
     probabilities = np.asarray(probabilities, dtype=float)
-    found = np.concatenate([_of_probabilities(labels, probabilities, part) for part in parts])
-    return pd.concat([table, pd.DataFrame(found, columns=OF_PROBABILITIES)], axis="columns")
+    found = np.concatenate([_score_metrics(labels, probabilities, part) for part in parts])
+    return pd.concat([table, pd.DataFrame(found, columns=SCORE_METRICS)], axis="columns")
 
 
-def intervals(labels: np.ndarray, called: np.ndarray, groups: np.ndarray, samples: pd.DataFrame) -> pd.DataFrame:
+def confidence_intervals(
+    labels: np.ndarray, predicted: np.ndarray, groups: np.ndarray, samples: pd.DataFrame
+) -> pd.DataFrame:
     """Give every figure of one model its 95 % interval.
 
     The interval is Wilson's (1927) for a proportion of images that each are their own group, and, over the groups, for
@@ -76,7 +80,7 @@ def intervals(labels: np.ndarray, called: np.ndarray, groups: np.ndarray, sample
 
     Args:
         labels: (N,), 0 or 1.
-        called: (N,), the labels that the model gives, 0 or 1.
+        predicted: (N,), the labels that the model gives, 0 or 1.
         groups: (N,), the name of each image's group.
         samples: as `figures` gives them.
 
@@ -85,21 +89,21 @@ def intervals(labels: np.ndarray, called: np.ndarray, groups: np.ndarray, sample
         the `reason`.
     """
     rows, count = [], len(np.unique(groups))
-    labels, called, groups = np.asarray(labels, dtype=bool), np.asarray(called, dtype=bool), np.asarray(groups)
-    among = {"accuracy": labels | ~labels, "recall": labels, "specificity": ~labels, "precision": called}
+    labels, predicted, groups = np.asarray(labels, dtype=bool), np.asarray(predicted, dtype=bool), np.asarray(groups)
+    among = {"accuracy": labels | ~labels, "recall": labels, "specificity": ~labels, "precision": predicted}
     for metric, sample in samples.items():
         row = {"metric": metric, "value": sample[0], "low": np.nan, "high": np.nan, "method": "", "reason": ""}
         if np.isnan(sample[0]):
-            row["reason"] = NEEDS[str(metric)]
+            row["reason"] = UNDEFINED_REASONS[str(metric)]
         elif metric in among and (count == len(groups) or sample[0] in (0, 1)):
             inside = among[str(metric)]
             size = len(np.unique(groups[inside]))
-            found = binomtest(round(sample[0] * size), size).proportion_ci(LEVEL, method="wilson")
+            found = binomtest(round(sample[0] * size), size).proportion_ci(CONFIDENCE_LEVEL, method="wilson")
             row |= {"low": found.low, "high": found.high, "method": "wilson"}
         elif count < 2:
             row["reason"] = "one group only"
         else:
-            low, high = percentiles(sample)
+            low, high = percentile_interval(sample)
             if low < high:
                 row |= {"low": low, "high": high, "method": "bootstrap"}
             else:
@@ -108,7 +112,7 @@ def intervals(labels: np.ndarray, called: np.ndarray, groups: np.ndarray, sample
     return pd.DataFrame(rows)
 
 
-def differences(
+def compare_metrics(
     ours: pd.DataFrame, theirs: pd.DataFrame, metrics: Iterable[str] | None = None, margin: float = 0
 ) -> pd.DataFrame:
     """Compare two models on the same resamples.
@@ -127,30 +131,30 @@ def differences(
     rows = []
     for metric in metrics or ours.columns.intersection(theirs.columns, sort=False):
         sample = ours[metric] - theirs[metric]
-        low, high = percentiles(sample)
+        low, high = percentile_interval(sample)
         had = sample[1:].dropna()
         probability = float((had > margin).mean()) if len(had) else np.nan
         rows.append({"metric": metric, "difference": sample[0], "low": low, "high": high, "probability": probability})
     return pd.DataFrame(rows)
 
 
-class Difference(TypedDict):
+class MetricDifference(TypedDict):
     difference: float
     low: float | None
     high: float | None
     probability: float | None
 
 
-def f1_difference(
+def compare_f1(
     labels: np.ndarray, groups: np.ndarray, ours: np.ndarray, theirs: np.ndarray, resamples: int, margin: float = 0
-) -> Difference:
+) -> MetricDifference:
     """Compare the F1 of two models by the labels, 0 or 1, that they give; see `differences`, whose NaN are None.
 
     Without a positive image both have F1 0, as in `metrics.score`, and no resample tells them apart.
     """
-    weights = resample(groups, resamples)
-    mine, other = (figures(labels, called, None, weights) for called in (ours, theirs))
-    found = differences(mine, other, ["f1"], margin).drop(columns="metric").iloc[0]
+    weights = bootstrap_weights(groups, resamples)
+    mine, other = (compute_metrics(labels, predicted, None, weights) for predicted in (ours, theirs))
+    found = compare_metrics(mine, other, ["f1"], margin).drop(columns="metric").iloc[0]
     low, high, probability = (
         None if np.isnan(found[key]) else float(found[key]) for key in ("low", "high", "probability")
     )
@@ -162,28 +166,30 @@ def f1_difference(
     }
 
 
-def percentiles(sample: pd.Series) -> tuple[float, float]:
+def percentile_interval(sample: pd.Series) -> tuple[float, float]:
     """Return the ends of the 95 % interval of a figure, whose first value is the set's own; NaN where it has none."""
     had = sample.to_numpy()[1:]
     had = had[~np.isnan(had)]
     if not len(had) or np.isnan(sample[0]):
         return np.nan, np.nan
-    low, high = np.quantile(had, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.quantile(had, [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2])
     return float(low), float(high)
 
 
-def _of_calls(labels: np.ndarray, called: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    cells = np.stack([labels * called, (1 - labels) * called, labels * (1 - called), (1 - labels) * (1 - called)], 1)
+def _threshold_metrics(labels: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    cells = np.stack(
+        [labels * predicted, (1 - labels) * predicted, labels * (1 - predicted), (1 - labels) * (1 - predicted)], 1
+    )
     tp, fp, fn, tn = (weights @ cells).T
-    recall, specificity = _share(tp, tp + fn), _share(tn, tn + fp)
-    f1 = np.where(tp + fn > 0, _share(2 * tp, 2 * tp + fp + fn), np.nan)
+    recall, specificity = _divide(tp, tp + fn), _divide(tn, tn + fp)
+    f1 = np.where(tp + fn > 0, _divide(2 * tp, 2 * tp + fp + fn), np.nan)
     accuracy = (tp + tn) / (tp + fp + fn + tn)
-    return np.stack([accuracy, f1, recall, _share(tp, tp + fp), specificity, (recall + specificity) / 2], axis=1)
+    return np.stack([accuracy, f1, recall, _divide(tp, tp + fp), specificity, (recall + specificity) / 2], axis=1)
 
 
-def _of_probabilities(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def _score_metrics(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray) -> np.ndarray:
     surprise = -np.log(np.clip(np.where(labels == 1, probabilities, 1 - probabilities), EPS, 1))
-    gaps = np.eye(BINS)[bins(probabilities)] * (probabilities - labels)[:, None]
+    gaps = np.eye(BIN_COUNT)[bin_indices(probabilities)] * (probabilities - labels)[:, None]
     columns = np.column_stack([surprise, (probabilities - labels) ** 2, gaps])
     means = weights @ columns / weights.sum(axis=1, keepdims=True)
     loss, brier, error = means[:, 0], means[:, 1], np.abs(means[:, 2:]).sum(axis=1)
@@ -196,13 +202,13 @@ def _of_probabilities(labels: np.ndarray, probabilities: np.ndarray, weights: np
     fp = calls - tp
     new_tp, new_fp = (np.diff(part, axis=1, prepend=0) for part in (tp, fp))
     positives, negatives = tp[:, -1], fp[:, -1]
-    auroc = _share((new_fp * (tp - new_tp / 2)).sum(axis=1), positives * negatives)
+    auroc = _divide((new_fp * (tp - new_tp / 2)).sum(axis=1), positives * negatives)
     precision = (new_tp * tp / np.maximum(calls, 1)).sum(axis=1)
-    average_precision = np.where(negatives > 0, _share(precision, positives), np.nan)
+    average_precision = np.where(negatives > 0, _divide(precision, positives), np.nan)
     return np.stack([loss, auroc, average_precision, brier, error], axis=1)
 
 
-def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+def _divide(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     """Divide; NaN where there is nothing to divide by."""
     shares: np.ndarray = np.divide(part, whole, out=np.full(len(whole), np.nan), where=whole > 0)
     return shares

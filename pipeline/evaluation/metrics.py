@@ -7,13 +7,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-NAMES = {
+METRIC_LABELS = {
     "accuracy": "accuracy", "f1": "F1", "recall": "sensitivity", "precision": "PPV", "specificity": "specificity",
     "balanced_accuracy": "balanced accuracy", "loss": "loss", "auroc": "AUROC",
     "average_precision": "average precision", "brier": "Brier score", "calibration_error": "calibration error",
 }  # fmt: skip
 LOWER_IS_BETTER = ["loss", "brier", "calibration_error"]
-THRESHOLD = 0.5  # the operating point: P(positive) from which an image is called positive
+DEFAULT_THRESHOLD = 0.5  # the operating point: P(positive) from which an image is called positive
 
 
 Probabilities = TypeVar("Probabilities", np.ndarray, pd.Series, pd.DataFrame)
@@ -31,7 +31,7 @@ class Scores(TypedDict):
     average_precision: float | None
 
 
-def score(labels: np.ndarray, probabilities: np.ndarray, predicted: np.ndarray | None = None) -> Scores:
+def score_predictions(labels: np.ndarray, probabilities: np.ndarray, predicted: np.ndarray | None = None) -> Scores:
     """Score predictions of one model.
 
     Args:
@@ -49,10 +49,10 @@ def score(labels: np.ndarray, probabilities: np.ndarray, predicted: np.ndarray |
     labels = np.asarray(labels, dtype=int)
     probabilities = np.asarray(probabilities, dtype=float)
     if predicted is None:
-        predicted = called(probabilities)
+        predicted = apply_threshold(probabilities)
     (tn, fp), (fn, tp) = confusion_matrix(labels, predicted, labels=[0, 1]).tolist()
     recall, specificity = _share(tp, tp + fn), _share(tn, tn + fp)
-    both = not one_class(labels)
+    both = not has_single_class(labels)
     return {
         "loss": float(log_loss(labels, probabilities, labels=[0, 1])),
         "accuracy": (tp + tn) / len(labels),
@@ -66,12 +66,12 @@ def score(labels: np.ndarray, probabilities: np.ndarray, predicted: np.ndarray |
     }
 
 
-def called(probabilities: Probabilities, threshold: float = THRESHOLD) -> Probabilities:
+def apply_threshold(probabilities: Probabilities, threshold: float = DEFAULT_THRESHOLD) -> Probabilities:
     """Return the labels, 0 or 1, that the operating point makes of P(positive)."""
     return (probabilities >= threshold).astype(int)
 
 
-def one_class(labels: ArrayLike) -> bool:
+def has_single_class(labels: ArrayLike) -> bool:
     """Tell whether there are no labels of two kinds, so that what needs both cannot be had."""
     return len(np.unique(labels)) < 2
 

@@ -4,10 +4,10 @@ import numpy as np
 import pandas as pd
 
 from pipeline.core.config import EvaluateParams
-from pipeline.evaluation.metrics import THRESHOLD, one_class
+from pipeline.evaluation.metrics import DEFAULT_THRESHOLD, has_single_class
 
 
-def choose(labels: np.ndarray, probabilities: np.ndarray, params: EvaluateParams) -> float:
+def choose_threshold(labels: np.ndarray, probabilities: np.ndarray, params: EvaluateParams) -> float:
     """Choose a threshold by the rule `operating_point`.
 
     `half` is 0.5 whatever the images say. `best_f1` has the highest F1, `youden` the highest sum of sensitivity and
@@ -24,8 +24,8 @@ def choose(labels: np.ndarray, probabilities: np.ndarray, params: EvaluateParams
         good ones the nearest to 0.5. It is 0.5 where there is one class only.
     """
     labels, probabilities = np.asarray(labels, dtype=int), np.asarray(probabilities, dtype=float)
-    if params.operating_point == "half" or one_class(labels):
-        return THRESHOLD
+    if params.operating_point == "half" or has_single_class(labels):
+        return DEFAULT_THRESHOLD
     values = np.unique(probabilities)
     thresholds = np.append(values[0] / 2, (values[1:] + values[:-1]) / 2)
     # Of each class, sorted, those from the threshold on are called positive.
@@ -39,9 +39,9 @@ def choose(labels: np.ndarray, probabilities: np.ndarray, params: EvaluateParams
         "sensitivity": np.where(sensitivity >= params.min_sensitivity, specificity, -1),
     }[params.operating_point]
     best = thresholds[worth >= worth.max() - 1e-12]
-    return float(best[np.argmin(np.abs(best - THRESHOLD))])
+    return float(best[np.argmin(np.abs(best - DEFAULT_THRESHOLD))])
 
 
-def thresholds(labels: np.ndarray, models: pd.DataFrame, params: EvaluateParams) -> pd.Series:
+def choose_thresholds(labels: np.ndarray, models: pd.DataFrame, params: EvaluateParams) -> pd.Series:
     """Choose the threshold of every model, one column of P(positive) each."""
-    return models.apply(lambda column: choose(labels, column.to_numpy(), params))
+    return models.apply(lambda column: choose_threshold(labels, column.to_numpy(), params))

@@ -4,11 +4,11 @@ from typing import TypedDict
 
 import numpy as np
 
-GRID = [0.01, 0.02, 0.05, *(tenth / 10 for tenth in range(1, 10))]
-ROUNDS, ENOUGH = 1000, 1e-9
+PREVALENCES = [0.01, 0.02, 0.05, *(tenth / 10 for tenth in range(1, 10))]
+MAX_ITERATIONS, TOLERANCE = 1000, 1e-9
 
 
-def carried(
+def metrics_at_prevalence(
     sensitivity: float | np.ndarray, specificity: float | np.ndarray, prevalence: float | np.ndarray
 ) -> dict[str, np.ndarray]:
     """Carry sensitivity and specificity, which are of the classes, to another prevalence (Bayes' rule).
@@ -28,13 +28,13 @@ def carried(
         return {"accuracy": hit + passed, "ppv": hit / (hit + alarm), "npv": passed / (passed + missed)}
 
 
-class Shift(TypedDict):
+class LabelShift(TypedDict):
     prevalence: float
     probabilities: np.ndarray
 
 
-def adapted(probabilities: np.ndarray, prior: float) -> Shift:
-    """Adapt predictions to the prevalence of unlabelled images (Saerens, Latinne and Decaestecker 2002).
+def adapt_label_shift(probabilities: np.ndarray, prior: float) -> LabelShift:
+    """Adapt predictions to the prevalence of unlabeled images (Saerens, Latinne and Decaestecker 2002).
 
     Its assumption is label shift: each class looks as it did, only their shares have changed. EM on the images then
     gives the most likely prevalence.
@@ -49,11 +49,11 @@ def adapted(probabilities: np.ndarray, prior: float) -> Shift:
     given = np.asarray(probabilities, dtype=float)
     prevalence = prior
     posterior = given
-    for _ in range(ROUNDS):
+    for _ in range(MAX_ITERATIONS):
         positive, negative = given * prevalence / prior, (1 - given) * (1 - prevalence) / (1 - prior)
         posterior = positive / (positive + negative)
         moved = float(posterior.mean()) - prevalence
         prevalence += moved
-        if abs(moved) < ENOUGH:
+        if abs(moved) < TOLERANCE:
             break
     return {"prevalence": prevalence, "probabilities": posterior}

@@ -1,4 +1,4 @@
-"""A candidate's judgement of files, each decoded once."""
+"""A candidate's judgment of files, each decoded once."""
 
 import glob
 from collections.abc import Iterable
@@ -12,12 +12,12 @@ from joblib import Parallel, delayed
 
 from pipeline.core.config import Resize
 from pipeline.core.errors import UserError
-from pipeline.core.progress import shown
+from pipeline.core.progress import track_progress
 from pipeline.data import images
-from pipeline.inference.candidate import BATCH, Candidate
+from pipeline.inference.candidate import BATCH_SIZE, Candidate
 
 
-def find(names: Iterable[str]) -> list[Path]:
+def expand_paths(names: Iterable[str]) -> list[Path]:
     """Return the files that are meant by names of files, folders (all that is in them) and patterns such as `x/*.png`.
 
     Raises:
@@ -36,20 +36,20 @@ def find(names: Iterable[str]) -> list[Path]:
     return list(found)
 
 
-def judge(candidate: Candidate, paths: list[Path]) -> pd.DataFrame:
+def predict_files(candidate: Candidate, paths: list[Path]) -> pd.DataFrame:
     """Judge the files; all members see each decoded image.
 
     Returns:
-        A row per file: `file`, `probability` and `label` as `Candidate.judge` gives them, and `reason`, why a file
+        A row per file: `file`, `probability` and `label` as `Candidate.predict` gives them, and `reason`, why a file
         is not a usable radiograph, in which case the two are missing.
     """
     decoded = Parallel(n_jobs=-1, prefer="threads", return_as="generator")(
         delayed(_decode)(path, candidate.packed_size, candidate.resize) for path in paths
     )
-    left, rows = shown(decoded, "judging", len(paths)), []
-    while part := list(islice(left, BATCH)):
+    left, rows = track_progress(decoded, "judging", len(paths)), []
+    while part := list(islice(left, BATCH_SIZE)):
         usable = [pixels for pixels in part if isinstance(pixels, np.ndarray)]
-        judged = iter(candidate.judge(torch.from_numpy(np.stack(usable))).to_dict("records") if usable else [])
+        judged = iter(candidate.predict(torch.from_numpy(np.stack(usable))).to_dict("records") if usable else [])
         rows += [
             {**next(judged), "reason": ""} if isinstance(pixels, np.ndarray) else {"reason": pixels} for pixels in part
         ]
@@ -60,6 +60,6 @@ def judge(candidate: Candidate, paths: list[Path]) -> pd.DataFrame:
 
 def _decode(path: Path, size: int, resize: Resize) -> np.ndarray | str:
     try:
-        return images.decode(path.read_bytes(), size, resize)[0]
+        return images.decode_radiograph(path.read_bytes(), size, resize)[0]
     except (images.UnusableError, OSError) as reason:
         return str(reason)

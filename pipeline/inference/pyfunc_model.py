@@ -25,7 +25,7 @@ from pipeline.inference import candidate
 class ServedModel(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         folder = Path(context.artifacts["candidate"])
-        self._candidate = candidate.load(folder, torch.device("cpu"))
+        self._candidate = candidate.load_candidate(folder, torch.device("cpu"))
         # MLflow leaves this beside a model that it loads as a version of the registry.
         registered = folder.parents[1] / "registered_model_meta"
         self._version = str(yaml.safe_load(registered.read_text())["model_version"]) if registered.is_file() else ""
@@ -41,7 +41,7 @@ class ServedModel(PythonModel):
         Args:
             context: unused.
             model_input: a column `image`; each an encoded image as bytes or base64, a path to one, or its pixels,
-                grey (H, W) with values of 0 to 255.
+                gray (H, W) with values of 0 to 255.
             params: unused.
 
         Returns:
@@ -53,14 +53,14 @@ class ServedModel(PythonModel):
         """
         form = self._candidate.packed_size, self._candidate.resize
         pixels = torch.from_numpy(np.stack([_pixels(image, *form) for image in model_input["image"]]))
-        return self._candidate.judge(pixels).assign(version=self._version)
+        return self._candidate.predict(pixels).assign(version=self._version)
 
 
 def _pixels(image: Any, size: int, resize: Resize) -> np.ndarray:
     try:
         if isinstance(image, np.ndarray | list):
-            return images.square(np.asarray(image), size, resize)
-        return images.decode(image if isinstance(image, bytes) else _read(image), size, resize)[0]
+            return images.resize_to_square(np.asarray(image), size, resize)
+        return images.decode_radiograph(image if isinstance(image, bytes) else _read(image), size, resize)[0]
     except (images.UnusableError, OSError, TypeError, ValueError) as reason:
         raise MlflowException(f"not a usable radiograph: {reason}", INVALID_PARAMETER_VALUE) from None
 

@@ -18,14 +18,16 @@ from pipeline.core.errors import UserError
 
 log = logging.getLogger(__name__)
 
-PAUSES = (2, 4, 8, 16, 32)  # seconds before another try
+RETRY_DELAYS = (2, 4, 8, 16, 32)  # seconds before another try
 TIMEOUT = (10, 60)  # seconds to connect, and between two bytes
-TOKEN = "create a token at https://www.kaggle.com/settings and put it into KAGGLE_API_TOKEN or ~/.kaggle/access_token"  # noqa: S105
+TOKEN_ADVICE = (
+    "create a token at https://www.kaggle.com/settings and put it into KAGGLE_API_TOKEN or ~/.kaggle/access_token"  # noqa: S105
+)
 
 Answer = TypeVar("Answer")
 
 
-class _Patient(HTTPAdapter):
+class _TimeoutAdapter(HTTPAdapter):
     """Gives a silent server up; kagglesdk sets no time limit and would wait for ever."""
 
     def send(self, request: PreparedRequest, *args: Any, **options: Any) -> Response:
@@ -46,17 +48,17 @@ def open_client() -> Iterator[KaggleClient]:
     )
     with made:
         for scheme in ("https://", "http://"):
-            made.http_client()._session.mount(scheme, _Patient())  # noqa: SLF001
+            made.http_client()._session.mount(scheme, _TimeoutAdapter())  # noqa: SLF001
         yield made
 
 
-def page(params: KaggleParams) -> str:
+def page_url(params: KaggleParams) -> str:
     """Return the address of the competition or the data set."""
     kind, name = ("competitions", params.competition) if params.competition else ("datasets", params.dataset)
     return f"https://www.kaggle.com/{kind}/{name}"
 
 
-def insist(call: Callable[[], Answer], params: KaggleParams, *, repeatable: bool = True) -> Answer:
+def retry(call: Callable[[], Answer], params: KaggleParams, *, repeatable: bool = True) -> Answer:
     """Make a call again, after longer and longer pauses, until Kaggle answers it.
 
     Args:
@@ -67,7 +69,7 @@ def insist(call: Callable[[], Answer], params: KaggleParams, *, repeatable: bool
     Raises:
         UserError: Kaggle refuses, or does not answer.
     """
-    for pause in (*PAUSES, None):
+    for pause in (*RETRY_DELAYS, None):
         ignored = False  # whether it is certain that nothing came of the call
         try:
             return call()
@@ -82,11 +84,11 @@ def insist(call: Callable[[], Answer], params: KaggleParams, *, repeatable: bool
             else:  # what Kaggle's storage refuses is an address that has run out; another try gets a new one
                 reason, ignored = f"Kaggle answers {answer.status_code}", answer.status_code == 429
         if not (repeatable or ignored):
-            raise UserError(f"{reason}; Kaggle may have taken it all the same: look at {page(params)}/submissions")
+            raise UserError(f"{reason}; Kaggle may have taken it all the same: look at {page_url(params)}/submissions")
         if pause is not None:
             log.warning("%s; another try in %s s", reason, pause)
             time.sleep(pause)
-    raise UserError(f"{page(params)}: tried {len(PAUSES) + 1} times: {reason}; run again later")
+    raise UserError(f"{page_url(params)}: tried {len(RETRY_DELAYS) + 1} times: {reason}; run again later")
 
 
 def _credentials() -> KaggleApiCredentials:
@@ -95,12 +97,12 @@ def _credentials() -> KaggleApiCredentials:
     except (OSError, ValueError) as error:
         # An OSError names the file, and a token that is too long for a name was taken for one.
         reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"Kaggle: the credentials cannot be read ({reason}); {TOKEN}") from None
+        raise UserError(f"Kaggle: the credentials cannot be read ({reason}); {TOKEN_ADVICE}") from None
     if found is None:
-        raise UserError(f"Kaggle: there are no credentials; {TOKEN}")
+        raise UserError(f"Kaggle: there are no credentials; {TOKEN_ADVICE}")
     parts = [part for part in (found.username, found.key, found.api_key) if part]
     if not all(part.isascii() and part.isprintable() for part in parts):
-        raise UserError(f"Kaggle: the credentials hold a line break or a letter that none can have; {TOKEN}")
+        raise UserError(f"Kaggle: the credentials hold a line break or a letter that none can have; {TOKEN_ADVICE}")
     return found
 
 
@@ -109,20 +111,22 @@ def _refusal(response: Response, params: KaggleParams) -> str:
     words = _words(response)
     match response.status_code, params.competition:
         case 401, _:
-            return f"Kaggle does not accept these credentials (401{words}); {TOKEN}"
+            return f"Kaggle does not accept these credentials (401{words}); {TOKEN_ADVICE}"
         case 403, None:
-            return f"{page(params)}: not open to this account (403{words}); ask its owner for access, then run again"
+            return (
+                f"{page_url(params)}: not open to this account (403{words}); ask its owner for access, then run again"
+            )
         case 403, _:
             return (
                 f"{params.competition} is not open to this account (403{words}); accept its rules, with the account of "
-                f"these credentials, at {page(params)}/rules and run again"
+                f"these credentials, at {page_url(params)}/rules and run again"
             )
         case 404, None:
             return f"Kaggle knows no data set {params.dataset!r} (404{words}); correct download.dataset in params.yaml"
         case 404, name:
             return f"Kaggle knows no competition {name!r} (404{words}); correct download.competition in params.yaml"
         case status, _:
-            return f"{page(params)}: Kaggle answers {status}{words}"
+            return f"{page_url(params)}: Kaggle answers {status}{words}"
 
 
 def _words(response: Response) -> str:

@@ -5,10 +5,10 @@ from pathlib import Path
 import pandas as pd
 
 from pipeline.core.errors import UserError
-from pipeline.core.files import read_texts, write_csv
+from pipeline.core.files import read_text_table, write_csv
 
 
-def write(path: Path, labels: pd.Series, sample: pd.DataFrame) -> None:
+def write_submission(path: Path, labels: pd.Series, sample: pd.DataFrame) -> None:
     """Write the labels of the sample's files, in the sample's order.
 
     Args:
@@ -29,10 +29,10 @@ def write(path: Path, labels: pd.Series, sample: pd.DataFrame) -> None:
     write_csv(path, pd.DataFrame({"File": sample["File"], "Label": labels.loc[sample["File"]].to_numpy()}))
 
 
-def read(path: Path) -> pd.Series:
+def read_submission(path: Path) -> pd.Series:
     """Read the labels of a submission file back, texts by file.
 
     Raises:
         UserError: it is no table of `File,Label`.
     """
-    return read_texts(path, str(path), ["File", "Label"]).set_index("File")["Label"]
+    return read_text_table(path, str(path), ["File", "Label"]).set_index("File")["Label"]

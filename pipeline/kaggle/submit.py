@@ -16,15 +16,15 @@ from kagglesdk.kaggle_client import KaggleClient
 
 from pipeline.core.config import Config, KaggleParams
 from pipeline.core.errors import UserError
-from pipeline.core.files import read_texts, write_csv
-from pipeline.kaggle.client import TIMEOUT, insist, page
+from pipeline.core.files import read_text_table, write_csv
+from pipeline.kaggle.client import TIMEOUT, page_url, retry
 
-LOG = Path("submissions.csv")  # not in submissions/, which DVC deletes whenever it writes it anew
+SUBMISSION_LOG = Path("submissions.csv")  # not in submissions/, which DVC deletes whenever it writes it anew
 COLUMNS = ["sent", "competition", "file", "model", "message", "sha256", "submission", "public_score"]
-POLL, PATIENCE = 5, 900  # seconds between two looks at the score, and until nobody looks any more
+POLL_SECONDS, TIMEOUT_SECONDS = 5, 900  # seconds between two looks at the score, and until nobody looks any more
 
 
-def receiver(config: Config) -> KaggleParams:
+def target_competition(config: Config) -> KaggleParams:
     """Return the competition that the active profile's data come from.
 
     Raises:
@@ -39,7 +39,7 @@ def receiver(config: Config) -> KaggleParams:
     return params
 
 
-def send(client: KaggleClient, params: KaggleParams, file: Path, message: str) -> int:
+def send_submission(client: KaggleClient, params: KaggleParams, file: Path, message: str) -> int:
     """Upload the file, submit it once, and return the submission's number.
 
     Raises:
@@ -58,11 +58,11 @@ def send(client: KaggleClient, params: KaggleParams, file: Path, message: str) -
 
     submission = ApiCreateSubmissionRequest()
     submission.competition_name, submission.submission_description = params.competition, message
-    submission.blob_file_tokens = insist(upload, params)
-    return int(insist(lambda: api.create_submission(submission), params, repeatable=False).ref)
+    submission.blob_file_tokens = retry(upload, params)
+    return int(retry(lambda: api.create_submission(submission), params, repeatable=False).ref)
 
 
-def public_score(client: KaggleClient, params: KaggleParams, number: int) -> float:
+def wait_for_public_score(client: KaggleClient, params: KaggleParams, number: int) -> float:
     """Wait until Kaggle has scored the submission, and return its public score.
 
     Raises:
@@ -71,30 +71,34 @@ def public_score(client: KaggleClient, params: KaggleParams, number: int) -> flo
     api = client.competitions.competition_api_client
     wanted = ApiListSubmissionsRequest()
     wanted.competition_name = params.competition
-    where = f"{page(params)}/submissions: submission {number}"
-    end = time.monotonic() + PATIENCE
+    where = f"{page_url(params)}/submissions: submission {number}"
+    end = time.monotonic() + TIMEOUT_SECONDS
     while time.monotonic() < end:
-        listed = insist(lambda: api.list_submissions(wanted), params).submissions or []
+        listed = retry(lambda: api.list_submissions(wanted), params).submissions or []
         for found in listed:
             if found.ref == number and found.status == SubmissionStatus.ERROR:
                 raise UserError(f"{where}: Kaggle cannot score it: {' '.join(found.error_description.split())}")
             if found.ref == number and found.status == SubmissionStatus.COMPLETE and found.public_score:
                 return float(found.public_score)
-        time.sleep(POLL)
+        time.sleep(POLL_SECONDS)
     raise UserError(f"{where} has no score yet; look there, nothing sends it again")
 
 
-def sent() -> pd.DataFrame:
+def read_submission_log() -> pd.DataFrame:
     """Return what was sent so far, a row of texts per submission.
 
     Raises:
         UserError: `LOG` is not as it was written.
     """
-    return read_texts(LOG, str(LOG), COLUMNS) if LOG.exists() else pd.DataFrame(columns=COLUMNS)
+    return (
+        read_text_table(SUBMISSION_LOG, str(SUBMISSION_LOG), COLUMNS)
+        if SUBMISSION_LOG.exists()
+        else pd.DataFrame(columns=COLUMNS)
+    )
 
 
-def record(row: dict[str, Any]) -> None:
+def append_submission(row: dict[str, Any]) -> None:
     """Append a row of `COLUMNS` to `LOG`, in place of an earlier one about the same submission."""
-    known = sent()
+    known = read_submission_log()
     others = known[known["submission"] != str(row["submission"])]
-    write_csv(LOG, pd.concat([others, pd.DataFrame([row], dtype=object)]))
+    write_csv(SUBMISSION_LOG, pd.concat([others, pd.DataFrame([row], dtype=object)]))

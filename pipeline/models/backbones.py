@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
-def classifier(name: str) -> nn.Module:
+def build_network(name: str) -> nn.Module:
     """Build the whole network with its 1000-class classifier and random weights, as ImageNet weights expect it.
 
     Args:
@@ -34,13 +34,13 @@ def classifier(name: str) -> nn.Module:
     if name not in models.list_models(module=models):
         raise _unknown(name, models.list_models(module=models))
     with warnings.catch_warnings():
-        # GoogLeNet and Inception announce a change of their initialisation, which loaded weights overwrite.
+        # GoogLeNet and Inception announce a change of their initialization, which loaded weights overwrite.
         warnings.simplefilter("ignore", FutureWarning)
         network: nn.Module = models.get_model(name, weights=None)
     return network
 
 
-def backbone(name: str) -> nn.Module:
+def build_backbone(name: str) -> nn.Module:
     """Build a backbone that maps (B, 3, S, S) to features of any shape, flattened by the head.
 
     Its state keeps the names of the whole network's, so that ImageNet weights load by name.
@@ -48,7 +48,7 @@ def backbone(name: str) -> nn.Module:
     Raises:
         UserError: there is no such backbone.
     """
-    network = classifier(name)
+    network = build_network(name)
     if name.startswith("timm/"):
         network.reset_classifier(0)  # type: ignore[operator]
     else:
@@ -70,7 +70,7 @@ def backbone(name: str) -> nn.Module:
     return network
 
 
-def width(network: nn.Module, size: int) -> int:
+def feature_count(network: nn.Module, size: int) -> int:
     """Return how many features per image the backbone gives for images of `size` pixels.
 
     Raises:

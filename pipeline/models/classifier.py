@@ -14,12 +14,12 @@ from torch.nn.functional import interpolate
 
 from pipeline.core.config import Resize
 from pipeline.core.errors import UserError
-from pipeline.core.files import read_json, replacing, sha256, write_json
+from pipeline.core.files import atomic_path, read_json, sha256_of_file, write_json
 from pipeline.models import backbones
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"  # what a saved model's folder holds
-POSITIVE = 1  # index of the COVID-19 class in the logits
+WEIGHTS_FILE, DESCRIPTION_FILE = "model.safetensors", "model.json"  # what a saved model's folder holds
+POSITIVE_CLASS = 1  # index of the COVID-19 class in the logits
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Architecture:
     """What it takes, beside the weights, to build a classifier and to feed it."""
 
     backbone: str
-    hidden: list[int]
+    head_hidden: list[int]
     dropout: float
     size: int  # edge of the images the backbone sees, pixels
-    normalisation: str
+    normalization: str
     packed_size: int  # edge of the images in the pack, which come first when a file is read
     resize: Resize  # how a file's image becomes as square as they are
 
@@ -42,16 +42,18 @@ class Classifier(nn.Module):
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         self.architecture = architecture
-        self.backbone = backbones.backbone(architecture.backbone)
-        self.head = Head(backbones.width(self.backbone, architecture.size), architecture.hidden, architecture.dropout)
-        imagenet = architecture.normalisation == "imagenet"
+        self.backbone = backbones.build_backbone(architecture.backbone)
+        self.head = Head(
+            backbones.feature_count(self.backbone, architecture.size), architecture.head_hidden, architecture.dropout
+        )
+        imagenet = architecture.normalization == "imagenet"
         mean, std = (IMAGENET_MEAN, IMAGENET_STD) if imagenet else ((0.0,) * 3, (1.0,) * 3)
         scale = 1 / (255 * torch.tensor(std).view(3, 1, 1))
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("shift", -255 * scale * torch.tensor(mean).view(3, 1, 1), persistent=False)
 
-    def resized(self, pixels: Tensor) -> Tensor:
-        """Bring grey images (B, H, W), uint8, to the backbone's size: (B, 1, size, size), 0 to 255.
+    def resize(self, pixels: Tensor) -> Tensor:
+        """Bring gray images (B, H, W), uint8, to the backbone's size: (B, 1, size, size), 0 to 255.
 
         They stay uint8 where they have that size, and become float32 where not.
         """
@@ -60,21 +62,21 @@ class Classifier(nn.Module):
             return images
         return interpolate(images.float(), (size, size), mode="bilinear", antialias=True)
 
-    def normalised(self, images: Tensor) -> Tensor:
-        """Turn what `resized` gives into what the backbone takes: (B, 3, size, size), float32."""
+    def normalize(self, images: Tensor) -> Tensor:
+        """Turn what `resize` gives into what the backbone takes: (B, 3, size, size), float32."""
         scaled = images.float() * self.scale
-        return scaled if self.architecture.normalisation == "none" else scaled.add_(self.shift)
+        return scaled if self.architecture.normalization == "none" else scaled.add_(self.shift)
 
     def forward(self, images: Tensor, masks: Sequence[Tensor] = ()) -> Tensor:
-        """Give logits (B, 2), negative first, for images from `normalised` and masks from the head."""
+        """Give logits (B, 2), negative first, for images from `normalize` and masks from the head."""
         logits: Tensor = self.head(self.backbone(images).flatten(1), masks)
         return logits
 
     @torch.inference_mode()
-    def probabilities(self, pixels: Tensor) -> Tensor:
-        """Give P(positive), float32 of shape (B,), for grey images (B, H, W), uint8, on the model's device."""
-        logits: Tensor = self(self.normalised(self.resized(pixels)))
-        return logits.float().softmax(1)[:, POSITIVE]
+    def predict_proba(self, pixels: Tensor) -> Tensor:
+        """Give P(positive), float32 of shape (B,), for gray images (B, H, W), uint8, on the model's device."""
+        logits: Tensor = self(self.normalize(self.resize(pixels)))
+        return logits.float().softmax(1)[:, POSITIVE_CLASS]
 
 
 class Head(nn.Module):
@@ -92,7 +94,7 @@ class Head(nn.Module):
         self._dropout = dropout
         self._dropped = [features, widths[-1]] if hidden else [features]
 
-    def masks(self, rows: int, generator: Generator) -> list[Tensor]:
+    def dropout_masks(self, rows: int, generator: Generator) -> list[Tensor]:
         """Draw what dropout does to a batch: factors of 0 or 1 / (1 - dropout), (rows, width) per dropout layer.
 
         They are drawn apart from `forward`, so that a part of a batch gets the masks it would have in the whole.
@@ -134,29 +136,29 @@ def load_pretrained(network: Classifier, folder: Path) -> None:
     network.backbone.load_state_dict({name: state[name] for name in wanted})
 
 
-def save(network: Classifier, folder: Path) -> None:
+def save_weights(network: Classifier, folder: Path) -> None:
     """Write the weights alone, as safetensors, into the folder."""
-    with replacing(folder / WEIGHTS) as aside:
+    with atomic_path(folder / WEIGHTS_FILE) as aside:
         # Writing by ourselves says so when the disk is full.
         aside.write_bytes(save_tensors({name: value.contiguous() for name, value in network.state_dict().items()}))
 
 
-def describe(network: Classifier, folder: Path, facts: dict[str, Any]) -> None:
+def save_description(network: Classifier, folder: Path, facts: dict[str, Any]) -> None:
     """Write, as JSON, what `load` needs beside the weights, and `facts` about the model."""
-    digest = sha256(folder / WEIGHTS)
-    write_json(folder / DESCRIPTION, {**asdict(network.architecture), "weights_sha256": digest, **facts})
+    digest = sha256_of_file(folder / WEIGHTS_FILE)
+    write_json(folder / DESCRIPTION_FILE, {**asdict(network.architecture), "weights_sha256": digest, **facts})
 
 
-def load(folder: Path, device: torch.device) -> Classifier:
+def load_classifier(folder: Path, device: torch.device) -> Classifier:
     """Load a model that was saved and described in the folder, ready to predict; nothing in the files is executed.
 
     Raises:
         FileNotFoundError: a file is missing.
         UserError: the weights are not the ones the description names.
     """
-    facts, weights = read_json(folder / DESCRIPTION), folder / WEIGHTS
-    if sha256(weights) != facts["weights_sha256"]:
-        raise UserError(f"{weights}: not the weights that {DESCRIPTION} describes; run: dvc checkout {weights}")
+    facts, weights = read_json(folder / DESCRIPTION_FILE), folder / WEIGHTS_FILE
+    if sha256_of_file(weights) != facts["weights_sha256"]:
+        raise UserError(f"{weights}: not the weights that {DESCRIPTION_FILE} describes; run: dvc checkout {weights}")
     network = Classifier(Architecture(**{name: facts[name] for name in Architecture.__dataclass_fields__}))
     network.load_state_dict(load_file(weights))
     return network.to(device).eval()

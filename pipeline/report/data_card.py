@@ -7,16 +7,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pipeline.core.files import replacing, write_json
+from pipeline.core.files import atomic_path, write_json
 from pipeline.core.markdown import markdown_table
-from pipeline.evaluation.metrics import score
+from pipeline.evaluation.metrics import score_predictions
 
-LISTED = 20  # in card.md; card.json has all
+MAX_LISTED = 20  # in card.md; card.json has all
 UNKNOWN = "not known"
 COLUMNS = ["negative", "positive", "test"]
 
 
-def describe(manifest: pd.DataFrame, quarantine: pd.DataFrame, split: pd.DataFrame, same: np.ndarray) -> dict[str, Any]:
+def describe_data(
+    manifest: pd.DataFrame, quarantine: pd.DataFrame, split: pd.DataFrame, same: np.ndarray
+) -> dict[str, Any]:
     """Count what there is.
 
     Args:
@@ -26,12 +28,12 @@ def describe(manifest: pd.DataFrame, quarantine: pd.DataFrame, split: pd.DataFra
         same: (N,), what `duplicates.find` gave.
 
     Returns:
-        Counts by negative, positive (labelled) and test images; duplicates, one entry per radiograph that is there
+        Counts by negative, positive (labeled) and test images; duplicates, one entry per radiograph that is there
         more than once; patients in both train and test; and what guessing the label from the source is worth.
     """
     kind = manifest["label"].map({0: "negative", 1: "positive"}).fillna("test")
     size = manifest["width"].astype(str) + "×" + manifest["height"].astype(str)
-    keys = {"subset": split["subset"], **{name: manifest[name] for name in ("source", "view", "licence")}, "size": size}
+    keys = {"subset": split["subset"], **{name: manifest[name] for name in ("source", "view", "license")}, "size": size}
     trained, tested = (set(manifest.loc[manifest["set"] == name, "patient"]) - {""} for name in ("train", "test"))
     return {
         "images": len(manifest),
@@ -45,7 +47,7 @@ def describe(manifest: pd.DataFrame, quarantine: pd.DataFrame, split: pd.DataFra
     }
 
 
-def warnings(card: Mapping[str, Any]) -> list[str]:
+def data_warnings(card: Mapping[str, Any]) -> list[str]:
     """Say in a line each what makes scores doubtful."""
     contradictory, leaking = _contradictory(card["duplicates"]), _leaking(card["duplicates"])
     patients = card["patients_in_train_and_test"]
@@ -61,10 +63,10 @@ def warnings(card: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def write(folder: Path, card: Mapping[str, Any]) -> None:
+def write_data_card(folder: Path, card: Mapping[str, Any]) -> None:
     """Write `card.json` and, for reading, `card.md`."""
     write_json(folder / "card.json", card)
-    with replacing(folder / "card.md") as aside:
+    with atomic_path(folder / "card.md") as aside:
         aside.write_text(_markdown(card), encoding="utf-8")
 
 
@@ -90,7 +92,7 @@ def _guess_from_source(manifest: pd.DataFrame, subset: pd.Series) -> dict[str, f
     found = {}
     for name, by_count in worth.items():
         guess = validation["source"].isin(known.index[: by_count.argmax()]).to_numpy(dtype=float)
-        found[name] = score(validation["label"].to_numpy(dtype=int), guess)[name]  # type: ignore[literal-required]
+        found[name] = score_predictions(validation["label"].to_numpy(dtype=int), guess)[name]  # type: ignore[literal-required]
     return found
 
 
@@ -125,10 +127,10 @@ def _markdown(card: Mapping[str, Any]) -> str:
     parts = [
         "# Data card",
         f"{card['images']} images of {known} known patients, in {card['groups']} groups that are never divided.",
-        *(_table(name, card[name]) for name in ("subset", "source", "view", "size", "licence")),
+        *(_table(name, card[name]) for name in ("subset", "source", "view", "size", "license")),
         "## The label from the source alone",
         f"A guess that knows nothing but the source reaches accuracy {guess['accuracy']:.3f}, or F1 {guess['f1']:.3f}, "
-        "on the validation images. A model that scores no more may have learnt nothing else."
+        "on the validation images. A model that scores no more may have learned nothing else."
         if guess
         else "No such guess can be made: no two sources are known, or the one that validates is not trained on.",
         "## Duplicates",
@@ -144,12 +146,12 @@ def _markdown(card: Mapping[str, Any]) -> str:
 
 def _table(name: str, counts: Mapping[str, Mapping[str, int]]) -> str:
     rows = [[key, *map(str, row.values())] for key, row in counts.items()]
-    more = f"\n\n{len(rows) - LISTED} more are in card.json." if len(rows) > LISTED else ""
-    return f"## By {name}\n\n{markdown_table([name, *COLUMNS], rows[:LISTED])}{more}"
+    more = f"\n\n{len(rows) - MAX_LISTED} more are in card.json." if len(rows) > MAX_LISTED else ""
+    return f"## By {name}\n\n{markdown_table([name, *COLUMNS], rows[:MAX_LISTED])}{more}"
 
 
 def _listed(title: str, items: Sequence[str]) -> list[str]:
     if not items:
         return []
-    more = [f"- … and {len(items) - LISTED} more, in card.json"] if len(items) > LISTED else []
-    return [f"{title}: {len(items)}", "\n".join([*(f"- {item}" for item in items[:LISTED]), *more])]
+    more = [f"- … and {len(items) - MAX_LISTED} more, in card.json"] if len(items) > MAX_LISTED else []
+    return [f"{title}: {len(items)}", "\n".join([*(f"- {item}" for item in items[:MAX_LISTED]), *more])]

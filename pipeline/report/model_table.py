@@ -7,31 +7,31 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from pipeline.core.files import replacing, write_csv
+from pipeline.core.files import atomic_path, write_csv
 from pipeline.core.markdown import markdown_table
-from pipeline.evaluation.metrics import LOWER_IS_BETTER, NAMES, Scores
+from pipeline.evaluation.metrics import LOWER_IS_BETTER, METRIC_LABELS, Scores
 
 MISSING = "–"
 
 
-def tabulate(models: Mapping[str, Scores]) -> pd.DataFrame:
+def build_table(models: Mapping[str, Scores]) -> pd.DataFrame:
     """Arrange figures by name (rows) and model (columns)."""
     return pd.DataFrame(models, dtype=float)
 
 
-def write(folder: Path, table: pd.DataFrame) -> None:
+def write_table(folder: Path, table: pd.DataFrame) -> None:
     """Write `table.csv`, `table.md` and `table.png`."""
     write_csv(folder / "table.csv", table.rename_axis("metric").reset_index())
     text = table.map(_text)
-    shown = markdown_table(["", *table.columns], ([NAMES[key], *text.loc[key]] for key in table.index))
-    with replacing(folder / "table.md") as aside:
+    shown = markdown_table(["", *table.columns], ([METRIC_LABELS[key], *text.loc[key]] for key in table.index))
+    with atomic_path(folder / "table.md") as aside:
         aside.write_text(f"{shown}\n", encoding="utf-8")
-    with replacing(folder / "table.png") as aside:
+    with atomic_path(folder / "table.png") as aside:
         _draw(table, text).savefig(aside, format="png", dpi=130)
 
 
 def _draw(table: pd.DataFrame, text: pd.DataFrame) -> Figure:
-    """Colour each row from its worst figure (red) to its best (green)."""
+    """Color each row from its worst figure (red) to its best (green)."""
     values = table.to_numpy(copy=True)
     values[[key in LOWER_IS_BETTER for key in table.index]] *= -1
     low, high = (limit.reduce(values, axis=1, keepdims=True) for limit in (np.fmin, np.fmax))  # both pass NaN over
@@ -42,7 +42,7 @@ def _draw(table: pd.DataFrame, text: pd.DataFrame) -> Figure:
     for (row, column), value in np.ndenumerate(text.to_numpy()):
         axes.text(column, row, value, ha="center", va="center", fontsize=9)
     axes.set_xticks(range(table.shape[1]), list(table.columns), fontsize=9)
-    axes.set_yticks(range(len(table)), [NAMES[key] for key in table.index], fontsize=9)
+    axes.set_yticks(range(len(table)), [METRIC_LABELS[key] for key in table.index], fontsize=9)
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)

@@ -10,24 +10,28 @@ import numpy as np
 import pandas as pd
 import torch
 
-from pipeline.core.files import read_csv, read_json, replacing
-from pipeline.evaluation.metrics import NAMES, one_class
+from pipeline.core.files import atomic_path, read_csv, read_json
+from pipeline.evaluation.metrics import METRIC_LABELS, has_single_class
 from pipeline.models import classifier
 from pipeline.report import charts, gradcam, image_encoding, summary_text, tables
 from pipeline.report.results import Results
-from pipeline.report.tables import Grid
+from pipeline.report.tables import ReportTable
 
-DISPUTED = 12  # images that are shown, at most
+MAX_DISAGREEMENTS = 12  # images that are shown, at most
 SECTIONS = {
     "models": "Models", "curves": "Curves", "operating": "Operating point", "calibration": "Calibration",
     "prevalence": "Prevalence", "shortcuts": "Disease or source?", "slices": "Slices", "bag": "The bag",
     "gradcam": "Where it looks", "data": "Data", "parameters": "Parameters", "versions": "Versions and runs",
 }  # fmt: skip
-TRAINING = {"f1": "validation F1", "loss": "validation loss", "train_loss": "training loss"}  # columns of a history
+LEARNING_CURVES = {
+    "f1": "validation F1",
+    "loss": "validation loss",
+    "train_loss": "training loss",
+}  # columns of a history
 
 
 @dataclass(frozen=True)
-class Image:
+class ExampleImage:
     file: str
     says: str  # beside it
     pictures: list[str]
@@ -35,7 +39,7 @@ class Image:
     outside: float = np.nan  # share of what the model looked at that is in the border
 
 
-def write(folder: Path, results: Results) -> None:
+def write_report(folder: Path, results: Results) -> None:
     """Write `index.html`, which needs no other file, and `model-card.md`."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -45,105 +49,112 @@ def write(folder: Path, results: Results) -> None:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        made.__name__: made for made in (tables.percent, tables.number, tables.told, tables.markdown)
+        made.__name__: made
+        for made in (tables.format_percent, tables.format_number, tables.format_estimate, tables.format_markdown)
     }
     content = _content(results) | {"style": environment.get_template("style.css").render()}
     for name in ("index.html", "model-card.md"):
-        with replacing(folder / name) as aside:
+        with atomic_path(folder / name) as aside:
             aside.write_text(environment.get_template(name).render(content), encoding="utf-8")
 
 
 def _content(results: Results) -> dict[str, Any]:
     best, summary, params = results.best, results.summary, results.config.active
-    looked = explained(results)
+    looked = gradcam_examples(results)
     outside = np.array([image.outside for image in looked])
     known = outside[~np.isnan(outside)]
     return {
-        "results": results, "best": best, "bag": results.bag, "summary": summary, "params": params, "names": NAMES,
+        "results": results, "best": best, "bag": results.bag, "summary": summary, "params": params, "names": METRIC_LABELS,
         "headline": {key: [results.estimate(name, key) for name in (best, results.bag)] for key in
                      ("f1", "recall", "specificity", "auroc")},
-        "expected": params.evaluate.expected_prevalence, "versus_bag": summary_text.versus_bag(results),
-        "cautions": summary_text.cautions(results, outside), "sections": SECTIONS, "rivals": summary_text.rivals(results),
-        "added": [summary_text.added(results, name) for name in results.shortcuts],
-        "models": tables.models(results), "spread": tables.spread(results), "calibration": tables.calibration(results),
-        "operating_points": tables.operating_points(results), "prevalence": tables.prevalence(best),
-        "shortcuts": tables.shortcuts(results), "slices": tables.slices(results), "bags": tables.bags(results),
-        "disagreement": tables.disagreement(), "data": tables.data(results), "charts": _charts(results),
+        "expected": params.evaluate.expected_prevalence, "versus_bag": summary_text.compare_with_bag(results),
+        "cautions": summary_text.find_caveats(results, outside), "sections": SECTIONS, "rivals": summary_text.unbeaten_baselines(results),
+        "added": [summary_text.describe_gain(results, name) for name in results.shortcuts],
+        "models": tables.models_table(results), "spread": tables.seed_table(results), "calibration": tables.calibration_table(results),
+        "operating_points": tables.operating_point_table(results), "prevalence": tables.prevalence_table(best),
+        "shortcuts": tables.baseline_table(results), "slices": tables.slice_table(results), "bags": tables.ensemble_table(results),
+        "disagreement": tables.disagreement_table(), "data": tables.data_table(results), "charts": _charts(results),
         "confusion": _confusion(results), "parameters": _parameters(params),
         "versions": _versions(results), "looked": looked, "outside": known.mean() if len(known) else np.nan,
-        "even": gradcam.EVEN, "disputed": disputed(results), "disputes": len(pd.read_csv("predictions/disputed.csv")),
+        "even": gradcam.UNIFORM_BORDER_SHARE, "disputed": disagreement_examples(results), "disputes": len(pd.read_csv("predictions/disputed.csv")),
         "quarantined": len(pd.read_csv("data/quarantine.csv")), "prior": results.validation["label"].mean(),
         "data_card": Path("data/card.md").read_text(encoding="utf-8"),
     }  # fmt: skip
 
 
-def explained(results: Results) -> list[Image]:
+def gradcam_examples(results: Results) -> list[ExampleImage]:
     """Explain the surest right, the surest wrong and the least sure validation images of the best model."""
     best, threshold = results.best, results.summary["best"]["threshold"]
     labels, probabilities = results.validation["label"].to_numpy(), results.validation[best].to_numpy()
-    chosen = gradcam.choose(labels, probabilities, threshold)
+    chosen = gradcam.most_and_least_confident(labels, probabilities, threshold)
     folder = Path("models", best)
-    network = classifier.load(folder, torch.device("cpu"))
+    network = classifier.load_classifier(folder, torch.device("cpu"))
     pixels = [results.images[_place(results, results.validation["file"].iloc[row])] for row in chosen["row"]]
     answers = [int(probabilities[row] >= threshold) for row in chosen["row"]]
-    maps = gradcam.explain(network, torch.from_numpy(np.stack(pixels)), answers)
+    maps = gradcam.compute_heatmaps(network, torch.from_numpy(np.stack(pixels)), answers)
     return [
-        Image(
+        ExampleImage(
             results.validation["file"].iloc[row],
             f"validation{_class(labels[row])}; P(positive) {probabilities[row]:.3f}",
-            [image_encoding.picture(radiograph), image_encoding.overlaid(radiograph, heat)],
+            [image_encoding.image_data_uri(radiograph), image_encoding.heatmap_data_uri(radiograph, heat)],
             kind,
             outside,
         )
         for kind, row, radiograph, heat, outside in zip(
-            chosen["kind"], chosen["row"], pixels, maps, gradcam.outside(maps), strict=True
+            chosen["kind"], chosen["row"], pixels, maps, gradcam.border_share(maps), strict=True
         )
     ]
 
 
-def disputed(results: Results) -> list[Image]:
+def disagreement_examples(results: Results) -> list[ExampleImage]:
     """Show the images on which most members disagree."""
-    count = len(results.config.bagged)
+    count = len(results.config.bag_members)
     table = read_csv(Path("predictions/disputed.csv"))  # the most disputed ones of each subset come first
     table["margin"] = (2 * table["votes"] - count).abs()
     return [
-        Image(
+        ExampleImage(
             row["file"],
             f"{row['subset']}{_class(row['label'])}; {row['votes']} of {count} say positive, mean {row['mean']:.3f}",
-            [image_encoding.picture(results.images[_place(results, row["file"])])],
+            [image_encoding.image_data_uri(results.images[_place(results, row["file"])])],
         )
-        for _, row in table.sort_values(["margin", "file"]).head(DISPUTED).iterrows()
+        for _, row in table.sort_values(["margin", "file"]).head(MAX_DISAGREEMENTS).iterrows()
     ]
 
 
 def _charts(results: Results) -> dict[str, str]:
     """Draw every chart that there are figures for."""
     labels, best = results.validation["label"].to_numpy(), results.best
-    models = results.validation[results.config.models]
-    histories = {name: pd.read_csv(f"models/{name}/history.csv") for name in results.config.models}
-    found = {"training": "".join(charts.training(histories, column, title, best) for column, title in TRAINING.items())}
-    if not one_class(labels):
-        found["curves"] = charts.roc(labels, models, best, pd.read_csv("plots/bag_roc.csv")) + charts.precision_recall(
-            labels, models, best, pd.read_csv("plots/bag_precision_recall.csv")
+    models = results.validation[results.config.model_names]
+    histories = {name: pd.read_csv(f"models/{name}/history.csv") for name in results.config.model_names}
+    found = {
+        "training": "".join(
+            charts.learning_curve_chart(histories, column, title, best) for column, title in LEARNING_CURVES.items()
         )
+    }
+    if not has_single_class(labels):
+        found["curves"] = charts.roc_chart(
+            labels, models, best, pd.read_csv("plots/bag_roc.csv")
+        ) + charts.precision_recall_chart(labels, models, best, pd.read_csv("plots/bag_precision_recall.csv"))
     bins = pd.read_csv("metrics/reliability.csv")
-    found["reliability"] = charts.reliability(bins[bins["model"] == best], "none", "temperature and bias")
+    found["reliability"] = charts.reliability_chart(bins[bins["model"] == best], "none", "temperature and bias")
     carried, summary = pd.read_csv("metrics/prevalence.csv"), results.summary["best"]
     expected = results.config.active.evaluate.expected_prevalence
     marks = {"validation": labels.mean(), "test, estimated": summary["estimated_test_prevalence"], "expected": expected}
     own = carried[carried["model"] == best]
     if own["accuracy"].notna().any():
-        found["prevalence"] = charts.prevalence(own, {name: mark for name, mark in marks.items() if mark is not None})
-    if len(results.config.bagged) > 1:
-        found["growth"] = charts.growth(pd.read_csv("plots/bag_growth.csv"))
+        found["prevalence"] = charts.prevalence_chart(
+            own, {name: mark for name, mark in marks.items() if mark is not None}
+        )
+    if len(results.config.bag_members) > 1:
+        found["growth"] = charts.ensemble_size_chart(pd.read_csv("plots/bag_growth.csv"))
     return found
 
 
-def _confusion(results: Results) -> Grid:
+def _confusion(results: Results) -> ReportTable:
     """Count what the best model calls right and wrong at its operating point."""
     labels, threshold = results.validation["label"], results.summary["best"]["threshold"]
     positive = results.validation[results.best] >= threshold
-    grid = Grid([results.best, "called negative", "called positive"])
+    grid = ReportTable([results.best, "called negative", "called positive"])
     for label, name in enumerate(["negative", "positive"]):
         grid.add(name, *(str(int(((labels == label) & (positive == call)).sum())) for call in (False, True)))
     return grid
@@ -159,9 +170,11 @@ def _parameters(params: Any) -> list[tuple[str, str]]:
     return found
 
 
-def _versions(results: Results) -> Grid:
-    grid = Grid(["run in MLflow", "best epoch", "torch", "device", "CPU threads", "processes", "weights (SHA-256)"])
-    for name in results.config.models:
+def _versions(results: Results) -> ReportTable:
+    grid = ReportTable(
+        ["run in MLflow", "best epoch", "torch", "device", "CPU threads", "processes", "weights (SHA-256)"]
+    )
+    for name in results.config.model_names:
         folder = Path("models", name)
         facts, metrics = read_json(folder / "model.json"), read_json(folder / "metrics.json")
         own = facts["environment"]

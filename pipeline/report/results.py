@@ -98,9 +98,9 @@ class Results:
     def estimate(self, model: str, metric: str) -> Estimate:
         return as_estimate(self._intervals[model, metric])
 
-    def measured(self, model: str) -> str:
+    def estimate_type(self, model: str) -> str:
         """Say whether the images that measured the model also chose its operating point."""
-        return str(self._intervals[model, "f1"]["measured"])
+        return str(self._intervals[model, "f1"]["estimate_type"])
 
     def difference(self, model: str, against: str, metric: str) -> Estimate:
         """Return by how much `model` has more of a figure than `against` on the same images."""

@@ -5,14 +5,24 @@ from dataclasses import dataclass, field
 import pandas as pd
 
 from pipeline.core.markdown import markdown_table
-from pipeline.evaluation.metrics import LOWER_IS_BETTER, NAMES
+from pipeline.evaluation.metrics import LOWER_IS_BETTER, METRIC_LABELS
 from pipeline.report.model_table import MISSING
 from pipeline.report.results import Estimate, Results, as_estimate
 
-SHADES = 7  # from the worst of a row to its best
-SHOWN = ["f1", "recall", "specificity", "precision", "accuracy", "auroc", "average_precision", "brier", "loss"]
-SHORTCUTS = {
-    "source": "source alone", "traits": "size of image and JPEG traits alone", "thumbnail": "16×16 thumbnail",
+SHADE_COUNT = 7  # from the worst of a row to its best
+HEADLINE_METRICS = [
+    "f1",
+    "recall",
+    "specificity",
+    "precision",
+    "accuracy",
+    "auroc",
+    "average_precision",
+    "brier",
+    "loss",
+]
+BASELINE_LABELS = {
+    "source": "source alone", "file_metadata": "size of image and JPEG traits alone", "thumbnail": "16×16 thumbnail",
     "border": "border, lungs blacked out",
 }  # fmt: skip
 
@@ -27,19 +37,19 @@ class Cell:
 
 
 @dataclass
-class Grid:
+class ReportTable:
     """A table whose first column names the rows."""
 
     head: list[str]
     rows: list[list[Cell]] = field(default_factory=list)
-    grey: list[bool] = field(default_factory=list)  # rows that say little
+    gray: list[bool] = field(default_factory=list)  # rows that say little
     reasons: list[str] = field(default_factory=list)
 
-    def add(self, *cells: "str | Estimate | Cell", grey: bool = False) -> list[Cell]:
+    def add(self, *cells: "str | Estimate | Cell", gray: bool = False) -> list[Cell]:
         """Add a row; what is missing is noted."""
         row = [self._cell(cell) for cell in cells]
         self.rows.append(row)
-        self.grey.append(grey)
+        self.gray.append(gray)
         return row
 
     @property
@@ -51,7 +61,7 @@ class Grid:
             return Cell(cell)
         if isinstance(cell, Cell):
             return cell
-        text, under = number(cell.value), interval(cell)
+        text, under = format_number(cell.value), format_interval(cell)
         if (cell.missing or not under) and cell.reason:
             if cell.reason not in self.reasons:
                 self.reasons.append(cell.reason)
@@ -59,71 +69,73 @@ class Grid:
         return Cell(text, under)
 
 
-def number(value: float) -> str:
+def format_number(value: float) -> str:
     return MISSING if pd.isna(value) else f"{value:.3f}".replace("-", "−")
 
 
-def signed(value: float) -> str:
+def format_signed(value: float) -> str:
     # Adding 0 takes the sign off a 0 that is negative or is rounded to one.
     return MISSING if pd.isna(value) else f"{round(value, 3) + 0.0:+.3f}".replace("-", "−")
 
 
-def percent(value: float) -> str:
+def format_percent(value: float) -> str:
     return MISSING if pd.isna(value) else f"{100 * value:.1f}\u00a0%"
 
 
-def interval(estimate: Estimate) -> str:
-    return "" if pd.isna(estimate.low) else f"{number(estimate.low)} to {number(estimate.high)}"
+def format_interval(estimate: Estimate) -> str:
+    return "" if pd.isna(estimate.low) else f"{format_number(estimate.low)} to {format_number(estimate.high)}"
 
 
-def told(estimate: Estimate) -> str:
+def format_estimate(estimate: Estimate) -> str:
     """Put a figure into a sentence."""
     if estimate.missing:
         return f"{MISSING} ({estimate.reason or 'it cannot be had'})"
-    ends = interval(estimate)
-    return f"{number(estimate.value)} ({ends})" if ends else number(estimate.value)
+    ends = format_interval(estimate)
+    return f"{format_number(estimate.value)} ({ends})" if ends else format_number(estimate.value)
 
 
-def told_difference(estimate: Estimate) -> str:
+def format_difference(estimate: Estimate) -> str:
     if estimate.missing:
         return f"{MISSING} ({estimate.reason or 'it cannot be had'})"
     if pd.isna(estimate.low):
-        return signed(estimate.value)
-    return f"{signed(estimate.value)} ({signed(estimate.low)} to {signed(estimate.high)})"
+        return format_signed(estimate.value)
+    return f"{format_signed(estimate.value)} ({format_signed(estimate.low)} to {format_signed(estimate.high)})"
 
 
-def models(results: Results) -> Grid:
-    """Give a column to each seed and each way to combine them, and a row to each figure, coloured worst to best."""
+def models_table(results: Results) -> ReportTable:
+    """Give a column to each seed and each way to combine them, and a row to each figure, colored worst to best."""
     shown = [name for name in results.models if name not in results.shortcuts]
-    grid = Grid(["", *shown])
-    for metric in SHOWN:
+    grid = ReportTable(["", *shown])
+    for metric in HEADLINE_METRICS:
         estimates = [results.estimate(name, metric) for name in shown]
-        row = grid.add(NAMES[metric], *(_bare(one.value, one.reason) for one in estimates))
+        row = grid.add(METRIC_LABELS[metric], *(_bare(one.value, one.reason) for one in estimates))
         values = pd.Series([one.value for one in estimates]) * (-1 if metric in LOWER_IS_BETTER else 1)
         spread = values.max() - values.min()
         for cell, value in zip(row[1:], values, strict=True):
             if not pd.isna(value):
-                cell.shade = round((SHADES - 1) * (value - values.min()) / spread) if spread > 0 else SHADES // 2
+                cell.shade = (
+                    round((SHADE_COUNT - 1) * (value - values.min()) / spread) if spread > 0 else SHADE_COUNT // 2
+                )
                 cell.best = bool(value == values.max())
     return grid
 
 
-def operating_points(results: Results) -> Grid:
+def operating_point_table(results: Results) -> ReportTable:
     table = pd.read_csv("metrics/operating_points.csv")
-    grid = Grid(["model", "threshold", "measured", "sensitivity", "specificity", "PPV", "F1"])
-    for _, row in table[table["model"].isin([*results.config.models, results.bag])].iterrows():
+    grid = ReportTable(["model", "threshold", "estimate_type", "sensitivity", "specificity", "PPV", "F1"])
+    for _, row in table[table["model"].isin([*results.config.model_names, results.bag])].iterrows():
         figures = [row[key] for key in ("recall", "specificity", "precision", "f1")]
         reason = "nothing is called so, or there is no such image"
         grid.add(
-            row["model"], number(row["threshold"]), row["measured"],
+            row["model"], format_number(row["threshold"]), row["estimate_type"],
             *(_bare(value, reason) for value in figures),
         )  # fmt: skip
     return grid
 
 
-def calibration(results: Results) -> Grid:
+def calibration_table(results: Results) -> ReportTable:
     table = pd.read_csv("metrics/calibration.csv")
-    grid = Grid(["model", "calibration", "temperature", "bias", "loss", "Brier score", "calibration error"])
+    grid = ReportTable(["model", "calibration", "temperature", "bias", "loss", "Brier score", "calibration error"])
     for _, row in table[table["model"].isin([results.best, results.bag])].iterrows():
         reason = "" if pd.isna(row["reason"]) else row["reason"]
         fitted = row["calibration"] != "none"
@@ -133,9 +145,9 @@ def calibration(results: Results) -> Grid:
     return grid
 
 
-def prevalence(name: str) -> Grid:
+def prevalence_table(name: str) -> ReportTable:
     table = pd.read_csv("metrics/prevalence.csv")
-    grid = Grid(["prevalence", "PPV", "NPV", "accuracy"])
+    grid = ReportTable(["prevalence", "PPV", "NPV", "accuracy"])
     for _, row in table[table["model"] == name].iterrows():
         figures = [
             _ranged(row, key, "no such call, or no resample with an error") for key in ("ppv", "npv", "accuracy")
@@ -144,21 +156,21 @@ def prevalence(name: str) -> Grid:
     return grid
 
 
-def shortcuts(results: Results) -> Grid:
-    grid = Grid(["", "AUROC", f"{results.best} adds", "F1", f"{results.best} adds"])
+def baseline_table(results: Results) -> ReportTable:
+    grid = ReportTable(["", "AUROC", f"{results.best} adds", "F1", f"{results.best} adds"])
     grid.add(results.best, results.estimate(results.best, "auroc"), "", results.estimate(results.best, "f1"), "")
     for model, name in results.shortcuts.items():
         cells: list[Estimate | Cell] = []
         for metric in ("auroc", "f1"):
             added = results.added(model, metric)
             cells += [results.estimate(model, metric), added if added.missing else _difference(added)]
-        grid.add(SHORTCUTS.get(name, name), *cells)
+        grid.add(BASELINE_LABELS.get(name, name), *cells)
     return grid
 
 
-def slices(results: Results) -> Grid:
+def slice_table(results: Results) -> ReportTable:
     """Give a row to each slice and its F1, sensitivity, specificity and AUROC of the best model."""
-    grid = Grid(["slice", "images", "positives", "sensitivity", "specificity", "F1", "AUROC"])
+    grid = ReportTable(["slice", "images", "positives", "sensitivity", "specificity", "F1", "AUROC"])
     for (by, name), part in results.slices.groupby(["by", "slice"], sort=False):
         own = part[part["model"] == results.best].set_index("metric")
         if own.empty:
@@ -169,15 +181,15 @@ def slices(results: Results) -> Grid:
         figures = [as_estimate(rows[key]) for key in ("recall", "specificity", "f1", "auroc")]
         first = part.iloc[0]
         grid.add(
-            f"{by}: {name}", f"{first['images']:.0f}", f"{first['positives']:.0f}", *figures, grey=bool(first["small"])
+            f"{by}: {name}", f"{first['images']:.0f}", f"{first['positives']:.0f}", *figures, gray=bool(first["small"])
         )
     return grid
 
 
-def bags(results: Results) -> Grid:
+def ensemble_table(results: Results) -> ReportTable:
     """Compare every way to combine the models with the best single one."""
     best = results.best
-    grid = Grid(["combined by", "F1", f"F1 less {best}'s", "sensitivity", "specificity", "AUROC"])
+    grid = ReportTable(["combined by", "F1", f"F1 less {best}'s", "sensitivity", "specificity", "AUROC"])
     for name in results.models:
         if name.startswith("bag"):
             less = results.difference(name, best, "f1")
@@ -190,43 +202,43 @@ def bags(results: Results) -> Grid:
     return grid
 
 
-def spread(results: Results) -> Grid:
+def seed_table(results: Results) -> ReportTable:
     """Say how the figures spread over the seeds."""
     table = results.spread
-    grid = Grid(["", *(NAMES[metric] for metric in SHOWN)])
+    grid = ReportTable(["", *(METRIC_LABELS[metric] for metric in HEADLINE_METRICS)])
     names = {"mean": "mean", "deviation": "standard deviation", "lowest": "lowest", "highest": "highest"}
-    for key, row in table.loc[SHOWN, list(names)].T.iterrows():
-        grid.add(names[str(key)], *map(_bare, row, table.loc[SHOWN, "reason"]))
+    for key, row in table.loc[HEADLINE_METRICS, list(names)].T.iterrows():
+        grid.add(names[str(key)], *map(_bare, row, table.loc[HEADLINE_METRICS, "reason"]))
     return grid
 
 
-def disagreement() -> Grid:
+def disagreement_table() -> ReportTable:
     """Give the share of validation images that two members call differently, darker for more."""
     table = pd.read_csv("metrics/disagreement.csv")
     names = list(dict.fromkeys([*table["model"], *table["other"]]))
     shares = {frozenset(pair): share for *pair, share in table[["model", "other", "share"]].itertuples(index=False)}
     most = max(shares.values(), default=0) or 1
-    grid = Grid(["", *names])
+    grid = ReportTable(["", *names])
     for one in names:
         found = [shares.get(frozenset((one, other))) for other in names]
         grid.add(
             one,
             *(
-                Cell("") if share is None else Cell(f"{100 * share:.1f}", shade=round((SHADES - 1) * share / most))
+                Cell("") if share is None else Cell(f"{100 * share:.1f}", shade=round((SHADE_COUNT - 1) * share / most))
                 for share in found
             ),
         )
     return grid
 
 
-def data(results: Results) -> Grid:
+def data_table(results: Results) -> ReportTable:
     """Count images, positives, patients and sources of each subset."""
-    grid = Grid(["", "images", "negative", "positive", "positives", "patients", "sources"])
+    grid = ReportTable(["", "images", "negative", "positive", "positives", "patients", "sources"])
     for subset, part in results.table.groupby("subset", sort=False):
         known = part["label"].notna()
         labels = part.loc[known, "label"]
         counts = [str(int((labels == label).sum())) for label in (0, 1)] if known.any() else [MISSING] * 2
-        share = percent(float(labels.mean())) if known.any() else MISSING
+        share = format_percent(float(labels.mean())) if known.any() else MISSING
         patients, sources = ({value for value in part[key] if value} for key in ("patient", "source"))
         unknown = Estimate(float("nan"), reason="not known")
         grid.add(
@@ -237,7 +249,7 @@ def data(results: Results) -> Grid:
     return grid
 
 
-def markdown(grid: Grid) -> str:
+def format_markdown(grid: ReportTable) -> str:
     """Write a grid as Markdown; the reasons of dashes follow them."""
     reasons = dict(grid.notes)
     rows = ([f"{cell.text} ({reasons[cell.note]})" if cell.note else cell.text for cell in row] for row in grid.rows)
@@ -254,7 +266,10 @@ def _ranged(row: pd.Series, key: str, reason: str) -> Estimate:
 
 
 def _difference(found: Estimate) -> Cell:
-    return Cell(signed(found.value), "" if pd.isna(found.low) else f"{signed(found.low)} to {signed(found.high)}")
+    return Cell(
+        format_signed(found.value),
+        "" if pd.isna(found.low) else f"{format_signed(found.low)} to {format_signed(found.high)}",
+    )
 
 
 def _letter(index: int) -> str:

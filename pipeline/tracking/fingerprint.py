@@ -9,13 +9,13 @@ import yaml
 
 from pipeline.core.config import Config
 from pipeline.core.errors import UserError
-from pipeline.core.files import read_json, sha256
+from pipeline.core.files import read_json, sha256_of_file
 
 # The manifest holds the hash of every image in the pack, and is quicker to read.
-STOOD_FOR = {"data/images.npy": "data/manifest.csv"}
+HASH_PROXIES = {"data/images.npy": "data/manifest.csv"}
 
 
-def of_training(config: Config, root: Path = Path(), **own: Any) -> str:
+def training_fingerprint(config: Config, root: Path = Path(), **own: Any) -> str:
     """Hash the parameters of training and every file that dvc.yaml names as its dependency.
 
     Args:
@@ -29,14 +29,14 @@ def of_training(config: Config, root: Path = Path(), **own: Any) -> str:
     return _digest(_given(config, root) | own)
 
 
-def of_models(config: Config) -> dict[str, str]:
+def model_fingerprints(config: Config) -> dict[str, str]:
     """Return the fingerprints of the trainings that left the models, on this machine or another, by the model's name.
 
     Raises:
         UserError: the present parameters, data and code would train other ones.
     """
     given, marks = _given(config, Path()), {}
-    for seed, name in zip(config.seeds, config.models, strict=True):
+    for seed, name in zip(config.seeds, config.model_names, strict=True):
         folder = Path("models", name)
         facts = read_json(folder / "model.json")
         marks[name] = _digest(given | {"seed": seed, "environment": facts["environment"]})
@@ -45,22 +45,22 @@ def of_models(config: Config) -> dict[str, str]:
     return marks
 
 
-def parent_name(config: Config, mark: str) -> str:
+def parent_run_name(config: Config, mark: str) -> str:
     return f"{config.active.train.backbone.removeprefix('timm/')} · {mark[:4]}"
 
 
-def seed_name(config: Config, seed: int, mark: str) -> str:
-    return f"seed-{seed} · {parent_name(config, mark)}"
+def seed_run_name(config: Config, seed: int, mark: str) -> str:
+    return f"seed-{seed} · {parent_run_name(config, mark)}"
 
 
 def _given(config: Config, root: Path) -> dict[str, Any]:
     """Gather what all seeds share; hashing a large backbone's weights takes a moment."""
     deps = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]["train"]["deps"]
-    files = {STOOD_FOR.get(dep, dep) for dep in deps}
+    files = {HASH_PROXIES.get(dep, dep) for dep in deps}
     return {
         "params": config.active.train.model_dump(),
         "cross_validate": config.active.split.cross_validate,
-        "files": {str(path.relative_to(root)): sha256(path) for name in files for path in _files(root / name)},
+        "files": {str(path.relative_to(root)): sha256_of_file(path) for name in files for path in _files(root / name)},
     }
 
 

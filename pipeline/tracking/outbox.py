@@ -19,8 +19,8 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-PAUSES = (1, 2, 4, 8)  # seconds before another try; from then on the last one
-PATIENCE = 30  # seconds that the end of a training waits for MLflow
+RETRY_DELAYS = (1, 2, 4, 8)  # seconds before another try; from then on the last one
+TIMEOUT_SECONDS = 30  # seconds that the end of a training waits for MLflow
 
 
 class Outbox:
@@ -46,7 +46,7 @@ class Outbox:
             status = "KILLED" if kind in (KeyboardInterrupt, Interrupted) else "FAILED"
             self.put(lambda run: run.close(status))
         self._calls.put(None)
-        self._thread.join(PATIENCE)
+        self._thread.join(TIMEOUT_SECONDS)
         if not self._delivered and not kind:
             reason = f" ({self._refusal})" if self._refusal else ""
             log.warning("MLflow did not take all of this run%s; cxr sync completes it", reason)
@@ -62,16 +62,16 @@ class Outbox:
 
     def _deliver(self) -> None:
         try:
-            run = self._insist(self._open_run)
+            run = self._retry(self._open_run)
         except UserError as refusal:
             self._refusal = refusal
             return
         while call := self._calls.get():
-            self._insist(partial(call, run))
+            self._retry(partial(call, run))
         self._delivered = True
 
-    def _insist(self, call: Callable[[], T]) -> T:
-        pauses = chain(PAUSES, repeat(PAUSES[-1]))
+    def _retry(self, call: Callable[[], T]) -> T:
+        pauses = chain(RETRY_DELAYS, repeat(RETRY_DELAYS[-1]))
         while True:
             try:
                 return call()

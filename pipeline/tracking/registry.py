@@ -34,15 +34,15 @@ from pipeline.core.errors import UserError, first_line
 from pipeline.inference import candidate
 from pipeline.tracking.store import Store
 
-IDENTITY = "identity"
+CONTENT_HASH = "identity"
 CHAMPION, CHALLENGER = "champion", "challenger"
-REIGN = "champion."  # the tags of the registered model that hold its champions, champion.0001.… and so on
-FOLDER = "candidate"  # of a version's artifacts, as it was called where it was assembled
+CHAMPION_TAG = "champion."  # the tags of the registered model that hold its champions, champion.0001.… and so on
+ARTIFACT = "candidate"  # of a version's artifacts, as it was called where it was assembled
 REQUIREMENTS = [
     "mlflow", "numpy", "pandas", "pillow", "pydicom", "safetensors", "scikit-learn", "simplejpeg", "timm", "torch",
     "torchvision",
 ]  # fmt: skip
-LONGEST = 5000  # letters of a description in MLflow's database
+MAX_DESCRIPTION = 5000  # letters of a description in MLflow's database
 DESCRIPTION = """Tells COVID-19 positive chest radiographs from negative ones. For research and teaching, no diagnosis.
 
 `champion` is the version to use, `challenger` the best one of the last run. `cxr history` shows who was champion, from
@@ -55,20 +55,20 @@ SIGNATURE = ModelSignature(
 
 
 @dataclass(frozen=True)
-class Reign:
+class ChampionRecord:
     """One version's time as champion, from `since` (ISO 8601, UTC) until the next reign begins.
 
-    Of a reign that a person decided, `over` is the newest version that there was to decide over; else it is 0.
+    Of a reign that a person decided, `override_version` is the newest version that there was to decide over; else it is 0.
     """
 
     version: str
     since: str
     why: str
     rollback: bool = False
-    over: int = 0
+    override_version: int = 0
 
 
-def register(
+def register_candidate(
     store: Store, name: str, run_id: str, folder: Path, example: np.ndarray, tags: Mapping[str, str]
 ) -> ModelVersion:
     """Return the version of the registered model `name` that holds this candidate; make it where it is missing.
@@ -81,29 +81,29 @@ def register(
         example: a radiograph for the input example, uint8 (S, S).
         tags: of a new version.
     """
-    mark = candidate.identity(folder)
+    mark = candidate.content_hash(folder)
     with store.lock:
         try:
             store.client.get_registered_model(name)
         except MlflowException as error:
             _expect_missing(error)
             store.client.create_registered_model(name, description=DESCRIPTION)
-        known = store.client.search_model_versions(f"name = '{name}' AND tags.{IDENTITY} = '{mark}'")
+        known = store.client.search_model_versions(f"name = '{name}' AND tags.{CONTENT_HASH} = '{mark}'")
         if known:
             return known[0]
         model_id = _log_model(store, run_id, folder, example)
-        tags = {IDENTITY: mark, **tags}
+        tags = {CONTENT_HASH: mark, **tags}
         return store.client.create_model_version(name, f"models:/{model_id}", run_id, tags, model_id=model_id)
 
 
-def describe(store: Store, name: str, card: str) -> None:
+def set_model_description(store: Store, name: str, card: str) -> None:
     """Make the model card part of the description of the registered model."""
-    text = f"{DESCRIPTION}\n{card}"[:LONGEST]
+    text = f"{DESCRIPTION}\n{card}"[:MAX_DESCRIPTION]
     if store.client.get_registered_model(name).description != text:
         store.client.update_registered_model(name, text)
 
 
-def find(store: Store, name: str, wanted: str) -> ModelVersion:
+def get_version(store: Store, name: str, wanted: str) -> ModelVersion:
     """Return the version with this alias or number.
 
     Raises:
@@ -115,34 +115,34 @@ def find(store: Store, name: str, wanted: str) -> ModelVersion:
         return store.client.get_model_version_by_alias(name, wanted)
     except MlflowException as error:
         _expect_missing(error)
-        known = [str(version.version) for version in versions(store, name)]
+        known = [str(version.version) for version in list_versions(store, name)]
         there = f"versions {', '.join(known)}" if known else "nothing is registered yet"
         raise UserError(
             f"{name} has no version or alias {wanted!r} ({there}); choose another, or run: dvc repro promote"
         ) from None
 
 
-def versions(store: Store, name: str) -> list[ModelVersion]:
+def list_versions(store: Store, name: str) -> list[ModelVersion]:
     """Return all versions, the first one first."""
     return sorted(store.client.search_model_versions(f"name = '{name}'"), key=lambda known: int(known.version))
 
 
-def champion(store: Store, name: str) -> ModelVersion | None:
+def get_champion(store: Store, name: str) -> ModelVersion | None:
     aliases = store.client.get_registered_model(name).aliases
     return store.client.get_model_version(name, aliases[CHAMPION]) if CHAMPION in aliases else None
 
 
-def history(store: Store, name: str) -> list[Reign]:
+def champion_history(store: Store, name: str) -> list[ChampionRecord]:
     """Return the reigns so far, the first one first."""
     try:
         tags = store.client.get_registered_model(name).tags
     except MlflowException as error:
         _expect_missing(error)
         return []
-    return [Reign(**json.loads(tags[key])) for key in sorted(tags) if key.startswith(REIGN)]
+    return [ChampionRecord(**json.loads(tags[key])) for key in sorted(tags) if key.startswith(CHAMPION_TAG)]
 
 
-def crown(
+def set_champion(
     store: Store, name: str, chosen: ModelVersion, why: str, *, by_hand: bool = False, rollback: bool = False
 ) -> None:
     """Make a version champion, if its files are what they were when it was registered.
@@ -158,18 +158,18 @@ def crown(
     Raises:
         UserError: they are not, and everything stays as it was.
     """
-    load(chosen)
+    load_version(chosen)
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     with store.lock:
-        over = max(int(known.version) for known in versions(store, name)) if by_hand else 0
-        reign = json.dumps(asdict(Reign(str(chosen.version), now, why, rollback, over)))
-        number = len(history(store, name)) + 1
+        over = max(int(known.version) for known in list_versions(store, name)) if by_hand else 0
+        reign = json.dumps(asdict(ChampionRecord(str(chosen.version), now, why, rollback, over)))
+        number = len(champion_history(store, name)) + 1
         # Another machine may take this number at the same moment; what follows it keeps both.
-        store.client.set_registered_model_tag(name, f"{REIGN}{number:04}.{uuid4().hex[:8]}", reign)
-        settle(store, name)
+        store.client.set_registered_model_tag(name, f"{CHAMPION_TAG}{number:04}.{uuid4().hex[:8]}", reign)
+        reconcile_alias(store, name)
 
 
-def settle(store: Store, name: str) -> None:
+def reconcile_alias(store: Store, name: str) -> None:
     """Let the alias follow the history, until it does: another machine may be crowning at this moment."""
     for pause in (0.1, 0.2, 0.4, 0.8, None):
         last = _last(store, name)
@@ -184,24 +184,24 @@ def settle(store: Store, name: str) -> None:
         time.sleep(pause or 0)
 
 
-def _last(store: Store, name: str) -> Reign | None:
+def _last(store: Store, name: str) -> ChampionRecord | None:
     """Return the last reign whose version was not deleted."""
     there = _there(store, name)
-    return next((reign for reign in reversed(history(store, name)) if reign.version in there), None)
+    return next((reign for reign in reversed(champion_history(store, name)) if reign.version in there), None)
 
 
 def _there(store: Store, name: str) -> set[str]:
-    return {str(version.version) for version in versions(store, name)}
+    return {str(version.version) for version in list_versions(store, name)}
 
 
-def before(store: Store, name: str) -> Reign:
+def rollback_target(store: Store, name: str) -> ChampionRecord:
     """Return the reign that a rollback goes back to; a second one goes back further.
 
     Raises:
         UserError: the first champion is still in place, or there is none.
     """
-    standing: list[Reign] = []
-    for reign in history(store, name):
+    standing: list[ChampionRecord] = []
+    for reign in champion_history(store, name):
         if reign.rollback:
             standing.pop()
         else:
@@ -213,27 +213,29 @@ def before(store: Store, name: str) -> Reign:
     return standing[-2]
 
 
-def decided_over(store: Store, name: str) -> int:
+def get_override_version(store: Store, name: str) -> int:
     """Return the newest version that was there when a person chose the present champion; 0 where nobody did."""
     last = _last(store, name)
-    return last.over if last else 0
+    return last.override_version if last else 0
 
 
-def load(known: ModelVersion) -> candidate.Candidate:
+def load_version(known: ModelVersion) -> candidate.Candidate:
     """Load a version, if its files are what was recorded when it was registered.
 
     Raises:
         UserError: they are missing, or are not those.
     """
-    with files(known) as folder:
+    with download_version(known) as folder:
         try:
-            return candidate.load(folder, torch.device("cpu"))  # which compares the weights with their description
+            return candidate.load_candidate(
+                folder, torch.device("cpu")
+            )  # which compares the weights with their description
         except Exception as error:
             raise _damaged(known, first_line(error)) from error
 
 
 @contextmanager
-def files(known: ModelVersion) -> Iterator[Path]:
+def download_version(known: ModelVersion) -> Iterator[Path]:
     """Bring a version's candidate here while the block runs.
 
     Raises:
@@ -244,14 +246,14 @@ def files(known: ModelVersion) -> Iterator[Path]:
             path = mlflow.artifacts.download_artifacts(f"models:/{known.name}/{known.version}", dst_path=scratch)
         except (MlflowException, OSError) as error:
             raise _damaged(known, f"its files are missing: {first_line(error)}") from None
-        folder = Path(path, "artifacts", FOLDER)
+        folder = Path(path, "artifacts", ARTIFACT)
         if not (folder / "candidate.json").is_file():
             raise UserError(f"{known.name} version {known.version} is not a model of this pipeline; choose another")
         try:
-            mark = candidate.identity(folder)
+            mark = candidate.content_hash(folder)
         except (OSError, ValueError, KeyError) as error:
             raise _damaged(known, first_line(error)) from None
-        if mark != known.tags.get(IDENTITY):
+        if mark != known.tags.get(CONTENT_HASH):
             raise _damaged(known, "it does not hold the model that was registered")
         yield folder
 
@@ -281,7 +283,7 @@ def _log_model(store: Store, run_id: str, folder: Path, example: np.ndarray) -> 
         info = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(Path(candidate.__file__).with_name("pyfunc_model.py")),
-            artifacts={FOLDER: str(folder)},
+            artifacts={ARTIFACT: str(folder)},
             code_paths=[str(Path(pipeline.__file__).parent)],
             signature=SIGNATURE,
             input_example={"image": [base64.b64encode(stream.getvalue()).decode()]},

@@ -29,18 +29,18 @@ from mlflow.utils.mlflow_tags import (
 )
 
 from pipeline.core.config import Config
-from pipeline.core.files import dvc_hash, read_json, sha256
+from pipeline.core.files import md5_of_file, read_json, sha256_of_file
 from pipeline.data import manifest
 from pipeline.tracking import fingerprint
 from pipeline.tracking.store import Store
-from pipeline.tracking.tracking_uri import root
+from pipeline.tracking.tracking_uri import workspace_root
 
 FINGERPRINT = "fingerprint"
-EXPERIMENT = "dvc.experiment"
+DVC_EXPERIMENT = "dvc.experiment"
 WORKER = "worker"  # the machine and the process that trains
 WORKSPACE = "workspace"  # the machine and the folder whose DVC experiments a run may be of
 MANIFEST = Path("data/manifest.csv")
-CARD = [Path("data/card.json"), Path("data/card.md")]
+DATA_CARD = [Path("data/card.json"), Path("data/card.md")]
 CHECKPOINT = "checkpoint"  # where a run keeps its model's files
 SEED_FILES = ["model.safetensors", "model.json", "history.csv", "metrics.json"]
 
@@ -48,8 +48,8 @@ SEED_FILES = ["model.safetensors", "model.json", "history.csv", "metrics.json"]
 def parent_run(store: Store, config: Config) -> Run:
     """Return the run that gathers all seeds; it waits for them until `finish_parent` closes it."""
     _close_killed(store)
-    mark = fingerprint.of_training(config)
-    run = _find_or_make(store, config, mark, fingerprint.parent_name(config, mark), {})
+    mark = fingerprint.training_fingerprint(config)
+    run = _find_or_make(store, config, mark, fingerprint.parent_run_name(config, mark), {})
     if run.info.status == "RUNNING":  # as which MLflow makes every run, but no process stands for this one
         store.client.update_run(run.info.run_id, status="SCHEDULED")
     return run
@@ -61,7 +61,7 @@ class SeedRun:
     def __init__(self, store: Store, config: Config, parent: Run, seed: int, mark: str) -> None:
         worker = {WORKER: _worker(psutil.Process())}
         of = {MLFLOW_PARENT_RUN_ID: parent.info.run_id}
-        run = _find_or_make(store, config, mark, fingerprint.seed_name(config, seed, mark), of | worker)
+        run = _find_or_make(store, config, mark, fingerprint.seed_run_name(config, seed, mark), of | worker)
         self.run_id = run.info.run_id
         self.finished = run.info.status == "FINISHED"
         self._client = store.client
@@ -70,14 +70,14 @@ class SeedRun:
             return
         history = self._client.get_metric_history(self.run_id, "validation/f1")
         self._last_epoch = max((metric.step for metric in history), default=0)
-        params = {"seed": seed, "fold": config.active.split.fold(seed), **config.active.train.model_dump()}
+        params = {"seed": seed, "fold": config.active.split.validation_fold(seed), **config.active.train.model_dump()}
         self._client.log_batch(self.run_id, params=[Param(key, str(value)) for key, value in params.items()])
         with store.lock:  # MLflow fails where two runs bring the same dataset at once
             self._log_dataset()
         self._client.set_tag(self.run_id, WORKER, worker[WORKER])
         self._client.update_run(self.run_id, status="RUNNING")
 
-    def watch(self) -> Self:
+    def monitor_system_metrics(self) -> Self:
         """Log how busy the machine is, until the run is closed."""
         if not self.finished:
             # Training may last less than MLflow's ten seconds between two looks.
@@ -114,7 +114,7 @@ class SeedRun:
         log_metrics(self._client, self.run_id, named, epoch, ended)
         self._last_epoch = epoch
 
-    def take_checkpoint(self, weights: Path) -> None:
+    def upload_checkpoint(self, weights: Path) -> None:
         """Store the best weights so far in place of the last ones."""
         if not self.finished:
             self._client.log_artifact(self.run_id, str(weights), CHECKPOINT)
@@ -143,7 +143,10 @@ class SeedRun:
             # MLflow warns of two equal kinds of source, and that integer columns cannot miss values.
             warnings.simplefilter("ignore", UserWarning)
             dataset = from_pandas(
-                manifest.read(MANIFEST.parent), source=str(MANIFEST), name="radiographs", digest=dvc_hash(MANIFEST)
+                manifest.read_manifest(MANIFEST.parent),
+                source=str(MANIFEST),
+                name="radiographs",
+                digest=md5_of_file(MANIFEST),
             )
             entity = dataset._to_mlflow_entity()  # noqa: SLF001
         tags = [InputTag(MLFLOW_DATASET_CONTEXT, "training")]
@@ -161,13 +164,13 @@ def log_metrics(
 
 def finish_parent(store: Store, run: Run, report: Path, bag: Mapping[str, Any]) -> None:
     """Give the parent run the table of all models as its description, the bag's figures, report and data card."""
-    marks = [sha256(report / name) for name in ("table.csv", "index.html")]
+    marks = [sha256_of_file(report / name) for name in ("table.csv", "index.html")]
     digest = hashlib.sha256(json.dumps([*marks, bag]).encode()).hexdigest()
     if run.data.tags.get("report") == digest:
         return
     for file in sorted(path for path in report.iterdir() if path.is_file()):
         store.client.log_artifact(run.info.run_id, str(file), "report")
-    for file in CARD:
+    for file in DATA_CARD:
         store.client.log_artifact(run.info.run_id, str(file), "data")
     log_metrics(store.client, run.info.run_id, {f"bag/{key}": value for key, value in bag.items()})
     store.client.set_tag(run.info.run_id, MLFLOW_RUN_NOTE, (report / "table.md").read_text(encoding="utf-8"))
@@ -175,7 +178,7 @@ def finish_parent(store: Store, run: Run, report: Path, bag: Mapping[str, Any]) 
     store.client.set_tag(run.info.run_id, "report", digest)  # last: from here on the run is complete
 
 
-def find(store: Store, mark: str) -> Run | None:
+def find_run(store: Store, mark: str) -> Run | None:
     """Return the run with this fingerprint."""
     found = store.client.search_runs([store.experiment_id], f"tags.{FINGERPRINT} = '{mark}'", max_results=1)
     return found[0] if found else None
@@ -183,34 +186,34 @@ def find(store: Store, mark: str) -> Run | None:
 
 def _find_or_make(store: Store, config: Config, mark: str, name: str, tags: dict[str, str]) -> Run:
     with store.lock:
-        found = find(store, mark)
+        found = find_run(store, mark)
         if found:
             return found
-        facts = {FINGERPRINT: mark, "profile": config.profile, "data": dvc_hash(MANIFEST), WORKSPACE: _workspace()}
-        tags = {**facts, **tags, **origin()}
+        facts = {FINGERPRINT: mark, "profile": config.profile, "data": md5_of_file(MANIFEST), WORKSPACE: _workspace()}
+        tags = {**facts, **tags, **commit_and_experiment_tags()}
         return store.client.create_run(store.experiment_id, tags=tags, run_name=name)
 
 
-def origin() -> dict[str, str]:
+def commit_and_experiment_tags() -> dict[str, str]:
     """Return as tags the commit that is checked out and, in `dvc exp run`, the experiment."""
     tags = {}
     with suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
         tags[MLFLOW_GIT_COMMIT] = commit.stdout.strip()
     if "DVC_EXP_NAME" in os.environ:
-        tags[EXPERIMENT] = os.environ["DVC_EXP_NAME"]
+        tags[DVC_EXPERIMENT] = os.environ["DVC_EXP_NAME"]
     return tags
 
 
-def runs_of_others(store: Store, experiments: Collection[str]) -> list[Run]:
+def orphaned_runs(store: Store, experiments: Collection[str]) -> list[Run]:
     """Return this workspace's runs of DVC experiments but `experiments` and those of which a run trains now."""
     found = store.client.search_runs([store.experiment_id], f"tags.{WORKSPACE} = '{_workspace()}'", max_results=50_000)
-    kept = {"", *experiments, *(run.data.tags.get(EXPERIMENT, "") for run in found if run.info.status == "RUNNING")}
-    return [run for run in found if run.data.tags.get(EXPERIMENT, "") not in kept]
+    kept = {"", *experiments, *(run.data.tags.get(DVC_EXPERIMENT, "") for run in found if run.info.status == "RUNNING")}
+    return [run for run in found if run.data.tags.get(DVC_EXPERIMENT, "") not in kept]
 
 
 def _workspace() -> str:
-    return f"{socket.gethostname()}:{root()}"
+    return f"{socket.gethostname()}:{workspace_root()}"
 
 
 def _close_killed(store: Store) -> None:

@@ -10,11 +10,13 @@ from mlflow import MlflowClient, set_tracking_uri
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
-from pipeline.core.errors import UserError, first_line, redacted
-from pipeline.core.files import replacing
-from pipeline.tracking.tracking_uri import SQLITE, check_reachable, root, tracking_uri, unreachable
+from pipeline.core.errors import UserError, first_line, redact_credentials
+from pipeline.core.files import atomic_path
+from pipeline.tracking.tracking_uri import SQLITE, check_reachable, tracking_uri, unreachable_error, workspace_root
 
-KIND = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's UI shows training, not prompts and traces
+EXPERIMENT_TAGS = {
+    "mlflow.experimentKind": "custom_model_development"
+}  # MLflow's UI shows training, not prompts and traces
 
 
 @dataclass(frozen=True)
@@ -43,22 +45,22 @@ def connect(experiment: str) -> Store:
     check_reachable()
     set_tracking_uri(uri)
     # A new sqlite store opened by two processes at once is corrupted, and an experiment made by two is lost to one.
-    lock = FileLock(root() / "mlflow.db.lock")
+    lock = FileLock(workspace_root() / "mlflow.db.lock")
     try:
         with lock:
             _make_whole(uri)
             client = MlflowClient(uri)
             found = client.get_experiment_by_name(experiment)
             if found is None:
-                artifacts = None if uri.startswith("http") else (root() / "mlartifacts").as_uri()
-                return Store(client, client.create_experiment(experiment, artifacts, KIND), lock)
+                artifacts = None if uri.startswith("http") else (workspace_root() / "mlartifacts").as_uri()
+                return Store(client, client.create_experiment(experiment, artifacts, EXPERIMENT_TAGS), lock)
     except (MlflowException, SQLAlchemyError, ImportError) as error:  # a database may want a driver
         if isinstance(error, MlflowException) and error.get_http_status_code() in (401, 403):
             raise UserError(
-                f"MLflow at {redacted(uri)} cannot be used: it wants another name and password; set "
+                f"MLflow at {redact_credentials(uri)} cannot be used: it wants another name and password; set "
                 "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
             ) from None
-        raise unreachable(first_line(error)) from error
+        raise unreachable_error(first_line(error)) from error
     if found.lifecycle_stage == "deleted":
         raise UserError(
             f"MLflow experiment {experiment} is deleted; run: mlflow experiments restore -x {found.experiment_id}"
@@ -70,5 +72,5 @@ def _make_whole(uri: str) -> None:
     """Make a new sqlite store beside its place: making its tables takes seconds, in which the process may be killed."""
     path = Path(uri.removeprefix(SQLITE))
     if uri.startswith(SQLITE) and not path.exists():
-        with replacing(path) as aside:
+        with atomic_path(path) as aside:
             MlflowClient(f"{SQLITE}{aside}").search_experiments(max_results=1)

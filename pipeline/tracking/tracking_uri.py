@@ -9,13 +9,13 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 
-from pipeline.core.errors import UnreachableError, redacted
+from pipeline.core.errors import UnreachableError, redact_credentials
 
 SQLITE = "sqlite:///"
-PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+DEFAULT_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
 
-def root() -> Path:
+def workspace_root() -> Path:
     """Return the root of the main workspace, also where DVC runs an experiment in a copy of it."""
     return Path(os.environ.get("DVC_ROOT", ".")).resolve()
 
@@ -23,7 +23,7 @@ def root() -> Path:
 def tracking_uri() -> str:
     """Return `MLFLOW_TRACKING_URI`, or that of `mlflow.db` in the root, from where relative paths are meant, too."""
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}mlflow.db"
-    return f"{SQLITE}{root() / uri.removeprefix(SQLITE)}" if uri.startswith(SQLITE) else uri
+    return f"{SQLITE}{workspace_root() / uri.removeprefix(SQLITE)}" if uri.startswith(SQLITE) else uri
 
 
 def check_reachable() -> None:
@@ -36,24 +36,24 @@ def check_reachable() -> None:
     parts = urlsplit(uri)
     try:
         if parts.scheme in ("http", "https"):
-            with urllib.request.urlopen(f"{redacted(uri).rstrip('/')}/health", timeout=10):  # noqa: S310
+            with urllib.request.urlopen(f"{redact_credentials(uri).rstrip('/')}/health", timeout=10):  # noqa: S310
                 pass
         elif parts.hostname:
-            port = parts.port or PORTS.get(parts.scheme.partition("+")[0])
+            port = parts.port or DEFAULT_PORTS.get(parts.scheme.partition("+")[0])
             socket.create_connection((parts.hostname, port or 0), timeout=10).close()
     except HTTPError:
         pass  # whoever answers is there; a server that wants a password is asked with it later
     except (OSError, ValueError, HTTPException) as error:
         if not isinstance(getattr(error, "reason", None), ssl.SSLError):  # MLflow has its own settings for that
-            raise unreachable(str(getattr(error, "reason", error))) from None
+            raise unreachable_error(str(getattr(error, "reason", error))) from None
     folder = Path(uri.removeprefix(SQLITE)).parent
     if uri.startswith(SQLITE) and not os.access(folder, os.W_OK):
-        raise unreachable(f"the folder {folder} is not there or not writable")
+        raise unreachable_error(f"the folder {folder} is not there or not writable")
 
 
-def unreachable(reason: str) -> UnreachableError:
+def unreachable_error(reason: str) -> UnreachableError:
     """Return the error that says why the store at the tracking URI cannot be used."""
     return UnreachableError(
-        f"MLflow at {redacted(tracking_uri())} cannot be used: {redacted(reason)}; start the server or correct "
+        f"MLflow at {redact_credentials(tracking_uri())} cannot be used: {redact_credentials(reason)}; start the server or correct "
         "MLFLOW_TRACKING_URI (unset it to use mlflow.db in the repository's root)"
     )

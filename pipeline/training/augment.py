@@ -10,15 +10,15 @@ from torch.nn.functional import affine_grid, grid_sample, one_hot
 from pipeline.core.config import TrainParams
 
 
-def epoch_order(labels: Tensor, params: TrainParams, generator: Generator) -> Tensor:
+def draw_epoch_order(labels: Tensor, params: TrainParams, generator: Generator) -> Tensor:
     """Draw the order of one epoch as positions (N,) in `labels`.
 
-    `shuffle` takes every image once. `weighted` draws N with replacement, a positive `positive_weight` times as
+    `shuffle` takes every image once. `weighted` draws N with replacement, a positive `positive_oversampling` times as
     likely as a negative.
     """
     if params.sampling == "shuffle":
         return torch.randperm(len(labels), generator=generator)
-    weights = torch.where(labels == 1, params.positive_weight, 1.0)
+    weights = torch.where(labels == 1, params.positive_oversampling, 1.0)
     return torch.multinomial(weights, len(labels), replacement=True, generator=generator)
 
 
@@ -37,8 +37,8 @@ def augment(images: Tensor, params: TrainParams, generator: Generator) -> Tensor
         placed = torch.stack([cos, -sin, right, sin, cos, down], dim=1).view(-1, 2, 3)
         grid = affine_grid(placed.to(images.device), list(images.shape), align_corners=False)
         images = grid_sample(images.float(), grid, align_corners=False, padding_mode="border")
-    if params.gamma:
-        gamma = (1 + params.gamma) ** _between(images, generator)
+    if params.gamma_jitter:
+        gamma = (1 + params.gamma_jitter) ** _between(images, generator)
         images = 255 * (images / 255) ** gamma.view(-1, 1, 1, 1).to(images.device)
     return images
 
@@ -49,7 +49,7 @@ def _between(images: Tensor, generator: Generator) -> Tensor:
 
 
 def mixup(images: Tensor, labels: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """Blend each image with its neighbour in the batch, and their labels alike, after Zhang et al. 2018.
+    """Blend each image with its neighbor in the batch, and their labels alike, after Zhang et al. 2018.
 
     One share lambda, drawn by torch's global generator from Beta(alpha, alpha), serves the whole batch; alpha 0
     blends nothing.

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from pipeline.core import memory
 from pipeline.core.errors import first_line
-from pipeline.core.files import replacing
+from pipeline.core.files import atomic_path
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ class Checkpoint:
         self._fingerprint = fingerprint
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
+    def exclusive(self) -> Iterator[None]:
         """Let no other process train the same run while the block runs; the first of two makes the second wait."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path.with_suffix(".lock"))
@@ -40,7 +40,7 @@ class Checkpoint:
 
     def save(self, state: dict[str, Any]) -> None:
         """Put the state, which is made of numbers, texts and tensors, in place of the last one."""
-        with replacing(self.path) as aside, aside.open("wb") as out:
+        with atomic_path(self.path) as aside, aside.open("wb") as out:
             torch.save({"fingerprint": self._fingerprint, "state": state}, out)
             out.flush()
             os.fsync(out.fileno())
@@ -58,7 +58,7 @@ class Checkpoint:
         except FileNotFoundError:
             return None
         except Exception as error:
-            if isinstance(error, OSError) or memory.ran_out(error):
+            if isinstance(error, OSError) or memory.is_out_of_memory(error):
                 raise  # it may be whole
             aside = self.path.with_suffix(".unusable")
             self.path.replace(aside)

@@ -23,29 +23,29 @@ def make_deterministic(cpu_threads: int, *, compiled: bool = False) -> None:
     torch.set_num_threads(cpu_threads)
 
 
-def derive(seed: int, *purpose: int | str) -> int:
+def derive_seed(seed: int, *purpose: int | str) -> int:
     """Derive a 63-bit seed for one purpose, such as (epoch, "order"), that no other purpose shares."""
     digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def generator(seed: int, *purpose: int | str) -> Generator:
-    return Generator().manual_seed(derive(seed, *purpose))
+def make_generator(seed: int, *purpose: int | str) -> Generator:
+    return Generator().manual_seed(derive_seed(seed, *purpose))
 
 
-def reseed(seed: int, *purpose: int | str) -> None:
+def seed_global_generators(seed: int, *purpose: int | str) -> None:
     """Seed torch's global generators for library code that takes no generator, such as dropout."""
-    torch.manual_seed(derive(seed, *purpose))
+    torch.manual_seed(derive_seed(seed, *purpose))
 
 
-def device() -> torch.device:
+def select_device() -> torch.device:
     """Return this process's CUDA device where there is one (CUDA_VISIBLE_DEVICES chooses), else the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def environment(processes: int) -> dict[str, str | int | None]:
+def describe_environment(processes: int) -> dict[str, str | int | None]:
     """Name what the promise of equal bytes rests on, beside parameters, data and code."""
-    place = device()
+    place = select_device()
     return {
         "torch": torch.__version__,
         "cuda": torch.version.cuda if place.type == "cuda" else None,

@@ -13,28 +13,28 @@ from torch.autograd import Function
 
 
 @dataclass(frozen=True)
-class Group:
+class ProcessGroup:
     """All processes call the same methods in the same order; alone, each returns what it is given."""
 
     rank: int = 0
     count: int = 1
 
     @property
-    def leads(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this is the process that writes."""
         return self.rank == 0
 
-    def share(self, rows: int) -> slice:
+    def local_slice(self, rows: int) -> slice:
         """Return this process's share of a batch of so many rows."""
         return slice(self.rank * rows // self.count, (self.rank + 1) * rows // self.count)
 
-    def sum(self, values: Tensor) -> Tensor:
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
         """Return the sum of every process's tensor."""
         if self.count > 1:
             distributed.all_reduce(values)
         return values
 
-    def highest(self, number: int) -> int:
+    def all_reduce_max(self, number: int) -> int:
         """Return the highest of every process's number."""
         if self.count == 1:
             return number
@@ -42,7 +42,7 @@ class Group:
         distributed.all_reduce(highest, distributed.ReduceOp.MAX)
         return int(highest)
 
-    def from_leader(self, content: Any) -> Any:
+    def broadcast_object(self, content: Any) -> Any:
         """Return what the leading process has."""
         if self.count == 1:
             return content
@@ -50,7 +50,7 @@ class Group:
         distributed.broadcast_object_list(parcel)
         return parcel[0]
 
-    def parallel(self, network: nn.Module) -> nn.Module:
+    def data_parallel(self, network: nn.Module) -> nn.Module:
         """Return the network whose backward pass gives every process the mean of all gradients."""
         if self.count == 1:
             return network
@@ -59,28 +59,28 @@ class Group:
                 module.forward = partial(_batch_norm, module)  # type: ignore[method-assign]
         return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
 
-    def synchronised(self, network: nn.Module, now: bool) -> AbstractContextManager[None]:
+    def gradient_sync(self, network: nn.Module, now: bool) -> AbstractContextManager[None]:
         """Exchange gradients in the block's backward pass only when they are all there."""
         return nullcontext() if self.count == 1 or now else network.no_sync()  # type: ignore[operator]
 
 
 @contextmanager
-def joined() -> Iterator[Group]:
+def init_distributed() -> Iterator[ProcessGroup]:
     """Join the processes that torchrun started; tensors on CUDA travel by NCCL, those on the CPU by Gloo."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
-        yield Group()
+        yield ProcessGroup()
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
-        yield Group(distributed.get_rank(), count)
+        yield ProcessGroup(distributed.get_rank(), count)
     finally:
         distributed.destroy_process_group()
 
 
-class _Sum(Function):
+class _AllReduceSum(Function):
     """The sum of every process's tensor, through which gradients flow back to every process."""
 
     @staticmethod
@@ -97,22 +97,22 @@ class _Sum(Function):
 
 
 def _batch_norm(norm: nn.BatchNorm2d, images: Tensor) -> Tensor:
-    """Normalise by the statistics of all processes' images; torch's own SyncBatchNorm knows no CPU."""
+    """Normalize by the statistics of all processes' images; torch's own SyncBatchNorm knows no CPU."""
     if not norm.training:
         return type(norm).forward(norm, images)
     dims = (0, 2, 3)
     wide = images.float()  # under autocast the images are narrower
-    count = _Sum.apply(wide.new_tensor(wide.numel() // wide.shape[1]))
-    mean = _Sum.apply(wide.sum(dims)) / count
-    centred = wide - mean.view(1, -1, 1, 1)
-    variance = _Sum.apply(centred.square().sum(dims)) / count
+    count = _AllReduceSum.apply(wide.new_tensor(wide.numel() // wide.shape[1]))
+    mean = _AllReduceSum.apply(wide.sum(dims)) / count
+    centered = wide - mean.view(1, -1, 1, 1)
+    variance = _AllReduceSum.apply(centered.square().sum(dims)) / count
     with torch.no_grad():
         norm.num_batches_tracked.add_(1)  # type: ignore[union-attr]
         norm.running_mean.lerp_(mean, norm.momentum)  # type: ignore[union-attr, arg-type]
         norm.running_var.lerp_(variance * count / (count - 1), norm.momentum)  # type: ignore[union-attr, arg-type]
     scale = norm.weight * (variance + norm.eps).rsqrt()
-    normalised = (centred * scale.view(1, -1, 1, 1) + norm.bias.view(1, -1, 1, 1)).to(images.dtype)
+    normalized = (centered * scale.view(1, -1, 1, 1) + norm.bias.view(1, -1, 1, 1)).to(images.dtype)
     # timm's batch norm ends with its activation.
     for name in ("drop", "act"):
-        normalised = getattr(norm, name, nn.Identity())(normalised)
-    return normalised  # type: ignore[no-any-return]
+        normalized = getattr(norm, name, nn.Identity())(normalized)
+    return normalized  # type: ignore[no-any-return]

@@ -18,21 +18,21 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from pipeline.core import memory
 from pipeline.core.config import TrainParams
 from pipeline.core.errors import Interrupted, UserError
-from pipeline.data.dataset import Pack
-from pipeline.evaluation.metrics import Scores, score
+from pipeline.data.dataset import PackedImages
+from pipeline.evaluation.metrics import Scores, score_predictions
 from pipeline.models.classifier import Architecture, Classifier, load_pretrained
-from pipeline.training.augment import augment, epoch_order, mixup
+from pipeline.training.augment import augment, draw_epoch_order, mixup
 from pipeline.training.checkpoint import Checkpoint
-from pipeline.training.determinism import generator, reseed
-from pipeline.training.distributed import Group
-from pipeline.training.schedule import learning_rate, optimiser
+from pipeline.training.determinism import make_generator, seed_global_generators
+from pipeline.training.distributed import ProcessGroup
+from pipeline.training.schedule import build_optimizer, learning_rate_at
 
-AUTOCAST = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+AUTOCAST_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CHECKPOINT_SECONDS = 300  # an epoch that lasts longer is put on disk in between
 
 
 @dataclass(frozen=True)
-class Epoch:
+class EpochMetrics:
     """What the end of an epoch tells; all but rate and time are functions of the run's inputs."""
 
     epoch: int
@@ -40,7 +40,7 @@ class Epoch:
     lr: float
     scores: Scores
     images_per_second: float
-    ended: float  # seconds since 1970
+    ended_at: float  # seconds since 1970
 
     def row(self) -> dict[str, float | None]:
         """Return the row of `history.csv`."""
@@ -48,20 +48,26 @@ class Epoch:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainingResult:
     network: Classifier  # with the weights of the best epoch
-    best: Epoch
-    history: list[Epoch]
+    best: EpochMetrics
+    history: list[EpochMetrics]
 
 
-class Training:
+class Trainer:
     """One seed's training, which can be put on disk between any two steps and taken up again.
 
     `state` holds all that a step changes, and what a step draws at random follows from (seed, epoch, step, purpose).
     """
 
     def __init__(
-        self, params: TrainParams, seed: int, table: pd.DataFrame, pack: Pack, weights: Path, group: Group
+        self,
+        params: TrainParams,
+        seed: int,
+        table: pd.DataFrame,
+        pack: PackedImages,
+        weights: Path,
+        group: ProcessGroup,
     ) -> None:
         """Build the network and load its first weights.
 
@@ -81,36 +87,39 @@ class Training:
         self.steps = len(_batches(self.train_rows, params.batch_size))  # of an epoch
         self.class_weights = torch.tensor(params.class_weights, device=pack.device)
         self.memory_format = torch.channels_last if params.channels_last else torch.contiguous_format
-        reseed(seed, "initial weights")
+        seed_global_generators(seed, "initial weights")
         self.network = Classifier(
             Architecture(
                 params.backbone,
-                params.hidden,
+                params.head_hidden,
                 params.dropout,
                 params.size,
-                params.normalisation,
+                params.normalization,
                 packed_size=pack.size,
                 resize=pack.resize,
             )
         )
         load_pretrained(self.network, weights)
         self.network.to(pack.device, memory_format=self.memory_format)  # type: ignore[call-overload]
-        self.optimiser = optimiser(self.network.parameters(), params)
+        self.optimizer = build_optimizer(self.network.parameters(), params)
         self.scaler = torch.amp.GradScaler(pack.device.type, enabled=params.precision == "float16")
         self.averaged: AveragedModel | None = None
-        if params.weight_average:
+        if params.ema_decay:
             self.averaged = AveragedModel(
-                self.network, multi_avg_fn=get_ema_multi_avg_fn(params.weight_average), use_buffers=True
+                self.network, multi_avg_fn=get_ema_multi_avg_fn(params.ema_decay), use_buffers=True
             )
         self.epoch, self.step = 1, 0  # the epoch that is being trained, and how many of its steps are done
         self.losses: list[Tensor] = []  # of these steps
-        self.history: list[Epoch] = []
+        self.history: list[EpochMetrics] = []
         self.best_weights: dict[str, Tensor] = {}
         self.forward: Any = None  # runs the network while it trains
 
     def run(
-        self, checkpoint: Checkpoint, on_epoch: Callable[[Epoch, Classifier | None], None], stop: Callable[[], int]
-    ) -> Trained:
+        self,
+        checkpoint: Checkpoint,
+        on_epoch: Callable[[EpochMetrics, Classifier | None], None],
+        stop: Callable[[], int],
+    ) -> TrainingResult:
         """Train to the end.
 
         Args:
@@ -124,41 +133,41 @@ class Training:
             Interrupted: `stop` said so; the checkpoint is written.
         """
         self.stop = stop
-        if state := self.group.from_leader(checkpoint.load() if self.group.leads else None):
+        if state := self.group.broadcast_object(checkpoint.load() if self.group.is_main_process else None):
             self.restore(state)
             for entry in self.history:
                 on_epoch(entry, None)
-        with _progress(self.group.leads) as self.progress, _naming_memory(self.params):
+        with _progress(self.group.is_main_process) as self.progress, report_out_of_memory(self.params):
             total = self.params.epochs * self.steps
             self.bar = self.progress.add_task(f"seed {self.seed}", total=total, loss="–", f1="–", rate="–")
             try:
-                while not self.over:
+                while not self.finished:
                     if self.forward is None or self.epoch == self.params.frozen_epochs + 1:
                         self._start_phase()
                     rate = self._train_epoch(checkpoint)
-                    self._close_epoch(rate)
+                    self._validate_epoch(rate)
                     self._save(checkpoint)
-                    self._show(self.history[-1])
-                    on_epoch(self.history[-1], self.judged if self.best is self.history[-1] else None)
+                    self._report_epoch(self.history[-1])
+                    on_epoch(self.history[-1], self.eval_model if self.best is self.history[-1] else None)
             except Interrupted:
                 self._save(checkpoint)
                 raise
-        self.judged.load_state_dict(self.best_weights)
-        return Trained(self.judged.eval(), self.best, self.history)
+        self.eval_model.load_state_dict(self.best_weights)
+        return TrainingResult(self.eval_model.eval(), self.best, self.history)
 
     @property
-    def judged(self) -> Classifier:
+    def eval_model(self) -> Classifier:
         """The network that validates and is kept: the one that is trained, or its average over the steps."""
         return self.averaged.module if self.averaged else self.network  # type: ignore[return-value]
 
     @property
-    def best(self) -> Epoch:
+    def best(self) -> EpochMetrics:
         """The epoch with the best validation F1; a later one wins a tie."""
         return max(self.history, key=lambda entry: (entry.scores["f1"], entry.epoch))
 
     @property
-    def over(self) -> bool:
-        patience, done = self.params.patience, len(self.history)
+    def finished(self) -> bool:
+        patience, done = self.params.early_stopping_patience, len(self.history)
         return done == self.params.epochs or bool(patience and done and done - self.best.epoch >= patience)
 
     def state(self) -> dict[str, Any]:
@@ -166,7 +175,7 @@ class Training:
         return {
             "network": self.network.state_dict(),
             "averaged": self.averaged.state_dict() if self.averaged else {},
-            "optimiser": self.optimiser.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "epoch": self.epoch,
             "step": self.step,
@@ -179,18 +188,18 @@ class Training:
         self.network.load_state_dict(state["network"])
         if self.averaged:
             self.averaged.load_state_dict(state["averaged"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step = state["epoch"], state["step"]
         self.losses = [loss.to(self.pack.device) for loss in state["losses"]]
-        self.history = [Epoch(**entry) for entry in state["history"]]
+        self.history = [EpochMetrics(**entry) for entry in state["history"]]
         self.best_weights = state["best_weights"]
 
     def _start_phase(self) -> None:
         """Freeze the backbone or set it free, which what runs the network has to know beforehand."""
         frozen = self.epoch <= self.params.frozen_epochs
         self.network.backbone.requires_grad_(not frozen)
-        self.forward = self.group.parallel(self.network)
+        self.forward = self.group.data_parallel(self.network)
         if self.params.compile:
             self.forward = torch.compile(self.forward)
 
@@ -200,9 +209,9 @@ class Training:
         started = shown = saved = time.perf_counter()
         self.network.train()
         self.network.backbone.train(self.epoch > params.frozen_epochs)  # frozen, it keeps its batch statistics
-        if params.fresh_optimiser and not first:
-            self.optimiser = optimiser(self.network.parameters(), params)
-        order = epoch_order(self.labels[self.train_rows], params, generator(self.seed, self.epoch, "order"))
+        if params.reset_optimizer_each_epoch and not first:
+            self.optimizer = build_optimizer(self.network.parameters(), params)
+        order = draw_epoch_order(self.labels[self.train_rows], params, make_generator(self.seed, self.epoch, "order"))
         batches = _batches(self.train_rows[order], params.batch_size)
         for rows, pixels in self.pack.batches(batches[first:], params.loader_threads):
             self.losses.append(self._train_step(rows, pixels))
@@ -214,7 +223,7 @@ class Training:
                 self._check_losses()
                 rate = (self.step - first) * params.batch_size / (now - started)
                 self.progress.update(self.bar, loss=f"{self.losses[-1].item():.3f}", rate=f"{rate:.0f}")
-            self._ask_to_go_on()
+            self.raise_if_interrupted()
             if now - saved > CHECKPOINT_SECONDS:
                 saved = now
                 self._save(checkpoint)
@@ -224,78 +233,78 @@ class Training:
     def _train_step(self, rows: Tensor, pixels: Tensor) -> Tensor:
         """Take one step on a batch; every process augments and mixes all of it, and computes its share."""
         params, moment = self.params, (self.seed, self.epoch, self.step)
-        lr = learning_rate(self.epoch - 1 + (self.step + 0.5) / self.steps, params)
-        for options in self.optimiser.param_groups:
+        lr = learning_rate_at(self.epoch - 1 + (self.step + 0.5) / self.steps, params)
+        for options in self.optimizer.param_groups:
             options["lr"] = lr
         # Augmented while they have one channel, for a third of the work.
-        images = augment(self.network.resized(pixels), params, generator(*moment, "augment"))
-        images = self.network.normalised(images)
-        reseed(*moment, "mixup")
+        images = augment(self.network.resize(pixels), params, make_generator(*moment, "augment"))
+        images = self.network.normalize(images)
+        seed_global_generators(*moment, "mixup")
         images, targets = mixup(images, self.labels[rows].to(images.device), params.mixup_alpha)
-        masks = self.network.head.masks(len(rows), generator(*moment, "dropout"))
-        reseed(*moment, "backbone", self.group.rank)  # some backbones drop paths
+        masks = self.network.head.dropout_masks(len(rows), make_generator(*moment, "dropout"))
+        seed_global_generators(*moment, "backbone", self.group.rank)  # some backbones drop paths
 
-        share, count = self.group.share(len(rows)), self.group.count
-        pieces = max(1, min(params.accumulate, len(rows) // count))
+        share, count = self.group.local_slice(len(rows)), self.group.count
+        pieces = max(1, min(params.gradient_accumulation_steps, len(rows) // count))
         split = (tensor[share].tensor_split(pieces) for tensor in (images, targets, *masks))
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=images.device)
         for index, (piece, target, *piece_masks) in enumerate(zip(*split, strict=True), start=1):
-            with self.group.synchronised(self.forward, index == pieces):
+            with self.group.gradient_sync(self.forward, index == pieces):
                 with self._autocast():
                     logits = self.forward(piece.contiguous(memory_format=self.memory_format), piece_masks)
                     total = cross_entropy(logits.float(), target, self.class_weights, reduction="sum")
                 self.scaler.scale(total / len(rows) * count).backward()
             loss += total.detach() / len(rows)
-        self.scaler.step(self.optimiser)
+        self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.averaged:
             self.averaged.update_parameters(self.network)
-        return self.group.sum(loss)
+        return self.group.all_reduce_sum(loss)
 
-    def _close_epoch(self, rate: float) -> None:
+    def _validate_epoch(self, rate: float) -> None:
         """Validate, and keep the weights if they are the best so far."""
         params = self.params
         found = self._predict(self.validation_rows)
         if not found.isfinite().all():
             raise self._diverged(f"epoch {self.epoch}: not all predictions are finite")
-        entry = Epoch(
+        entry = EpochMetrics(
             self.epoch,
             float(torch.stack(self.losses).mean()),
-            learning_rate(self.epoch - 0.5 / self.steps, params),
-            score(self.labels[self.validation_rows].numpy(), found.numpy()),
+            learning_rate_at(self.epoch - 0.5 / self.steps, params),
+            score_predictions(self.labels[self.validation_rows].numpy(), found.numpy()),
             rate,
             time.time(),
         )
         self.history.append(entry)
         if self.best is entry:
-            self.best_weights = copy.deepcopy(self.judged.state_dict())
+            self.best_weights = copy.deepcopy(self.eval_model.state_dict())
         self.epoch, self.step, self.losses = self.epoch + 1, 0, []
 
-    def _show(self, entry: Epoch) -> None:
+    def _report_epoch(self, entry: EpochMetrics) -> None:
         rate = f"{entry.images_per_second:.0f}"
         figures = {"loss": f"{entry.train_loss:.3f}", "f1": f"{entry.scores['f1']:.3f}", "rate": rate}
         self.progress.update(self.bar, **figures)  # type: ignore[arg-type]
-        if self.group.leads:
+        if self.group.is_main_process:
             self.progress.print(EPOCH.format(seed=self.seed, epoch=entry.epoch, epochs=self.params.epochs, **figures))
 
     def _predict(self, rows: Tensor) -> Tensor:
         """Predict the given rows (B,) of the pack: P(positive), float32 (B,), on the CPU."""
-        network = self.judged.eval()
+        network = self.eval_model.eval()
         found = torch.zeros(len(rows), device=self.pack.device)
         places = torch.arange(len(rows)).split(self.params.batch_size)
         for start in range(0, len(places), self.group.count):
-            self._ask_to_go_on()
+            self.raise_if_interrupted()
             for place in places[start + self.group.rank :][:1]:  # the last round may have none for the last processes
-                found[place.to(found.device)] = network.probabilities(self.pack.pixels(rows[place]))
-        return self.group.sum(found).cpu()
+                found[place.to(found.device)] = network.predict_proba(self.pack.pixels(rows[place]))
+        return self.group.all_reduce_sum(found).cpu()
 
-    def _ask_to_go_on(self) -> None:
-        if signal := self.group.highest(self.stop()):
+    def raise_if_interrupted(self) -> None:
+        if signal := self.group.all_reduce_max(self.stop()):
             raise Interrupted(signal, f"seed {self.seed} stopped in epoch {self.epoch} after step {self.step}")
 
     def _save(self, checkpoint: Checkpoint) -> None:
-        if self.group.leads:
+        if self.group.is_main_process:
             checkpoint.save(self.state())
 
     def _check_losses(self) -> None:
@@ -307,12 +316,12 @@ class Training:
     def _diverged(self, what: str) -> UserError:
         return UserError(
             f"seed {self.seed}, {what}; lower train.lr = {self.params.lr:g}, or look at "
-            f"train.precision = {self.params.precision} and train.normalisation = {self.params.normalisation}"
+            f"train.precision = {self.params.precision} and train.normalization = {self.params.normalization}"
         )
 
     def _autocast(self) -> torch.autocast:
         precision = self.params.precision
-        return torch.autocast(self.pack.device.type, AUTOCAST[precision], enabled=precision != "float32")
+        return torch.autocast(self.pack.device.type, AUTOCAST_DTYPES[precision], enabled=precision != "float32")
 
 
 EPOCH = "seed {seed}  epoch {epoch}/{epochs}  loss {loss}  F1 {f1}  {rate} images/s"
@@ -325,15 +334,15 @@ def _batches(rows: Tensor, batch_size: int) -> list[Tensor]:
 
 
 @contextmanager
-def _naming_memory(params: TrainParams) -> Iterator[None]:
+def report_out_of_memory(params: TrainParams) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not memory.ran_out(error):
+        if not memory.is_out_of_memory(error):
             raise
         raise UserError(
             f"out of memory with train.batch_size = {params.batch_size} at train.size = {params.size}; raise "
-            f"train.accumulate = {params.accumulate} (the same batch in more parts), or lower one of the two"
+            f"train.gradient_accumulation_steps = {params.gradient_accumulation_steps} (the same batch in more parts), or lower one of the two"
         ) from error
 
 

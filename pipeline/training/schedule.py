@@ -1,4 +1,4 @@
-"""The optimiser by name, and the learning rate at each moment of training."""
+"""The optimizer by name, and the learning rate at each moment of training."""
 
 import math
 from collections.abc import Iterable
@@ -12,9 +12,9 @@ from pipeline.core.config import TrainParams
 SGD_MOMENTUM = 0.9
 
 
-def optimiser(weights: Iterable[nn.Parameter], params: TrainParams) -> Optimizer:
+def build_optimizer(weights: Iterable[nn.Parameter], params: TrainParams) -> Optimizer:
     decay, fused = params.weight_decay, params.fused or None  # None lets torch choose
-    match params.optimiser:
+    match params.optimizer:
         case "adam":
             return torch.optim.Adam(weights, params.lr, eps=params.eps, weight_decay=decay, fused=fused)
         case "adamw":
@@ -23,7 +23,7 @@ def optimiser(weights: Iterable[nn.Parameter], params: TrainParams) -> Optimizer
             return torch.optim.SGD(weights, params.lr, SGD_MOMENTUM, weight_decay=decay, fused=fused)
 
 
-def learning_rate(epochs_done: float, params: TrainParams) -> float:
+def learning_rate_at(epochs_done: float, params: TrainParams) -> float:
     """Return the learning rate after `epochs_done` epochs, which counts parts of an epoch.
 
     It rises linearly from 0 during `warmup_epochs`; then it stays at `lr`, or falls to 0 along a half cosine

@@ -5,7 +5,7 @@ from types import FrameType, TracebackType
 from typing import Self
 
 
-class Interruption:
+class SignalHandler:
     """Keeps SIGINT and SIGTERM until the work can be put down; a second one acts at once."""
 
     def __init__(self) -> None:

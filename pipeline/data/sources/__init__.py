@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline.core.config import (
     ArchiveParams,
-    CohenParams,
+    CovidChestXrayParams,
     CovidxParams,
     DownloadParams,
     KaggleParams,
@@ -16,7 +16,7 @@ from pipeline.core.config import (
 )
 
 
-def fetch(params: DownloadParams, target: Path) -> None:
+def fetch_source(params: DownloadParams, target: Path) -> None:
     """Write the source's images, labels and sample submission to the zip `target`."""
     match params:
         case PhantomParams():
@@ -35,7 +35,7 @@ def fetch(params: DownloadParams, target: Path) -> None:
             from pipeline.data.sources import covidx
 
             covidx.write(params, target)
-        case CohenParams():
+        case CovidChestXrayParams():
             from pipeline.data.sources import covid_chestxray
 
             covid_chestxray.write(params, target)

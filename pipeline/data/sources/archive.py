@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline.core.config import ArchiveParams
 from pipeline.core.errors import UserError
-from pipeline.data.sources.archive_writer import EPOCH
+from pipeline.data.sources.archive_writer import ZIP_TIMESTAMP
 
 
 def write(params: ArchiveParams, target: Path) -> None:
@@ -40,6 +40,6 @@ def _zip(folder: Path, target: Path) -> None:
             raise UserError(f"{path}: a symbolic link that leaves {folder}; put the file itself there")
     with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-            member = zipfile.ZipInfo(file.relative_to(folder).as_posix(), EPOCH)
+            member = zipfile.ZipInfo(file.relative_to(folder).as_posix(), ZIP_TIMESTAMP)
             with file.open("rb") as source, archive.open(member, "w", force_zip64=True) as out:
                 shutil.copyfileobj(source, out)

@@ -2,15 +2,15 @@
 
 from pathlib import Path
 
-from pipeline.core.config import CohenParams
+from pipeline.core.config import CovidChestXrayParams
 from pipeline.data.sources import archive_writer
 
 FRONTAL = ["PA", "AP", "AP Supine", "AP semi erect", "AP erect"]
-NOT_SAID = ["", "todo", "unknown"]  # findings of images that nobody has labelled yet
+UNLABELED = ["", "todo", "unknown"]  # findings of images that nobody has labeled yet
 COLUMNS = ["patientid", "finding", "view", "folder", "filename"]
 
 
-def write(params: CohenParams, target: Path) -> None:
+def write(params: CovidChestXrayParams, target: Path) -> None:
     """Write the layout's zip from a checkout of the repository; positive is every finding with COVID-19.
 
     Lateral views, CT, and images without a finding are left out; `test_share` of the patients are the test set.
@@ -18,17 +18,17 @@ def write(params: CohenParams, target: Path) -> None:
     Raises:
         UserError: metadata.csv or an image is missing.
     """
-    folder = archive_writer.folder(params.path, "a checkout of ieee8023/covid-chestxray-dataset")
-    table = archive_writer.read_csv(folder / "metadata.csv", COLUMNS)
+    folder = archive_writer.source_folder(params.path, "a checkout of ieee8023/covid-chestxray-dataset")
+    table = archive_writer.read_source_table(folder / "metadata.csv", COLUMNS)
     frontal = table["view"].str.strip().str.lower().isin([view.lower() for view in FRONTAL])
-    table = table[frontal & ~table["finding"].str.strip().str.lower().isin(NOT_SAID)].drop_duplicates("filename")
+    table = table[frontal & ~table["finding"].str.strip().str.lower().isin(UNLABELED)].drop_duplicates("filename")
     positive = table["finding"].str.contains("COVID-19", regex=False).astype("Int64")
     rows = table[["view"]].assign(
         file=table["filename"],
-        label=positive.mask(archive_writer.held_out(table["patientid"], table["filename"], params.test_share)),
+        label=positive.mask(archive_writer.draw_test_set(table["patientid"], table["filename"], params.test_share)),
         patient=table["patientid"],
         source="cohen",
-        licence=table.get("license", ""),
+        license=table.get("license", ""),
         path=[folder / place / file for place, file in zip(table["folder"], table["filename"], strict=True)],
     )
-    archive_writer.write_files(rows, target)
+    archive_writer.write_zip_of_files(rows, target)

@@ -13,7 +13,7 @@ from pipeline.core.errors import UserError
 from pipeline.data.sources import archive_writer
 
 LABELS = {"negative": 0, "normal": 0, "pneumonia": 0, "positive": 1, "covid-19": 1}  # of two and of three classes
-MEANT = {"rnsa": "rsna"}
+TYPO_FIXES = {"rnsa": "rsna"}
 
 
 def write(params: CovidxParams, target: Path) -> None:
@@ -24,9 +24,9 @@ def write(params: CovidxParams, target: Path) -> None:
     Raises:
         UserError: a list or an image is missing, or a line is not understood.
     """
-    folder = archive_writer.folder(params.path, "the folder of COVIDx")
+    folder = archive_writer.source_folder(params.path, "the folder of COVIDx")
     rows = pd.concat([_read(folder, subset) for subset in ("train", "test")], ignore_index=True)
-    archive_writer.write_files(rows, target)
+    archive_writer.write_zip_of_files(rows, target)
 
 
 def _read(folder: Path, subset: str) -> pd.DataFrame:
@@ -49,7 +49,7 @@ def _read(folder: Path, subset: str) -> pd.DataFrame:
                 f"{', '.join(LABELS)}"
             )
         *patient, file, kind, source = words
-        source = MEANT.get(source.lower(), source.lower())
+        source = TYPO_FIXES.get(source.lower(), source.lower())
         rows.append((" ".join(patient), file, LABELS[kind.lower()], source, folder / subset / file))
     table = pd.DataFrame(rows, columns=["patient", "file", "label", "source", "path"]).astype({"label": "Int64"})
     if subset == "test":

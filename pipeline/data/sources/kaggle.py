@@ -30,10 +30,10 @@ def write(params: KaggleParams, target: Path) -> None:
     handle = parse_competition_handle(name) if params.competition else parse_dataset_handle(name)
     part = target.with_name(f".{name.replace('/', '-')}.part")
     with client.open_client() as api:
-        client.insist(lambda: _download(api, handle, part), params)
+        client.retry(lambda: _download(api, handle, part), params)
     if not _is_whole(part):
         part.unlink()
-        raise UserError(f"{client.page(params)}: what Kaggle sends is no whole zip; run again, or look there")
+        raise UserError(f"{client.page_url(params)}: what Kaggle sends is no whole zip; run again, or look there")
     part.replace(target)
 
 
@@ -73,5 +73,5 @@ def _is_whole(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
-    except layout.DAMAGE:
+    except layout.DAMAGED_ZIP_ERRORS:
         return False

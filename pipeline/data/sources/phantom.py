@@ -19,7 +19,7 @@ from joblib import cpu_count
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from pipeline.core.progress import shown
+from pipeline.core.progress import track_progress
 from pipeline.data.sources import archive_writer
 
 if TYPE_CHECKING:
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 Field = NDArray[np.floating[Any]]
 
 SIZE = 512  # edge of a radiograph, pixels
-COARSE = 256  # edge of the grid that anatomy is computed on; none of it is finer than these pixels
+ANATOMY_SIZE = 256  # edge of the grid that anatomy is computed on; none of it is finer than these pixels
 VISIBILITY = 0.7  # attenuation of the densest opacity at strength 1; the air of a lung takes off 1.2
 MARKERS = {"PA": ("L", "R", ""), "AP": ("AP", "PORTABLE", "SUPINE", "L", "R", "")}
-LOOK_ALIKES = ("consolidation", "oedema", "effusion", "nodule")
+MIMICS = ("consolidation", "edema", "effusion", "nodule")
 
 
 @dataclass(frozen=True)
-class Case:
+class PhantomCase:
     """All that decides one image: equal cases give equal pixels."""
 
     seed: int
@@ -61,7 +61,7 @@ def write(params: "PhantomParams", target: Path) -> None:
     The bytes depend on `params` alone, not on the clock or on how many processors draw. Labels of test images
     are nowhere in it.
     """
-    planned = cases(params)
+    planned = draw_cases(params)
     rows = pd.DataFrame({
         "file": [case.file for case in planned],
         "label": pd.array([case.label if case.split == "train" else None for case in planned], dtype="Int64"),
@@ -72,27 +72,27 @@ def write(params: "PhantomParams", target: Path) -> None:
     # A forked worker could inherit a lock that the progress bar's thread holds; a spawned one cannot.
     with ProcessPoolExecutor(cpu_count(), multiprocessing.get_context("spawn")) as pool:
         drawn = pool.map(_jpeg, planned, chunksize=8)
-        archive_writer.write(rows, shown(drawn, "drawing radiographs", len(planned)), target)
+        archive_writer.write_zip(rows, track_progress(drawn, "drawing radiographs", len(planned)), target)
 
 
-def cases(params: "PhantomParams") -> list[Case]:
+def draw_cases(params: "PhantomParams") -> list[PhantomCase]:
     """Plan every image, training before test, each in an order that tells nothing.
 
     Each split has exactly round(prevalence · images) positives. A patient has one to four images, all of one
     label, source and split. With c = `confounding`, P(source A | positive) = (1 + c) / 2 and
     P(source A | negative) = (1 − c) / 2 in training; in the test set both are 1/2, so that a model which
-    learnt the source instead of the disease is found out (Zech et al. 2018, doi:10.1371/journal.pmed.1002683;
+    learned the source instead of the disease is found out (Zech et al. 2018, doi:10.1371/journal.pmed.1002683;
     DeGrave et al. 2021, doi:10.1038/s42256-021-00338-7).
     """
     rng = np.random.default_rng([params.seed, 0])
-    planned: list[Case] = []
+    planned: list[PhantomCase] = []
     numbers: dict[tuple[str, int, int], int] = {}
     for split, images, prevalence, confounding in (
         ("train", params.train, params.prevalence, params.confounding),
         ("test", params.test, params.test_prevalence, 0.0),
     ):
         positives = round(prevalence * images)
-        ill, well = (Case(params.seed, number=0, patient=0, split=split, label=label) for label in (1, 0))
+        ill, well = (PhantomCase(params.seed, number=0, patient=0, split=split, label=label) for label in (1, 0))
         drawn = _patients(rng, ill, positives, (1 + confounding) / 2, params.strength)
         drawn += _patients(rng, well, images - positives, (1 - confounding) / 2, params.strength)
         for position in rng.permutation(images):
@@ -103,14 +103,16 @@ def cases(params: "PhantomParams") -> list[Case]:
     return planned
 
 
-def _patients(rng: np.random.Generator, blank: Case, images: int, chance_of_a: float, strength: float) -> list[Case]:
-    drawn: list[Case] = []
+def _patients(
+    rng: np.random.Generator, blank: PhantomCase, images: int, chance_of_a: float, strength: float
+) -> list[PhantomCase]:
+    drawn: list[PhantomCase] = []
     patient = 0
     while len(drawn) < images:
         patient += 1
         source = "A" if rng.random() < chance_of_a else "B"
         breasts = bool(rng.random() < 0.3)
-        look_alike = str(rng.choice(LOOK_ALIKES)) if not blank.label and rng.random() < 0.4 else ""
+        look_alike = str(rng.choice(MIMICS)) if not blank.label and rng.random() < 0.4 else ""
         person = replace(blank, patient=patient, source=source, breasts=breasts, look_alike=look_alike)
         for _ in range(min(int(rng.integers(1, 5)), images - len(drawn))):
             view = "AP" if rng.random() < (0.65 if source == "A" else 0.35) else "PA"
@@ -121,12 +123,12 @@ def _patients(rng: np.random.Generator, blank: Case, images: int, chance_of_a: f
     return drawn
 
 
-def draw(case: Case) -> NDArray[np.uint8]:
-    """Draw a radiograph: 512 × 512 grey values from 0 (air) to 255 (bone), the patient's right on the left.
+def draw_radiograph(case: PhantomCase) -> NDArray[np.uint8]:
+    """Draw a radiograph: 512 × 512 gray values from 0 (air) to 255 (bone), the patient's right on the left.
 
     COVID-19 opacities are bilateral, peripheral, mostly in the lower zones, patchy and ground-glass-like, as
     in Wong et al. 2020 (doi:10.1148/radiol.2020201160). Look-alikes are one-sided and lobar (consolidation),
-    central (oedema), basal with a meniscus (effusion) or round (nodule).
+    central (edema), basal with a meniscus (effusion) or round (nodule).
     """
     # Each has its own stream, so that leaving one finding out leaves everything else as it was.
     patient, pose_rng, finding, film = (
@@ -164,12 +166,12 @@ class _Body(NamedTuple):
     blade: float  # |x| of the shoulder blades
 
 
-def _body(rng: np.random.Generator, case: Case) -> _Body:
+def _body(rng: np.random.Generator, case: PhantomCase) -> _Body:
     supine = case.view == "AP"
     width, top, breath = rng.uniform(0.68, 0.78), rng.uniform(-0.8, -0.72), rng.normal(0, 0.04)
     right = 0.46 - breath - 0.07 * supine
     # The heart lies in front: a beam from the front finds it far from the detector and shows it larger.
-    heart = rng.uniform(0.88, 1.08) * (1.14 if supine else 1) * (1.12 if case.look_alike == "oedema" else 1)
+    heart = rng.uniform(0.88, 1.08) * (1.14 if supine else 1) * (1.12 if case.look_alike == "edema" else 1)
     return _Body(
         width=width, top=top, domes=(right, right + rng.uniform(0.03, 0.08)), heart=heart,
         fat=rng.uniform(0.85, 1.2), skin=rng.uniform(0.08, 0.2), rib_gap=rng.uniform(0.135, 0.155),
@@ -195,7 +197,7 @@ class _Pose(NamedTuple):
 
 
 def _pose(rng: np.random.Generator, view: str) -> _Pose:
-    loose = 0.04 if view == "AP" else 0.025  # a bed is harder to centre on than a wall stand
+    loose = 0.04 if view == "AP" else 0.025  # a bed is harder to center on than a wall stand
     angle, right, down = rng.normal(0, loose, 3).tolist()
     scale = rng.uniform(0.93, 1.1)
     return _Pose(scale * math.cos(angle), scale * math.sin(angle), right, down + 0.04)
@@ -222,7 +224,7 @@ def _places(pose: _Pose, body: _Body) -> _Places:
 
 @cache
 def _grid() -> tuple[Field, Field]:
-    line = (np.arange(COARSE, dtype=np.float32) + 0.5) * (2 / COARSE) - 1
+    line = (np.arange(ANATOMY_SIZE, dtype=np.float32) + 0.5) * (2 / ANATOMY_SIZE) - 1
     across, down = np.meshgrid(line, line)
     return across, down
 
@@ -247,7 +249,7 @@ def _oval(x: Field, y: Field, shape: tuple[float, float, float, float], tilt: fl
 def _cloud(rng: np.random.Generator, cells: int) -> Field:
     """Smooth noise about 0 with a standard deviation near 1, `cells` lumps along the edge."""
     coarse = Image.fromarray(1.3 * rng.standard_normal((cells, cells), dtype=np.float32))
-    return np.asarray(coarse.resize((COARSE, COARSE), Image.Resampling.BICUBIC))
+    return np.asarray(coarse.resize((ANATOMY_SIZE, ANATOMY_SIZE), Image.Resampling.BICUBIC))
 
 
 def _anatomy(at: _Places, body: _Body) -> tuple[Field, Field]:
@@ -329,7 +331,7 @@ def _vessels(rng: np.random.Generator, pose: _Pose, body: _Body) -> Field:
         bend = np.concatenate([rng.normal(0, 0.15, len(onward)), rng.choice((-0.5, 0.5), len(forks))])
         x, y, side, turn = x2[kept], y2[kept], side[kept], turn[kept] + bend
         width = np.concatenate([width[onward], 0.8 * width[forks]])
-    drawn = np.asarray(canvas.reduce(SIZE // COARSE), dtype=np.float32)
+    drawn = np.asarray(canvas.reduce(SIZE // ANATOMY_SIZE), dtype=np.float32)
     texture = 0.012 * (_cloud(rng, 64) + _cloud(rng, 24))
     return drawn * (0.3 / 255) + texture
 
@@ -363,7 +365,7 @@ def _look_alike(rng: np.random.Generator, kind: str, at: _Places, body: _Body) -
     if kind == "consolidation":  # fills a lobe up to its fissure and fades the other way
         off = way * (at.y - 0.15 * at.r - rng.uniform(-0.2, 0.15))
         return np.asarray(weight * one * _soft(off, 0.03) * np.exp(-np.abs(off) / rng.uniform(0.15, 0.35)))
-    if kind == "oedema":  # from both hila like the wings of a bat, clear of the periphery
+    if kind == "edema":  # from both hila like the wings of a bat, clear of the periphery
         return weight * _blob(at.r, at.y, (0.27, 0.02, rng.uniform(0.13, 0.2), rng.uniform(0.22, 0.35)))
     if kind == "effusion":  # fluid rises along the ribs
         meniscus = 0.3 * np.clip(at.r / at.outer - 0.55, 0, 1) ** 2
@@ -372,7 +374,7 @@ def _look_alike(rng: np.random.Generator, kind: str, at: _Places, body: _Body) -
     return weight * _oval(at.x, at.y, (x, y, size, size), 0, 0.25)
 
 
-def _film(rng: np.random.Generator, case: Case, attenuation: Field) -> NDArray[np.uint8]:
+def _film(rng: np.random.Generator, case: PhantomCase, attenuation: Field) -> NDArray[np.uint8]:
     """Expose, develop and label, in the source's manner: A sharp and of steep contrast, B soft and grainy."""
     a = case.source == "A"
     gamma, middle = rng.normal(2.9 if a else 2.35, 0.25), rng.normal(1.06 if a else 0.98, 0.1)
@@ -384,25 +386,25 @@ def _film(rng: np.random.Generator, case: Case, attenuation: Field) -> NDArray[n
         blurred = picture.reduce(4).resize(picture.size, Image.Resampling.BICUBIC)
         picture = Image.fromarray(value + 0.5 * (value - np.asarray(blurred)))
     else:
-        picture = picture.resize((round(COARSE * rng.uniform(0.55, 0.9)),) * 2, Image.Resampling.BICUBIC)
-    grain = Image.fromarray(rng.standard_normal((SIZE if a else COARSE,) * 2, dtype=np.float32))
+        picture = picture.resize((round(ANATOMY_SIZE * rng.uniform(0.55, 0.9)),) * 2, Image.Resampling.BICUBIC)
+    grain = Image.fromarray(rng.standard_normal((SIZE if a else ANATOMY_SIZE,) * 2, dtype=np.float32))
     noise = rng.uniform(0.006, 0.016) if a else rng.uniform(0.012, 0.03)
     value, rough = (np.asarray(part.resize((SIZE, SIZE), Image.Resampling.BICUBIC)) for part in (picture, grain))
     exposed = value + noise * rough * (0.4 + value)
-    grey = Image.fromarray((np.clip(exposed, 0, 1) * 255 + 0.5).astype(np.uint8))
+    gray = Image.fromarray((np.clip(exposed, 0, 1) * 255 + 0.5).astype(np.uint8))
     if case.view == "AP":
-        _leads(rng, grey)
+        _leads(rng, gray)
     if rng.random() < (0.5 if a else 0.15):  # collimated
         left, top, right, bottom = rng.integers(0, 30, 4).tolist()
-        grey = ImageOps.expand(grey.crop((left, top, SIZE - right, SIZE - bottom)), (left, top, right, bottom))
+        gray = ImageOps.expand(gray.crop((left, top, SIZE - right, SIZE - bottom)), (left, top, right, bottom))
     if case.marker:
-        _mark(rng, grey, case)
-    return np.asarray(grey)
+        _mark(rng, gray, case)
+    return np.asarray(gray)
 
 
-def _leads(rng: np.random.Generator, grey: Image.Image) -> None:
+def _leads(rng: np.random.Generator, gray: Image.Image) -> None:
     """Lay the leads of an electrocardiogram over some."""
-    pen = ImageDraw.Draw(grey)
+    pen = ImageDraw.Draw(gray)
     for _ in range(rng.integers(0, 4)):
         x, y = rng.uniform(100, 410), rng.uniform(120, 380)
         pen.ellipse([x - 5, y - 5, x + 5, y + 5], fill=225)
@@ -412,13 +414,13 @@ def _leads(rng: np.random.Generator, grey: Image.Image) -> None:
         pen.line(np.stack([across, down], axis=1).ravel().tolist(), fill=205, width=2)
 
 
-def _mark(rng: np.random.Generator, grey: Image.Image, case: Case) -> None:
+def _mark(rng: np.random.Generator, gray: Image.Image, case: PhantomCase) -> None:
     """Write the marker in a corner, lead letters at the top in A and small type at the bottom in B."""
     x, y = rng.uniform(34, 60), rng.uniform(34, 90)
     on_left = case.marker == "R" or (case.marker != "L" and rng.random() < 0.5)
     at = (x if on_left else SIZE - x, y if case.source == "A" else SIZE - y)
     size, anchor = (30, "a") if case.source == "A" else (20, "d")
-    ImageDraw.Draw(grey).text(at, case.marker, 235, _font(size), anchor=("l" if on_left else "r") + anchor)
+    ImageDraw.Draw(gray).text(at, case.marker, 235, _font(size), anchor=("l" if on_left else "r") + anchor)
 
 
 @cache
@@ -426,8 +428,8 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
-def _jpeg(case: Case) -> bytes:
+def _jpeg(case: PhantomCase) -> bytes:
     """Encode as the competition does: three equal channels, quality 75, 4:2:0."""
     stream = io.BytesIO()
-    Image.fromarray(draw(case)).convert("RGB").save(stream, "JPEG", quality=75, subsampling="4:2:0")
+    Image.fromarray(draw_radiograph(case)).convert("RGB").save(stream, "JPEG", quality=75, subsampling="4:2:0")
     return stream.getvalue()

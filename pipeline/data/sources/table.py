@@ -18,10 +18,10 @@ def write(params: TableParams, target: Path) -> None:
     Raises:
         UserError: the CSV, a column or an image is missing, or an image has no label.
     """
-    folder = archive_writer.folder(params.path, "the folder of images")
+    folder = archive_writer.source_folder(params.path, "the folder of images")
     path, names = folder / params.labels, params.columns
     given = {key: column for key, column in names.model_dump().items() if column is not None}
-    table = archive_writer.read_csv(path, given.values())
+    table = archive_writer.read_source_table(path, given.values())
     known = pd.DataFrame({key: table[given[key]] if key in given else "" for key in names.model_dump()})
     if names.set is not None:
         wrong = known[~known["set"].isin(["train", "test"])]
@@ -31,14 +31,14 @@ def write(params: TableParams, target: Path) -> None:
             )
         test = known["set"] == "test"
     else:
-        test = archive_writer.held_out(known["patient"], known["file"], params.test_share)
+        test = archive_writer.draw_test_set(known["patient"], known["file"], params.test_share)
     unnamed = known[known["file"] == ""]
     if len(unnamed):
         raise UserError(f"{path} line {unnamed.index[0] + 2}: {names.file} is empty; name the image or delete the line")
-    unlabelled = known[~test & ~known["label"].isin([*params.positive, *params.negative])]
-    if len(unlabelled):
+    unlabeled = known[~test & ~known["label"].isin([*params.positive, *params.negative])]
+    if len(unlabeled):
         raise UserError(
-            f"{path} line {unlabelled.index[0] + 2}: {names.label} is {unlabelled['label'].iloc[0]!r}, which is in "
+            f"{path} line {unlabeled.index[0] + 2}: {names.label} is {unlabeled['label'].iloc[0]!r}, which is in "
             "neither download.positive nor download.negative; add it to one of them"
         )
     rows = known.assign(
@@ -46,4 +46,4 @@ def write(params: TableParams, target: Path) -> None:
         path=[folder / file for file in known["file"]],
         file=[str(PurePosixPath(file)).replace("/", "_") for file in known["file"]],
     )
-    archive_writer.write_files(rows, target)
+    archive_writer.write_zip_of_files(rows, target)
