@@ -1,4 +1,4 @@
-"""Write the report and the model card."""
+"""Write the HTML report and the model card."""
 
 from pathlib import Path
 
@@ -7,14 +7,14 @@ from stages.common import stage
 
 @stage
 def report() -> None:
-    """Write report/index.html, one page that needs no other file, and report/model-card.md."""
+    """Write report/index.html, a single self-contained page, and report/model-card.md."""
     from pipeline.core.config import load_config
     from pipeline.report import page
     from pipeline.report.results import Results
     from pipeline.training import determinism
 
     config = load_config()
-    determinism.make_deterministic(1)  # a dozen images are too few to share among threads
+    determinism.make_deterministic(1)  # more threads do not pay for a dozen images
     page.write_report(Path("report"), Results(config))
 
 

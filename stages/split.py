@@ -1,4 +1,4 @@
-"""Choose which labeled images validate, and say what the data are."""
+"""Split the labeled images into training and validation, and describe the data."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from stages.common import stage
 
 @stage
 def split() -> None:
-    """Write data/split.csv, data/card.md and data/card.json from what prepare left."""
+    """Write data/split.csv and the data card, data/card.md and data/card.json."""
     import numpy as np
     import pandas as pd
 
@@ -19,15 +19,15 @@ def split() -> None:
     from pipeline.report import data_card
 
     data = Path("data")
-    rows = manifest.read_manifest(data)
-    same = duplicates.find_duplicates(rows, np.load(data / "images.npy", mmap_mode="r"))
-    table = splitting.split_dataset(rows, same, load_config().active.split)
-    splitting.check_split(rows, same, table)
-    described = data_card.describe_data(rows, pd.read_csv(data / "quarantine.csv"), table, same)
+    images = manifest.read_manifest(data)
+    duplicate_groups = duplicates.find_duplicates(images, np.load(data / "images.npy", mmap_mode="r"))
+    table = splitting.split_dataset(images, duplicate_groups, load_config().active.split)
+    splitting.check_split(images, duplicate_groups, table)
+    card = data_card.describe_data(images, pd.read_csv(data / "quarantine.csv"), table, duplicate_groups)
     write_csv(data / "split.csv", table)
-    data_card.write_data_card(data, described)
-    for line in data_card.data_warnings(described):
-        click.echo(f"Warning: {line}; data/card.md lists them", err=True)
+    data_card.write_data_card(data, card)
+    for warning in data_card.data_warnings(card):
+        click.echo(f"Warning: {warning}; data/card.md lists them", err=True)
 
 
 if __name__ == "__main__":

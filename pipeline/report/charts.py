@@ -1,4 +1,4 @@
-"""Curves as SVG that takes its colors and its font from the page, so that it is legible on dark and light."""
+"""Charts as inline SVG with the colors and the font of the page, so that they suit its light and dark scheme."""
 
 import io
 import re
@@ -14,84 +14,91 @@ from matplotlib.ticker import MaxNLocator
 
 from pipeline.evaluation import curves
 
-# Colors that stand for variables of the page's style.
-TEXT_COLOR, LINE, FAINT, FIRST, SECOND, THIRD = (f"#0{number}0{number}0{number}" for number in range(1, 7))
-VARIABLES = {TEXT_COLOR: "ink", LINE: "line", FAINT: "faint", FIRST: "first", SECOND: "second", THIRD: "third"}
+# Placeholder colors, which `render_chart` replaces by the CSS variables of style.css.
+TEXT, BORDER, FAINT_LINE, SERIES_1, SERIES_2, SERIES_3 = (f"#0{digit}0{digit}0{digit}" for digit in range(1, 7))
+CSS_VARIABLES = {
+    TEXT: "text", BORDER: "border", FAINT_LINE: "faint-line",
+    SERIES_1: "series-1", SERIES_2: "series-2", SERIES_3: "series-3",
+}  # fmt: skip
 STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 9, "text.color": TEXT_COLOR, "axes.labelcolor": TEXT_COLOR,
-    "axes.edgecolor": LINE, "xtick.color": TEXT_COLOR, "ytick.color": TEXT_COLOR, "axes.grid": True, "grid.color": LINE,
+    "svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 9, "text.color": TEXT, "axes.labelcolor": TEXT,
+    "axes.edgecolor": BORDER, "xtick.color": TEXT, "ytick.color": TEXT, "axes.grid": True, "grid.color": BORDER,
     "grid.linewidth": 0.5, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
-    "legend.fontsize": 8, "legend.labelcolor": TEXT_COLOR, "axes.titlesize": 9, "xtick.major.size": 0, "ytick.major.size": 0,
+    "legend.fontsize": 8, "legend.labelcolor": TEXT, "axes.titlesize": 9, "xtick.major.size": 0, "ytick.major.size": 0,
     "lines.linewidth": 1.6, "figure.facecolor": "none", "axes.facecolor": "none",
 }  # fmt: skip
 METADATA = dict.fromkeys(["Creator", "Date", "Format", "Type"])
 
 
-def render_chart(name: str, says: str, draw: Callable[[Axes], Any], **labels: Any) -> str:
+def render_chart(chart_id: str, description: str, draw: Callable[[Axes], Any], **axes_options: Any) -> str:
     """Draw a chart as SVG.
 
     Args:
-        name: unlike that of any other chart on the page.
-        says: what it shows, for those who do not see it.
-        draw: puts the content on the axes.
-        labels: `xlabel`, `ylabel`, limits and so on, as `Axes.set` takes them.
+        chart_id: prefix of the ids in the SVG, unique on the page.
+        description: for screen readers.
+        draw: draws the content on the axes.
+        axes_options: `xlabel`, `ylabel`, limits and so on, passed to `Axes.set`.
     """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(4.2, 3.4), layout="constrained")
         axes = figure.add_subplot()
         draw(axes)
-        axes.set(**labels)
+        axes.set(**axes_options)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(loc="best")
         stream = io.StringIO()
         figure.savefig(stream, format="svg", metadata=METADATA)
     svg = stream.getvalue()
     svg = svg[svg.index("<svg") :].strip()
-    for color, variable in VARIABLES.items():
+    for color, variable in CSS_VARIABLES.items():
         svg = svg.replace(color, f"var(--{variable})")
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
-    svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", svg)
-    opening = re.search(r'viewBox="[^"]*"', svg)
-    return re.sub(r"<svg[^>]*>", f'<svg {opening and opening[0]} role="img" aria-label="{says}">', svg, count=1)
+    svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{chart_id}-", svg)
+    view_box = re.search(r'viewBox="[^"]*"', svg)
+    return re.sub(
+        r"<svg[^>]*>", f'<svg {view_box and view_box[0]} role="img" aria-label="{description}">', svg, count=1
+    )
 
 
 def draw_lines(
     axes: Axes, tables: Mapping[str, pd.DataFrame], x: str, y: str, best: str, bag: pd.DataFrame | None
 ) -> None:
-    """Draw a line per seed, faint but for the best one, and over them the bag's."""
+    """Draw a line per seed, highlighting the best seed, and the line of the bag if there is one."""
     others = [name for name in tables if name != best]
     for name in others:
         label = "other seeds" if name == others[0] else None
-        axes.plot(tables[name][x], tables[name][y], color=FAINT, linewidth=0.9, label=label)
-    axes.plot(tables[best][x], tables[best][y], color=FIRST, label=best)
+        axes.plot(tables[name][x], tables[name][y], color=FAINT_LINE, linewidth=0.9, label=label)
+    axes.plot(tables[best][x], tables[best][y], color=SERIES_1, label=best)
     if bag is not None:
-        axes.plot(bag[x], bag[y], color=SECOND, linestyle="--", label="bag")
+        axes.plot(bag[x], bag[y], color=SERIES_2, linestyle="--", label="bag")
 
 
 def roc_chart(labels: np.ndarray, models: pd.DataFrame, best: str, bag: pd.DataFrame) -> str:
-    """Draw the ROC of every seed (a column of P(positive) each) and of the bag, whose points are given."""
+    """Draw the ROC curves of the seeds, from their P(positive) (one column each), and of the bag, from its points."""
     tables = {name: curves.roc_points(labels, models[name].to_numpy()) for name in map(str, models)}
 
     def draw(axes: Axes) -> None:
-        axes.plot([0, 1], [0, 1], color=LINE, linestyle=":")
+        axes.plot([0, 1], [0, 1], color=BORDER, linestyle=":")
         draw_lines(axes, tables, "fpr", "tpr", best, bag)
 
     return render_chart(
-        "roc", "ROC curve of every model", draw, xlabel="1 − specificity", ylabel="sensitivity", aspect=0.8
+        "roc", "ROC curves of the seeds and the bag", draw, xlabel="1 − specificity", ylabel="sensitivity", aspect=0.8
     )
 
 
 def precision_recall_chart(labels: np.ndarray, models: pd.DataFrame, best: str, bag: pd.DataFrame) -> str:
-    """Draw the precision–recall curve of every seed and of the bag, whose points are given."""
+    """Draw the precision–recall curves of the seeds, from their P(positive), and of the bag, from its points."""
     tables = {name: curves.precision_recall_points(labels, models[name].to_numpy()) for name in map(str, models)}
     return render_chart(
-        "precision-recall", "Precision and recall of every model",
+        "precision-recall", "Precision–recall curves of the seeds and the bag",
         lambda axes: draw_lines(axes, tables, "recall", "precision", best, bag),
         xlabel="sensitivity (recall)", ylabel="PPV (precision)", ylim=(-0.03, 1.03),
     )  # fmt: skip
 
 
 def learning_curve_chart(histories: Mapping[str, pd.DataFrame], column: str, title: str, best: str) -> str:
+    """Draw one column of the training histories of the seeds by epoch."""
+
     def draw(axes: Axes) -> None:
         draw_lines(axes, histories, "epoch", column, best, None)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -99,43 +106,40 @@ def learning_curve_chart(histories: Mapping[str, pd.DataFrame], column: str, tit
     return render_chart(f"training-{column}", f"{title} by epoch", draw, xlabel="epoch", ylabel=title)
 
 
-def reliability_chart(bins: pd.DataFrame, before: str, after: str) -> str:
-    """Draw the share of positives by probability, before and after calibration; a dot is larger for more images."""
+def reliability_chart(bins: pd.DataFrame, recalibration: str) -> str:
+    """Draw a reliability diagram before and after recalibration; the area of a dot grows with its number of images."""
 
     def draw(axes: Axes) -> None:
-        axes.plot([0, 1], [0, 1], color=LINE, linestyle=":")
-        for kind, color, label in ((before, FIRST, "as it is"), (after, SECOND, f"after {after}")):
-            part = bins[bins["calibration"] == kind]
-            if len(part):
-                axes.plot(part["probability"], part["positives"], color=color, linewidth=0.8, label=label)
-                area = 12 + 120 * part["images"] / part["images"].max()
-                axes.scatter(part["probability"], part["positives"], s=area, color=color, alpha=0.7, linewidth=0)
+        axes.plot([0, 1], [0, 1], color=BORDER, linestyle=":")
+        for kind, color, label in (
+            ("none", SERIES_1, "not recalibrated"),
+            (recalibration, SERIES_2, f"recalibrated ({recalibration})"),
+        ):
+            points = bins[bins["calibration"] == kind]
+            if len(points):
+                axes.plot(points["probability"], points["positives"], color=color, linewidth=0.8, label=label)
+                area = 12 + 120 * points["images"] / points["images"].max()
+                axes.scatter(points["probability"], points["positives"], s=area, color=color, alpha=0.7, linewidth=0)
 
     return render_chart(
-        "reliability", "Share of positives by probability", draw, xlabel="P(positive)", ylabel="share of positives"
+        "reliability", "Reliability diagram", draw, xlabel="predicted P(positive)", ylabel="observed share of positives"
     )
 
 
-def prevalence_chart(table: pd.DataFrame, marks: Mapping[str, float]) -> str:
-    """Draw accuracy, PPV and NPV by prevalence, with intervals, and a line at each of the marks."""
+def prevalence_chart(table: pd.DataFrame, reference_prevalences: Mapping[str, float]) -> str:
+    """Draw accuracy, PPV and NPV by prevalence, with intervals, and a vertical line at each reference prevalence."""
 
     def draw(axes: Axes) -> None:
-        for figure, color in {"ppv": FIRST, "npv": SECOND, "accuracy": THIRD}.items():
-            axes.fill_between(
-                table["prevalence"],
-                table[f"{figure}_low"],
-                table[f"{figure}_high"],
-                color=color,
-                alpha=0.15,
-                linewidth=0,
-            )
-            axes.plot(
-                table["prevalence"], table[figure], color=color, label=figure.upper() if "pv" in figure else figure
-            )
-        for name, place in marks.items():
-            axes.axvline(place, color=FAINT, linewidth=1, linestyle="--")
+        for metric, (color, label) in {
+            "ppv": (SERIES_1, "PPV"), "npv": (SERIES_2, "NPV"), "accuracy": (SERIES_3, "accuracy"),
+        }.items():  # fmt: skip
+            low, high = table[f"{metric}_low"], table[f"{metric}_high"]
+            axes.fill_between(table["prevalence"], low, high, color=color, alpha=0.15, linewidth=0)
+            axes.plot(table["prevalence"], table[metric], color=color, label=label)
+        for name, prevalence in reference_prevalences.items():
+            axes.axvline(prevalence, color=FAINT_LINE, linewidth=1, linestyle="--")
             axes.annotate(
-                name, (place, 0.02), (3, 0), xycoords=("data", "axes fraction"), textcoords="offset points",
+                name, (prevalence, 0.02), (3, 0), xycoords=("data", "axes fraction"), textcoords="offset points",
                 rotation=90, fontsize=7.5, va="bottom",
             )  # fmt: skip
 
@@ -143,11 +147,11 @@ def prevalence_chart(table: pd.DataFrame, marks: Mapping[str, float]) -> str:
 
 
 def ensemble_size_chart(table: pd.DataFrame) -> str:
-    """Draw the F1 of bags by their size, from the lowest to the highest of each size."""
+    """Draw the mean F1 of bags by number of members, with a band from the lowest to the highest."""
 
     def draw(axes: Axes) -> None:
-        axes.fill_between(table["members"], table["lowest"], table["highest"], color=SECOND, alpha=0.15, linewidth=0)
-        axes.plot(table["members"], table["f1"], color=SECOND, marker=".")
+        axes.fill_between(table["members"], table["lowest"], table["highest"], color=SERIES_2, alpha=0.15, linewidth=0)
+        axes.plot(table["members"], table["f1"], color=SERIES_2, marker=".")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
-    return render_chart("growth", "F1 by the number of members", draw, xlabel="members", ylabel="F1")
+    return render_chart("ensemble-size", "F1 by number of members", draw, xlabel="members", ylabel="F1")

@@ -1,4 +1,4 @@
-"""The data card: what a reader must know of the data before believing a score."""
+"""The data card: counts, duplicates and possible leaks of the data, as JSON and Markdown."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,146 +11,157 @@ from pipeline.core.files import atomic_path, write_json
 from pipeline.core.markdown import markdown_table
 from pipeline.evaluation.metrics import score_predictions
 
-MAX_LISTED = 20  # in card.md; card.json has all
+MAX_LISTED = 20  # rows of a list in card.md; card.json is complete
 UNKNOWN = "not known"
 COLUMNS = ["negative", "positive", "test"]
 
 
 def describe_data(
-    manifest: pd.DataFrame, quarantine: pd.DataFrame, split: pd.DataFrame, same: np.ndarray
+    manifest: pd.DataFrame, quarantine: pd.DataFrame, split: pd.DataFrame, duplicate_groups: np.ndarray
 ) -> dict[str, Any]:
-    """Count what there is.
+    """Count images and find duplicates and leaks.
 
     Args:
         manifest: N rows.
-        quarantine: what `prepare` put aside, one row per image.
-        split: what `splitting.split` gave.
-        same: (N,), what `duplicates.find` gave.
+        quarantine: one row per image that `prepare` rejected.
+        split: N rows, from `splitting.split_dataset`.
+        duplicate_groups: (N,), from `duplicates.find_duplicates`.
 
     Returns:
-        Counts by negative, positive (labeled) and test images; duplicates, one entry per radiograph that is there
-        more than once; patients in both train and test; and what guessing the label from the source is worth.
+        Counts of negative, positive (both labeled) and test images; `duplicates`, one entry per radiograph with several
+        copies; patients in both train and test; and the metrics of a baseline that predicts from the source only.
     """
-    kind = manifest["label"].map({0: "negative", 1: "positive"}).fillna("test")
+    label = manifest["label"].map({0: "negative", 1: "positive"}).fillna("test")
     size = manifest["width"].astype(str) + "×" + manifest["height"].astype(str)
     keys = {"subset": split["subset"], **{name: manifest[name] for name in ("source", "view", "license")}, "size": size}
-    trained, tested = (set(manifest.loc[manifest["set"] == name, "patient"]) - {""} for name in ("train", "test"))
+    train_patients, test_patients = (
+        set(manifest.loc[manifest["set"] == name, "patient"]) - {""} for name in ("train", "test")
+    )
     return {
         "images": len(manifest),
-        "patients": len(trained | tested),
+        "patients": len(train_patients | test_patients),
         "groups": split["group"].nunique(),
-        **{name: _count(key.replace("", UNKNOWN), kind) for name, key in keys.items()},
+        **{name: _count_images(key.replace("", UNKNOWN), label) for name, key in keys.items()},
         "quarantine": quarantine["reason"].value_counts().sort_index().to_dict(),
-        "source_alone": _guess_from_source(manifest, split["subset"]),
-        "duplicates": _duplicates(manifest, same),
-        "patients_in_train_and_test": sorted(trained & tested),
+        "source_only_baseline": _score_source_only(manifest, split["subset"]),
+        "duplicates": _describe_duplicates(manifest, duplicate_groups),
+        "patients_in_train_and_test": sorted(train_patients & test_patients),
     }
 
 
 def data_warnings(card: Mapping[str, Any]) -> list[str]:
-    """Say in a line each what makes scores doubtful."""
-    contradictory, leaking = _contradictory(card["duplicates"]), _leaking(card["duplicates"])
+    """Return a line for each problem of the data that makes metrics unreliable."""
+    conflicting, leaking = _conflicting_labels(card["duplicates"]), _in_train_and_test(card["duplicates"])
     patients = card["patients_in_train_and_test"]
     lines = []
-    if contradictory:
-        what = _files(contradictory[0])
-        lines.append(f"{len(contradictory)} radiograph(s) are there twice with different labels, the first is {what}")
+    if conflicting:
+        example = _join_files(conflicting[0])
+        lines.append(f"{len(conflicting)} radiograph(s) have copies with different labels, the first is {example}")
     if leaking:
-        what = _files(leaking[0])
-        lines.append(f"{len(leaking)} radiograph(s) are in train and in test, the first is {what}")
+        example = _join_files(leaking[0])
+        lines.append(f"{len(leaking)} radiograph(s) are in both train and test, the first is {example}")
     if patients:
-        lines.append(f"{len(patients)} patient(s) are in train and in test, the first is {patients[0]}")
+        lines.append(f"{len(patients)} patient(s) are in both train and test, the first is {patients[0]}")
     return lines
 
 
 def write_data_card(folder: Path, card: Mapping[str, Any]) -> None:
-    """Write `card.json` and, for reading, `card.md`."""
+    """Write `card.json` and `card.md`."""
     write_json(folder / "card.json", card)
-    with atomic_path(folder / "card.md") as aside:
-        aside.write_text(_markdown(card), encoding="utf-8")
+    with atomic_path(folder / "card.md") as temporary:
+        temporary.write_text(_format_card(card), encoding="utf-8")
 
 
-def _count(key: pd.Series, kind: pd.Series) -> dict[str, dict[str, int]]:
-    """Count by key and kind, the most frequent key first."""
-    table = pd.crosstab(key, kind).reindex(columns=COLUMNS, fill_value=0)
-    order = table.sum(axis="columns").sort_values(ascending=False, kind="stable").index
-    return {str(name): {column: int(table.loc[name, column]) for column in COLUMNS} for name in order}
+def _count_images(key: pd.Series, label: pd.Series) -> dict[str, dict[str, int]]:
+    """Count images by key and label, the most frequent key first."""
+    counts = pd.crosstab(key, label).reindex(columns=COLUMNS, fill_value=0)
+    order = counts.sum(axis="columns").sort_values(ascending=False, kind="stable").index
+    return {str(name): {column: int(counts.loc[name, column]) for column in COLUMNS} for name in order}
 
 
-def _guess_from_source(manifest: pd.DataFrame, subset: pd.Series) -> dict[str, float] | None:
-    """Score the best guess that knows nothing but the source: chosen on training images, scored on validation ones.
+def _score_source_only(manifest: pd.DataFrame, subset: pd.Series) -> dict[str, float] | None:
+    """Score the best prediction from the source alone: fitted to the training images, scored on the validation images.
 
-    Sources are called positive in the order of their share of positives, as many as serve each figure best.
+    Sources are ordered by prevalence; for each metric, the first k are predicted positive, with the k that is best on
+    the training images. None if there are fewer than two sources, or if no validation image has a source of them.
     """
     train, validation = (manifest[subset == name] for name in ("train", "validation"))
-    known = train["label"].astype(int).groupby(train["source"]).agg(["sum", "count"])
-    if len(known) < 2 or not validation["source"].isin(known.index).any():
+    sources = train["label"].astype(int).groupby(train["source"]).agg(["sum", "count"])
+    if len(sources) < 2 or not validation["source"].isin(sources.index).any():
         return None
-    known = known.loc[(known["sum"] / known["count"]).sort_values(ascending=False, kind="stable").index]
-    hits, called = (np.append(0, known[name].cumsum()) for name in ("sum", "count"))
-    worth = {"accuracy": len(train) - hits[-1] + 2 * hits - called, "f1": 2 * hits / (called + hits[-1])}
-    found = {}
-    for name, by_count in worth.items():
-        guess = validation["source"].isin(known.index[: by_count.argmax()]).to_numpy(dtype=float)
-        found[name] = score_predictions(validation["label"].to_numpy(dtype=int), guess)[name]  # type: ignore[literal-required]
-    return found
+    prevalence = sources["sum"] / sources["count"]
+    sources = sources.loc[prevalence.sort_values(ascending=False, kind="stable").index]
+    true_positives, predicted_positives = (np.append(0, sources[name].cumsum()) for name in ("sum", "count"))
+    positives = true_positives[-1]
+    by_source_count = {
+        "accuracy": len(train) - positives + 2 * true_positives - predicted_positives,  # number of correct predictions
+        "f1": 2 * true_positives / (predicted_positives + positives),
+    }
+    scores = {}
+    for metric, values in by_source_count.items():
+        predicted = validation["source"].isin(sources.index[: values.argmax()]).to_numpy(dtype=float)
+        all_scores = score_predictions(validation["label"].to_numpy(dtype=int), predicted)
+        scores[metric] = all_scores[metric]  # type: ignore[literal-required]
+    return scores
 
 
-def _duplicates(manifest: pd.DataFrame, same: np.ndarray) -> list[dict[str, Any]]:
-    several = pd.Series(same).duplicated(keep=False).to_numpy()
+def _describe_duplicates(manifest: pd.DataFrame, duplicate_groups: np.ndarray) -> list[dict[str, Any]]:
+    has_copy = pd.Series(duplicate_groups).duplicated(keep=False).to_numpy()
     return [
         {
-            "files": list(rows["file"]),
-            "equal": len(set(rows["xxh128"])) == 1,  # pixel for pixel
-            "labels": sorted({int(label) for label in rows["label"].dropna()}),
-            "sets": sorted(set(rows["set"])),
+            "files": list(copies["file"]),
+            "identical_pixels": len(set(copies["xxh128"])) == 1,
+            "labels": sorted({int(label) for label in copies["label"].dropna()}),
+            "sets": sorted(set(copies["set"])),
         }
-        for _, rows in manifest[several].groupby(same[several])
+        for _, copies in manifest[has_copy].groupby(duplicate_groups[has_copy])
     ]
 
 
-def _contradictory(duplicates: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return [one for one in duplicates if len(one["labels"]) > 1]
+def _conflicting_labels(duplicates: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [duplicate for duplicate in duplicates if len(duplicate["labels"]) > 1]
 
 
-def _leaking(duplicates: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return [one for one in duplicates if len(one["sets"]) > 1]
+def _in_train_and_test(duplicates: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [duplicate for duplicate in duplicates if len(duplicate["sets"]) > 1]
 
 
-def _files(duplicate: Mapping[str, Any]) -> str:
+def _join_files(duplicate: Mapping[str, Any]) -> str:
     return " = ".join(duplicate["files"][:3]) + (" = …" if len(duplicate["files"]) > 3 else "")
 
 
-def _markdown(card: Mapping[str, Any]) -> str:
-    duplicates, guess = card["duplicates"], card["source_alone"]
-    known = card["patients"] or "no"
-    parts = [
+def _format_card(card: Mapping[str, Any]) -> str:
+    duplicates, baseline = card["duplicates"], card["source_only_baseline"]
+    identical = sum(duplicate["identical_pixels"] for duplicate in duplicates)
+    counts = f"{card['images']} images, {card['patients'] or 'no'} known patients, {card['groups']} groups"
+    paragraphs = [
         "# Data card",
-        f"{card['images']} images of {known} known patients, in {card['groups']} groups that are never divided.",
-        *(_table(name, card[name]) for name in ("subset", "source", "view", "size", "license")),
-        "## The label from the source alone",
-        f"A guess that knows nothing but the source reaches accuracy {guess['accuracy']:.3f}, or F1 {guess['f1']:.3f}, "
-        "on the validation images. A model that scores no more may have learned nothing else."
-        if guess
-        else "No such guess can be made: no two sources are known, or the one that validates is not trained on.",
+        f"{counts}. Training and validation set never share a group.",
+        *(_format_counts(name, card[name]) for name in ("subset", "source", "view", "size", "license")),
+        "## Source-only baseline",
+        "Predicting the label from the source alone, tuned on the training images for each metric, gives accuracy "
+        f"{baseline['accuracy']:.3f} and F1 {baseline['f1']:.3f} on the validation images. A model that scores no "
+        "higher may have learned only the source."
+        if baseline
+        else "– (fewer than two sources in the training set, or no validation image of a source in the training set)",
         "## Duplicates",
-        f"More than once: {len(duplicates)} radiographs; pixel for pixel: {sum(one['equal'] for one in duplicates)}.",
-        *_listed("With different labels", [_files(one) for one in _contradictory(duplicates)]),
-        *_listed("In train and in test", [_files(one) for one in _leaking(duplicates)]),
-        *_listed("Patients in train and in test", card["patients_in_train_and_test"]),
+        f"Radiographs with several copies: {len(duplicates)}; with identical pixels: {identical}.",
+        *_format_list("With different labels", [_join_files(one) for one in _conflicting_labels(duplicates)]),
+        *_format_list("In both train and test", [_join_files(one) for one in _in_train_and_test(duplicates)]),
+        *_format_list("Patients in both train and test", card["patients_in_train_and_test"]),
         "## Quarantine",
-        "".join(f"- {count} × {reason}\n" for reason, count in card["quarantine"].items()).strip() or "Nothing.",
+        "".join(f"- {count} × {reason}\n" for reason, count in card["quarantine"].items()).strip() or "No images.",
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(paragraphs) + "\n"
 
 
-def _table(name: str, counts: Mapping[str, Mapping[str, int]]) -> str:
+def _format_counts(name: str, counts: Mapping[str, Mapping[str, int]]) -> str:
     rows = [[key, *map(str, row.values())] for key, row in counts.items()]
     more = f"\n\n{len(rows) - MAX_LISTED} more are in card.json." if len(rows) > MAX_LISTED else ""
-    return f"## By {name}\n\n{markdown_table([name, *COLUMNS], rows[:MAX_LISTED])}{more}"
+    return f"## Images by {name}\n\n{markdown_table([name, *COLUMNS], rows[:MAX_LISTED])}{more}"
 
 
-def _listed(title: str, items: Sequence[str]) -> list[str]:
+def _format_list(title: str, items: Sequence[str]) -> list[str]:
     if not items:
         return []
     more = [f"- … and {len(items) - MAX_LISTED} more, in card.json"] if len(items) > MAX_LISTED else []

@@ -1,4 +1,4 @@
-"""Where a model looks: Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391)."""
+"""Grad-CAM heatmaps (Selvaraju et al. 2017, arXiv:1610.02391) and their share in the image border."""
 
 import numpy as np
 import pandas as pd
@@ -9,79 +9,85 @@ from pipeline.evaluation.metrics import apply_threshold
 from pipeline.evaluation.shortcuts import BORDER_WIDTH, THUMBNAIL_SIZE
 from pipeline.models.classifier import Classifier
 
-MIN_MAP_SIZE = 4  # edge of the map: a coarser one cannot tell the middle from the border
-MARGIN = BORDER_WIDTH / THUMBNAIL_SIZE  # of the edge, on each side: what the shortcut `border` sees
-UNIFORM_BORDER_SHARE = (
-    1 - (1 - 2 * MARGIN) ** 2
-)  # the border's share of the area, so of a map that is the same everywhere
+MIN_MAP_SIZE = 4  # edge of the feature map: a coarser one cannot separate the center from the border
+MARGIN = (
+    BORDER_WIDTH / THUMBNAIL_SIZE
+)  # width of the border, as a share of the edge; as for the shortcut baseline `border`
+UNIFORM_BORDER_SHARE = 1 - (1 - 2 * MARGIN) ** 2  # of a uniform map: the border's share of the area
+KINDS = ["most confident correct", "most confident wrong", "least confident"]  # of example images
 
 
 def most_and_least_confident(
     labels: np.ndarray, probabilities: np.ndarray, threshold: float, count: int = 4
 ) -> pd.DataFrame:
-    """Choose the surest right images (half of each class, if there are), the surest wrong and the least sure ones.
+    """Select the most confident correct (up to half per class), most confident wrong, and least confident images.
+
+    Confidence is the distance of P(positive) from the threshold.
 
     Args:
         labels: (N,), 0 or 1.
         probabilities: (N,), P(positive).
-        threshold: from which an image is called positive.
-        count: images of each kind, at most.
+        threshold: P(positive) from which an image is predicted positive.
+        count: maximum number of images of each kind.
 
     Returns:
-        `kind` and `row`, 0 to N − 1; no image twice.
+        `kind` and `row`, 0 to N − 1; each image at most once.
     """
-    right = apply_threshold(probabilities, threshold) == labels
-    table = pd.DataFrame({"label": labels, "right": right, "sure": np.abs(probabilities - threshold)})
-    surest = table.sort_values("sure", ascending=False, kind="stable")
-    found = {
-        "surest right": surest[surest["right"]].groupby("label").head(count // 2).sort_values("label", kind="stable"),
-        "surest wrong": surest[~surest["right"]].head(count),
-        "least sure": surest[::-1].head(count),
-    }
-    rows = pd.concat([pd.DataFrame({"kind": kind, "row": part.index}) for kind, part in found.items()])
+    correct = apply_threshold(probabilities, threshold) == labels
+    table = pd.DataFrame({"label": labels, "correct": correct, "confidence": np.abs(probabilities - threshold)})
+    table = table.sort_values("confidence", ascending=False, kind="stable")
+    correct_per_class = table[table["correct"]].groupby("label").head(count // 2)
+    selected = [
+        correct_per_class.sort_values("label", kind="stable"),
+        table[~table["correct"]].head(count),
+        table[::-1].head(count),
+    ]
+    rows = pd.concat(
+        [pd.DataFrame({"kind": kind, "row": images.index}) for kind, images in zip(KINDS, selected, strict=True)]
+    )
     return rows.drop_duplicates("row").reset_index(drop=True)
 
 
 def compute_heatmaps(network: Classifier, pixels: Tensor, classes: list[int]) -> np.ndarray:
-    """Return where a network sees what speaks for a class.
+    """Compute Grad-CAM heatmaps of the regions that contribute to the score of a class.
 
     Args:
-        network: on the CPU, where the same map comes out every time.
+        network: on the CPU, where the maps are deterministic.
         pixels: gray images (N, S, S), uint8.
-        classes: for each image, 0 or 1.
+        classes: the class to explain, 0 or 1, for each image.
 
     Returns:
-        Maps float32 (N, size, size) of the size the network sees, from 0 to 1 each; all 0 where nothing does.
+        Heatmaps, float32 (N, size, size) at the input size of the network, in [0, 1]; all 0 if no region contributes.
     """
     from pytorch_grad_cam import GradCAM
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
     inputs = network.normalize(network.resize(pixels))
     with GradCAM(network, [target_layer(network)]) as cam:
-        return np.asarray(cam(inputs, [ClassifierOutputTarget(number) for number in classes]))
+        return np.asarray(cam(inputs, [ClassifierOutputTarget(label) for label in classes]))
 
 
 def target_layer(network: Classifier) -> nn.Module:
-    """Return the last part of the backbone whose output is a map that is not too coarse."""
-    found: list[nn.Module] = []
+    """Return the last layer of the backbone whose output is a feature map with edges of at least `MIN_MAP_SIZE`."""
+    layers: list[nn.Module] = []
 
-    def look(module: nn.Module, _: object, output: object) -> None:
+    def record_layer(module: nn.Module, _: object, output: object) -> None:
         if isinstance(output, Tensor) and output.ndim == 4 and output.shape[-1] == output.shape[-2] >= MIN_MAP_SIZE:
-            found.append(module)
+            layers.append(module)
 
-    hooks = [module.register_forward_hook(look) for module in network.backbone.modules()]
+    hooks = [module.register_forward_hook(record_layer) for module in network.backbone.modules()]
     size = network.architecture.size
     with torch.no_grad():
         network(network.normalize(torch.zeros(1, 1, size, size)))
     for hook in hooks:
         hook.remove()
-    return found[-1]
+    return layers[-1]
 
 
 def border_share(maps: np.ndarray) -> np.ndarray:
-    """Return the share of each map's (N, S, S) mass that lies in the border; NaN where the map is empty."""
+    """Return the share (N,) of each heatmap (N, S, S), by its sum, that lies in the border; NaN for an empty map."""
     margin = round(maps.shape[-1] * MARGIN)
     total = maps.sum(axis=(1, 2))
-    inside = maps[:, margin:-margin, margin:-margin].sum(axis=(1, 2))
-    share: np.ndarray = np.divide(total - inside, total, out=np.full(len(maps), np.nan), where=total > 0)
+    center = maps[:, margin:-margin, margin:-margin].sum(axis=(1, 2))
+    share: np.ndarray = np.divide(total - center, total, out=np.full(len(maps), np.nan), where=total > 0)
     return share

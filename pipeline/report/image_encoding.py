@@ -1,4 +1,4 @@
-"""Radiographs as `data:` addresses that a page carries in itself."""
+"""Radiographs and heatmaps as `data:` URIs, which an HTML page can embed."""
 
 import base64
 import io
@@ -7,25 +7,25 @@ import numpy as np
 from matplotlib import colormaps
 from PIL import Image
 
-MAX_EDGE = 192  # pixels, at most
+MAX_EDGE = 192  # pixels
 
 
 def image_data_uri(pixels: np.ndarray) -> str:
     """Encode a radiograph, uint8 (S, S)."""
-    return _encoded(Image.fromarray(pixels))
+    return _jpeg_data_uri(Image.fromarray(pixels))
 
 
-def heatmap_data_uri(pixels: np.ndarray, heat: np.ndarray) -> str:
-    """Encode a radiograph, uint8 (S, S), under a map of heat in [0, 1] of any size."""
+def heatmap_data_uri(pixels: np.ndarray, heatmap: np.ndarray) -> str:
+    """Encode a radiograph, uint8 (S, S), with a heatmap of any size, values in [0, 1], blended over it."""
     size = (min(MAX_EDGE, pixels.shape[-1]),) * 2
     gray = np.asarray(Image.fromarray(pixels).resize(size), dtype=float)[..., None]
-    warmth = np.asarray(Image.fromarray(np.float32(heat)).resize(size, Image.Resampling.BILINEAR))
-    color = 255 * colormaps["inferno"](warmth)[..., :3]
-    share = 0.65 * warmth[..., None]
-    return _encoded(Image.fromarray(np.uint8(np.clip((1 - share) * gray + share * color, 0, 255))))
+    heat = np.asarray(Image.fromarray(np.float32(heatmap)).resize(size, Image.Resampling.BILINEAR))
+    color = 255 * colormaps["inferno"](heat)[..., :3]
+    opacity = 0.65 * heat[..., None]
+    return _jpeg_data_uri(Image.fromarray(np.uint8(np.clip((1 - opacity) * gray + opacity * color, 0, 255))))
 
 
-def _encoded(image: Image.Image) -> str:
+def _jpeg_data_uri(image: Image.Image) -> str:
     image.thumbnail((MAX_EDGE, MAX_EDGE))
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=88)

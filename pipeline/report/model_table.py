@@ -1,4 +1,4 @@
-"""The table of all models and the bag: a column each, a row per figure, as CSV, Markdown and a picture."""
+"""The table of metrics (rows) by model (columns), as CSV, Markdown and PNG."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,30 +11,30 @@ from pipeline.core.files import atomic_path, write_csv
 from pipeline.core.markdown import markdown_table
 from pipeline.evaluation.metrics import LOWER_IS_BETTER, METRIC_LABELS, Scores
 
-MISSING = "–"
+MISSING = "–"  # an undefined metric
 
 
 def build_table(models: Mapping[str, Scores]) -> pd.DataFrame:
-    """Arrange figures by name (rows) and model (columns)."""
+    """Arrange scores as metrics (rows) by models (columns)."""
     return pd.DataFrame(models, dtype=float)
 
 
 def write_table(folder: Path, table: pd.DataFrame) -> None:
     """Write `table.csv`, `table.md` and `table.png`."""
     write_csv(folder / "table.csv", table.rename_axis("metric").reset_index())
-    text = table.map(_text)
-    shown = markdown_table(["", *table.columns], ([METRIC_LABELS[key], *text.loc[key]] for key in table.index))
-    with atomic_path(folder / "table.md") as aside:
-        aside.write_text(f"{shown}\n", encoding="utf-8")
-    with atomic_path(folder / "table.png") as aside:
-        _draw(table, text).savefig(aside, format="png", dpi=130)
+    text = table.map(_format_value)
+    markdown = markdown_table(["", *table.columns], ([METRIC_LABELS[key], *text.loc[key]] for key in table.index))
+    with atomic_path(folder / "table.md") as temporary:
+        temporary.write_text(f"{markdown}\n", encoding="utf-8")
+    with atomic_path(folder / "table.png") as temporary:
+        _draw_table(table, text).savefig(temporary, format="png", dpi=130)
 
 
-def _draw(table: pd.DataFrame, text: pd.DataFrame) -> Figure:
-    """Color each row from its worst figure (red) to its best (green)."""
+def _draw_table(table: pd.DataFrame, text: pd.DataFrame) -> Figure:
+    """Color each row from its worst value (red) to its best (green)."""
     values = table.to_numpy(copy=True)
     values[[key in LOWER_IS_BETTER for key in table.index]] *= -1
-    low, high = (limit.reduce(values, axis=1, keepdims=True) for limit in (np.fmin, np.fmax))  # both pass NaN over
+    low, high = (limit.reduce(values, axis=1, keepdims=True) for limit in (np.fmin, np.fmax))  # both ignore NaN
     shade = (values - low) / np.where(high > low, high - low, 1)
     figure = Figure(figsize=(1.6 + 0.85 * table.shape[1], 0.6 + 0.42 * len(table)), layout="constrained")
     axes = figure.add_subplot()
@@ -49,5 +49,5 @@ def _draw(table: pd.DataFrame, text: pd.DataFrame) -> Figure:
     return figure
 
 
-def _text(value: float) -> str:
+def _format_value(value: float) -> str:
     return MISSING if pd.isna(value) else f"{value:.3f}"

@@ -1,4 +1,4 @@
-"""The report as one page, and the model card, from what the stages before have measured."""
+"""The report as one HTML page, and the model card in Markdown."""
 
 import json
 from dataclasses import dataclass
@@ -10,37 +10,36 @@ import numpy as np
 import pandas as pd
 import torch
 
-from pipeline.core.files import atomic_path, read_csv, read_json
+from pipeline.core.config import Profile
+from pipeline.core.files import atomic_path, read_csv
 from pipeline.evaluation.metrics import METRIC_LABELS, has_single_class
 from pipeline.models import classifier
 from pipeline.report import charts, gradcam, image_encoding, summary_text, tables
 from pipeline.report.results import Results
 from pipeline.report.tables import ReportTable
 
-MAX_DISAGREEMENTS = 12  # images that are shown, at most
+MAX_DISAGREEMENTS = 12  # images on the page
 SECTIONS = {
-    "models": "Models", "curves": "Curves", "operating": "Operating point", "calibration": "Calibration",
-    "prevalence": "Prevalence", "shortcuts": "Disease or source?", "slices": "Slices", "bag": "The bag",
-    "gradcam": "Where it looks", "data": "Data", "parameters": "Parameters", "versions": "Versions and runs",
+    "models": "Models", "curves": "Curves", "operating-point": "Operating point",
+    "calibration": "Calibration of predicted probabilities", "prevalence": "Prevalence",
+    "shortcuts": "Shortcut baselines", "slices": "Slices", "bag": "Seed ensemble (bag)", "gradcam": "Grad-CAM",
+    "data": "Data", "parameters": "Parameters", "versions": "Versions and runs",
 }  # fmt: skip
-LEARNING_CURVES = {
-    "f1": "validation F1",
-    "loss": "validation loss",
-    "train_loss": "training loss",
-}  # columns of a history
+TILE_METRICS = ["f1", "recall", "specificity", "auroc"]
+LEARNING_CURVES = {"f1": "validation F1", "loss": "validation loss", "train_loss": "training loss"}  # by history column
 
 
 @dataclass(frozen=True)
 class ExampleImage:
     file: str
-    says: str  # beside it
-    pictures: list[str]
-    kind: str = ""
-    outside: float = np.nan  # share of what the model looked at that is in the border
+    caption: str
+    images: list[str]  # `data:` URIs of the radiograph and, if there is one, of its heatmap
+    kind: str = ""  # one of `gradcam.KINDS`
+    border_share: float = np.nan  # of the heatmap
 
 
 def write_report(folder: Path, results: Results) -> None:
-    """Write `index.html`, which needs no other file, and `model-card.md`."""
+    """Write `index.html`, which embeds everything it needs, and `model-card.md`."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=jinja2.select_autoescape(["html"]),
@@ -48,145 +47,157 @@ def write_report(folder: Path, results: Results) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        made.__name__: made
-        for made in (tables.format_percent, tables.format_number, tables.format_estimate, tables.format_markdown)
-    }
-    content = _content(results) | {"style": environment.get_template("style.css").render()}
+    for function in (tables.format_percent, tables.format_number, tables.format_estimate, tables.format_markdown):
+        environment.filters[function.__name__] = function
+    context = _template_context(results) | {"style": environment.get_template("style.css").render()}
     for name in ("index.html", "model-card.md"):
-        with atomic_path(folder / name) as aside:
-            aside.write_text(environment.get_template(name).render(content), encoding="utf-8")
-
-
-def _content(results: Results) -> dict[str, Any]:
-    best, summary, params = results.best, results.summary, results.config.active
-    looked = gradcam_examples(results)
-    outside = np.array([image.outside for image in looked])
-    known = outside[~np.isnan(outside)]
-    return {
-        "results": results, "best": best, "bag": results.bag, "summary": summary, "params": params, "names": METRIC_LABELS,
-        "headline": {key: [results.estimate(name, key) for name in (best, results.bag)] for key in
-                     ("f1", "recall", "specificity", "auroc")},
-        "expected": params.evaluate.expected_prevalence, "versus_bag": summary_text.compare_with_bag(results),
-        "cautions": summary_text.find_caveats(results, outside), "sections": SECTIONS, "rivals": summary_text.unbeaten_baselines(results),
-        "added": [summary_text.describe_gain(results, name) for name in results.shortcuts],
-        "models": tables.models_table(results), "spread": tables.seed_table(results), "calibration": tables.calibration_table(results),
-        "operating_points": tables.operating_point_table(results), "prevalence": tables.prevalence_table(best),
-        "shortcuts": tables.baseline_table(results), "slices": tables.slice_table(results), "bags": tables.ensemble_table(results),
-        "disagreement": tables.disagreement_table(), "data": tables.data_table(results), "charts": _charts(results),
-        "confusion": _confusion(results), "parameters": _parameters(params),
-        "versions": _versions(results), "looked": looked, "outside": known.mean() if len(known) else np.nan,
-        "even": gradcam.UNIFORM_BORDER_SHARE, "disputed": disagreement_examples(results), "disputes": len(pd.read_csv("predictions/disputed.csv")),
-        "quarantined": len(pd.read_csv("data/quarantine.csv")), "prior": results.validation["label"].mean(),
-        "data_card": Path("data/card.md").read_text(encoding="utf-8"),
-    }  # fmt: skip
+        with atomic_path(folder / name) as temporary:
+            temporary.write_text(environment.get_template(name).render(context), encoding="utf-8")
 
 
 def gradcam_examples(results: Results) -> list[ExampleImage]:
-    """Explain the surest right, the surest wrong and the least sure validation images of the best model."""
-    best, threshold = results.best, results.summary["best"]["threshold"]
-    labels, probabilities = results.validation["label"].to_numpy(), results.validation[best].to_numpy()
-    chosen = gradcam.most_and_least_confident(labels, probabilities, threshold)
-    folder = Path("models", best)
-    network = classifier.load_classifier(folder, torch.device("cpu"))
-    pixels = [results.images[_place(results, results.validation["file"].iloc[row])] for row in chosen["row"]]
-    answers = [int(probabilities[row] >= threshold) for row in chosen["row"]]
-    maps = gradcam.compute_heatmaps(network, torch.from_numpy(np.stack(pixels)), answers)
+    """Compute heatmaps of the most and least confident validation images of the best model."""
+    threshold = results.summary["best"]["threshold"]
+    files, labels = results.validation["file"], results.validation["label"].to_numpy()
+    probabilities = results.validation[results.best].to_numpy()
+    examples = gradcam.most_and_least_confident(labels, probabilities, threshold)
+    radiographs = [_radiograph(results, files.iloc[row]) for row in examples["row"]]
+    predicted = [int(probabilities[row] >= threshold) for row in examples["row"]]
+    network = classifier.load_classifier(Path("models", results.best), torch.device("cpu"))
+    heatmaps = gradcam.compute_heatmaps(network, torch.from_numpy(np.stack(radiographs)), predicted)
     return [
         ExampleImage(
-            results.validation["file"].iloc[row],
-            f"validation{_class(labels[row])}; P(positive) {probabilities[row]:.3f}",
-            [image_encoding.image_data_uri(radiograph), image_encoding.heatmap_data_uri(radiograph, heat)],
+            files.iloc[row],
+            f"validation{_format_label(labels[row])}; P(positive) {probabilities[row]:.3f}",
+            [image_encoding.image_data_uri(radiograph), image_encoding.heatmap_data_uri(radiograph, heatmap)],
             kind,
-            outside,
+            border_share,
         )
-        for kind, row, radiograph, heat, outside in zip(
-            chosen["kind"], chosen["row"], pixels, maps, gradcam.border_share(maps), strict=True
+        for kind, row, radiograph, heatmap, border_share in zip(
+            examples["kind"], examples["row"], radiographs, heatmaps, gradcam.border_share(heatmaps), strict=True
         )
     ]
 
 
 def disagreement_examples(results: Results) -> list[ExampleImage]:
-    """Show the images on which most members disagree."""
+    """Return the images on which the votes of the members are closest to a tie."""
     count = len(results.config.bag_members)
-    table = read_csv(Path("predictions/disputed.csv"))  # the most disputed ones of each subset come first
+    table = read_csv(Path("predictions/disputed.csv"))
     table["margin"] = (2 * table["votes"] - count).abs()
     return [
         ExampleImage(
             row["file"],
-            f"{row['subset']}{_class(row['label'])}; {row['votes']} of {count} say positive, mean {row['mean']:.3f}",
-            [image_encoding.image_data_uri(results.images[_place(results, row["file"])])],
+            f"{row['subset']}{_format_label(row['label'])}; {row['votes']} of {count} members predict positive, "
+            f"mean P(positive) {row['mean']:.3f}",
+            [image_encoding.image_data_uri(_radiograph(results, row["file"]))],
         )
         for _, row in table.sort_values(["margin", "file"]).head(MAX_DISAGREEMENTS).iterrows()
     ]
 
 
-def _charts(results: Results) -> dict[str, str]:
-    """Draw every chart that there are figures for."""
-    labels, best = results.validation["label"].to_numpy(), results.best
-    models = results.validation[results.config.model_names]
-    histories = {name: pd.read_csv(f"models/{name}/history.csv") for name in results.config.model_names}
-    found = {
-        "training": "".join(
-            charts.learning_curve_chart(histories, column, title, best) for column, title in LEARNING_CURVES.items()
-        )
+def _template_context(results: Results) -> dict[str, Any]:
+    """Return the variables of the templates."""
+    best, bag, params = results.best, results.bag, results.config.active
+    examples = gradcam_examples(results)
+    border_shares = np.array([example.border_share for example in examples])
+    defined_shares = border_shares[~np.isnan(border_shares)]
+    return {
+        # What was evaluated
+        "results": results,
+        "best": best,
+        "bag": bag,
+        "params": params,
+        "parameters": _format_parameters(params),
+        "sections": SECTIONS,
+        "quarantined_count": len(pd.read_csv("data/quarantine.csv")),
+        "data_card": Path("data/card.md").read_text(encoding="utf-8"),
+        # Metrics
+        "summary": results.summary,
+        "metric_labels": METRIC_LABELS,
+        "headline": {key: [results.estimate(name, key) for name in (best, bag)] for key in TILE_METRICS},
+        "expected_prevalence": params.evaluate.expected_prevalence,
+        "validation_prevalence": results.validation["label"].mean(),
+        "tables": _build_tables(results),
+        "charts": _draw_charts(results),
+        # Sentences
+        "bag_comparison": summary_text.compare_with_bag(results),
+        "caveats": summary_text.find_caveats(results, border_shares),
+        "unbeaten_baselines": summary_text.unbeaten_baselines(results),
+        "baseline_gains": [summary_text.describe_gain(results, name) for name in results.baselines],
+        # Example images
+        "gradcam_kinds": gradcam.KINDS,
+        "gradcam_examples": examples,
+        "border_share": defined_shares.mean() if len(defined_shares) else np.nan,
+        "uniform_border_share": gradcam.UNIFORM_BORDER_SHARE,
+        "disagreement_examples": disagreement_examples(results),
+        "disagreement_count": len(pd.read_csv("predictions/disputed.csv")),
+    }
+
+
+def _build_tables(results: Results) -> dict[str, ReportTable]:
+    return {
+        "models": tables.models_table(results),
+        "seeds": tables.seed_table(results),
+        "confusion": tables.confusion_table(results),
+        "operating_points": tables.operating_point_table(results),
+        "calibration": tables.calibration_table(results),
+        "prevalence": tables.prevalence_table(results.best),
+        "baselines": tables.baseline_table(results),
+        "slices": tables.slice_table(results),
+        "ensembles": tables.ensemble_table(results),
+        "disagreement": tables.disagreement_table(),
+        "data": tables.data_table(results),
+        "versions": tables.version_table(results),
+    }
+
+
+def _draw_charts(results: Results) -> dict[str, str]:
+    """Draw the charts whose metrics are defined, as SVG by name."""
+    labels, best, names = results.validation["label"].to_numpy(), results.best, results.config.model_names
+    histories = {name: pd.read_csv(f"models/{name}/history.csv") for name in names}
+    learning_curves = [
+        charts.learning_curve_chart(histories, column, title, best) for column, title in LEARNING_CURVES.items()
+    ]
+    bins = pd.read_csv("metrics/reliability.csv")
+    drawn = {
+        "training": "".join(learning_curves),
+        "reliability": charts.reliability_chart(bins[bins["model"] == best], "temperature and bias"),
     }
     if not has_single_class(labels):
-        found["curves"] = charts.roc_chart(
-            labels, models, best, pd.read_csv("plots/bag_roc.csv")
-        ) + charts.precision_recall_chart(labels, models, best, pd.read_csv("plots/bag_precision_recall.csv"))
-    bins = pd.read_csv("metrics/reliability.csv")
-    found["reliability"] = charts.reliability_chart(bins[bins["model"] == best], "none", "temperature and bias")
-    carried, summary = pd.read_csv("metrics/prevalence.csv"), results.summary["best"]
-    expected = results.config.active.evaluate.expected_prevalence
-    marks = {"validation": labels.mean(), "test, estimated": summary["estimated_test_prevalence"], "expected": expected}
-    own = carried[carried["model"] == best]
-    if own["accuracy"].notna().any():
-        found["prevalence"] = charts.prevalence_chart(
-            own, {name: mark for name, mark in marks.items() if mark is not None}
-        )
+        seeds = results.validation[names]
+        drawn["curves"] = charts.roc_chart(
+            labels, seeds, best, pd.read_csv("plots/bag_roc.csv")
+        ) + charts.precision_recall_chart(labels, seeds, best, pd.read_csv("plots/bag_precision_recall.csv"))
+    by_prevalence = pd.read_csv("metrics/prevalence.csv").query("model == @best")
+    if by_prevalence["accuracy"].notna().any():
+        references = {
+            "validation": labels.mean(),
+            "test, estimated": results.summary["best"]["estimated_test_prevalence"],
+            "expected": results.config.active.evaluate.expected_prevalence,
+        }
+        references = {name: prevalence for name, prevalence in references.items() if prevalence is not None}
+        drawn["prevalence"] = charts.prevalence_chart(by_prevalence, references)
     if len(results.config.bag_members) > 1:
-        found["growth"] = charts.ensemble_size_chart(pd.read_csv("plots/bag_growth.csv"))
-    return found
+        drawn["ensemble_size"] = charts.ensemble_size_chart(pd.read_csv("plots/bag_growth.csv"))
+    return drawn
 
 
-def _confusion(results: Results) -> ReportTable:
-    """Count what the best model calls right and wrong at its operating point."""
-    labels, threshold = results.validation["label"], results.summary["best"]["threshold"]
-    positive = results.validation[results.best] >= threshold
-    grid = ReportTable([results.best, "called negative", "called positive"])
-    for label, name in enumerate(["negative", "positive"]):
-        grid.add(name, *(str(int(((labels == label) & (positive == call)).sum())) for call in (False, True)))
-    return grid
-
-
-def _parameters(params: Any) -> list[tuple[str, str]]:
-    """List what shapes the report; of a path only the name, for where it lies is one machine's business."""
-    found = []
+def _format_parameters(params: Profile) -> list[tuple[str, str]]:
+    """List the parameters that affect the report; a path as its name only, because its folder differs by machine."""
+    rows = []
     for section in ("download", "weights", "prepare", "split", "train", "evaluate", "bag"):
         for key, value in getattr(params, section):
-            shown = value.name if isinstance(value, Path) else value
-            found.append((f"{section}.{key}", shown if isinstance(shown, str) else json.dumps(shown)))
-    return found
+            plain = value.name if isinstance(value, Path) else value
+            rows.append((f"{section}.{key}", plain if isinstance(plain, str) else json.dumps(plain)))
+    return rows
 
 
-def _versions(results: Results) -> ReportTable:
-    grid = ReportTable(
-        ["run in MLflow", "best epoch", "torch", "device", "CPU threads", "processes", "weights (SHA-256)"]
-    )
-    for name in results.config.model_names:
-        folder = Path("models", name)
-        facts, metrics = read_json(folder / "model.json"), read_json(folder / "metrics.json")
-        own = facts["environment"]
-        parts = [own[key] for key in ("torch", "device", "cpu_threads", "processes")]
-        grid.add(metrics["run"], *(str(part) for part in [metrics["epoch"], *parts]), facts["weights_sha256"][:12])
-    return grid
+def _radiograph(results: Results, file: str) -> np.ndarray:
+    """Return the packed image of a file, uint8 (S, S)."""
+    image: np.ndarray = results.images[int(results.table.index[results.table["file"] == file][0])]
+    return image
 
 
-def _place(results: Results, file: str) -> int:
-    return int(results.table.index[results.table["file"] == file][0])
-
-
-def _class(label: float) -> str:
-    """Name the class after a comma; of a test image it is not known."""
+def _format_label(label: float) -> str:
+    """Return ", positive" or ", negative"; nothing for a test image, whose label is not known."""
     return "" if np.isnan(label) else ", positive" if label else ", negative"

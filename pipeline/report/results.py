@@ -1,4 +1,4 @@
-"""What the stages before left, read once, and the figures that the report asks it for."""
+"""Results of the earlier stages, read from their outs."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +15,7 @@ from pipeline.data.manifest import read_split
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure in the interval from `low` to `high` (95 %); NaN is missing, and `reason` says why."""
+    """A metric with the limits of its 95 % interval; NaN where undefined, with the `reason`."""
 
     value: float
     low: float = np.nan
@@ -29,11 +29,13 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Results:
+    """Metrics and predictions of the project in the working directory; each file is read at its first use."""
+
     config: Config
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """The single numbers of `best` and `bag`."""
+        """Headline numbers of `best` and `bag`."""
         return dict(read_json(Path("metrics/summary.json")))
 
     @property
@@ -43,17 +45,17 @@ class Results:
 
     @property
     def bag(self) -> str:
-        """The bag as it answers."""
+        """The bag with the method of `bag.method`."""
         return str(self.summary["bag"]["model"])
 
     @cached_property
     def table(self) -> pd.DataFrame:
-        """A row per image of the pack."""
+        """One row per packed image, in the order of `images`."""
         return read_split(Path("data"))
 
     @cached_property
     def images(self) -> np.ndarray:
-        """The pack, uint8 (N, S, S)."""
+        """The packed images, uint8 (N, S, S)."""
         return np.asarray(np.load("data/images.npy", mmap_mode="r"))
 
     @cached_property
@@ -63,26 +65,27 @@ class Results:
 
     @cached_property
     def models(self) -> list[str]:
-        """The seeds, every way to combine them, and the shortcuts."""
+        """Names of the seeds, of the ensembles by combination method, and of the shortcut baselines."""
         return list(dict.fromkeys(model for model, _ in self._intervals))
 
     @cached_property
-    def shortcuts(self) -> dict[str, str]:
-        """What needs no radiology, by the name of its model: the name alone."""
+    def baselines(self) -> dict[str, str]:
+        """Shortcut baselines: the feature by the name of the model, such as `source` by `shortcut (source)`."""
         return {name: name[len("shortcut (") : -1] for name in self.models if name.startswith("shortcut")}
 
     @cached_property
-    def spread(self) -> pd.DataFrame:
-        """`mean`, `deviation`, `lowest`, `highest` and `reason` of the seeds, by metric."""
+    def seed_statistics(self) -> pd.DataFrame:
+        """`mean`, `deviation`, `lowest`, `highest` and `reason` over the seeds, by metric."""
         return read_csv(Path("metrics/seeds.csv")).set_index("metric")
 
     @cached_property
     def slices(self) -> pd.DataFrame:
-        """What the bag stage says of every source, view and size; texts that are missing are empty."""
+        """Metrics by source, view and size; missing texts are empty."""
         return read_csv(Path("metrics/slices.csv")).fillna({"slice": "", "reason": "", "model": ""})
 
     @cached_property
-    def positives(self) -> int:
+    def positive_count(self) -> int:
+        """Number of positive validation images."""
         return int(self.validation["label"].sum())
 
     @cached_property
@@ -99,24 +102,24 @@ class Results:
         return as_estimate(self._intervals[model, metric])
 
     def estimate_type(self, model: str) -> str:
-        """Say whether the images that measured the model also chose its operating point."""
+        """Return `fixed`, `cross-fitted` or `apparent`: how the operating point of the model was evaluated."""
         return str(self._intervals[model, "f1"]["estimate_type"])
 
     def difference(self, model: str, against: str, metric: str) -> Estimate:
-        """Return by how much `model` has more of a figure than `against` on the same images."""
+        """Return the metric of `model` minus that of `against` on the same images, with its paired interval."""
         if (model, against, metric) not in self._differences:
-            return Estimate(np.nan, reason="one of the two has no such figure")
+            return Estimate(np.nan, reason="undefined for one of the two models")
         return as_estimate(self._differences[model, against, metric])
 
-    def added(self, shortcut: str, metric: str) -> Estimate:
-        """Return by how much the best model surpasses a shortcut."""
-        found = self.difference(shortcut, self.best, metric)
-        reason = self.estimate(shortcut, metric).reason if found.missing else ""
-        return Estimate(-found.value, -found.high, -found.low, reason or found.reason)
+    def gain_over_baseline(self, baseline: str, metric: str) -> Estimate:
+        """Return the metric of the best model minus that of a shortcut baseline."""
+        difference = self.difference(baseline, self.best, metric)
+        reason = self.estimate(baseline, metric).reason if difference.missing else ""
+        return Estimate(-difference.value, -difference.high, -difference.low, reason or difference.reason)
 
 
 def as_estimate(row: pd.Series) -> Estimate:
-    """Read `value` and, if they are there, `low`, `high` and `reason` of a row."""
+    """Convert a row with `value` and, optionally, `low`, `high` and `reason`."""
     value, low, high = (float(row.get(key, np.nan)) for key in ("value", "low", "high"))
     reason = row.get("reason", "")
     return Estimate(value, low, high, "" if pd.isna(reason) else str(reason))

@@ -1,0 +1,94 @@
+"""Tests of the data card."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from pipeline.report import data_card
+
+
+def build_manifest(**columns: list) -> pd.DataFrame:
+    """Return four negative and four positive images, two of them for validation, and two test images."""
+    count = 10
+    defaults = {
+        "file": [f"{index}.jpg" for index in range(count)],
+        "set": ["train"] * 8 + ["test"] * 2,
+        "label": pd.array([0, 0, 0, 0, 1, 1, 1, 1, None, None], dtype="Int64"),
+        "xxh128": [f"{index:02}" for index in range(count)],
+        **{name: [""] * count for name in ("patient", "source", "view", "license")},
+        **dict.fromkeys(("width", "height"), 512),
+    }
+    return pd.DataFrame({**defaults, **columns})
+
+
+QUARANTINE = pd.DataFrame({"file": ["x.jpg", "y.jpg"], "reason": ["empty file", "empty file"]})
+
+
+def describe(manifest: pd.DataFrame, duplicate_of: dict[int, int] | None = None) -> dict:
+    """Build the card; `duplicate_of` maps a row to the first row of its group of duplicates."""
+    subset = ["validation", "train", "train", "train", "validation", "train", "train", "train", "test", "test"]
+    duplicate_groups = [(duplicate_of or {}).get(row, row) for row in range(len(manifest))]
+    split = pd.DataFrame({"file": manifest["file"], "group": manifest["file"], "subset": subset})
+    return data_card.describe_data(manifest, QUARANTINE, split, np.array(duplicate_groups))
+
+
+def test_classes_are_counted_by_subset_source_view_license_and_size():
+    card = describe(build_manifest(source=["a"] * 6 + ["b"] * 4, view=["PA"] * 9 + [""], license=["CC0"] * 10))
+    assert card["subset"]["validation"] == {"negative": 1, "positive": 1, "test": 0}
+    assert card["source"] == {
+        "a": {"negative": 4, "positive": 2, "test": 0}, "b": {"negative": 0, "positive": 2, "test": 2}
+    }  # fmt: skip
+    assert card["view"]["not known"] == {"negative": 0, "positive": 0, "test": 1}
+    assert card["license"] == {"CC0": {"negative": 4, "positive": 4, "test": 2}}
+    assert card["size"] == {"512×512": {"negative": 4, "positive": 4, "test": 2}}
+    assert card["quarantine"] == {"empty file": 2}
+
+
+def test_a_source_that_determines_the_label_scores_one():
+    assert describe(build_manifest(source=["a"] * 4 + ["b"] * 6))["source_only_baseline"] == {
+        "accuracy": 1.0,
+        "f1": 1.0,
+    }
+
+
+def test_an_uninformative_source_scores_as_the_better_constant():
+    card = describe(build_manifest(source=["a", "b"] * 5))["source_only_baseline"]
+    assert card["accuracy"] == 0.5
+    assert card["f1"] == pytest.approx(2 / 3)  # by predicting every image positive
+
+
+def test_one_source_or_none_gives_no_baseline():
+    assert describe(build_manifest())["source_only_baseline"] is None
+
+
+def test_duplicates_are_listed_with_their_labels_and_sets():
+    manifest = build_manifest(xxh128=["00", "00", *(f"{index:02}" for index in range(2, 10))])
+    assert describe(manifest, {1: 0, 6: 3, 9: 2})["duplicates"] == [
+        {"files": ["0.jpg", "1.jpg"], "identical_pixels": True, "labels": [0], "sets": ["train"]},
+        {"files": ["2.jpg", "9.jpg"], "identical_pixels": False, "labels": [0], "sets": ["test", "train"]},
+        {"files": ["3.jpg", "6.jpg"], "identical_pixels": False, "labels": [0, 1], "sets": ["train"]},
+    ]
+
+
+def test_conflicting_labels_and_leaks_are_warnings():
+    card = describe(build_manifest(patient=["p1", *[""] * 7, "p1", "p2"]), {6: 3, 9: 2})
+    assert data_card.data_warnings(card) == [
+        "1 radiograph(s) have copies with different labels, the first is 3.jpg = 6.jpg",
+        "1 radiograph(s) are in both train and test, the first is 2.jpg = 9.jpg",
+        "1 patient(s) are in both train and test, the first is p1",
+    ]
+    assert data_card.data_warnings(describe(build_manifest())) == []
+
+
+def test_the_card_is_deterministic_and_readable(tmp_path):
+    for folder in ("one", "two"):
+        data_card.write_data_card(tmp_path / folder, describe(build_manifest(source=["a"] * 4 + ["b"] * 6), {6: 3}))
+    for name in ("card.md", "card.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    text = (tmp_path / "one/card.md").read_text()
+    assert "| a | 4 | 0 | 0 |" in text
+    assert "With different labels: 1\n\n- 3.jpg = 6.jpg" in text
+    assert "2 × empty file" in text
+    assert json.loads((tmp_path / "one/card.json").read_text())["images"] == 10
