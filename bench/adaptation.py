@@ -1,9 +1,9 @@
-"""What adapting predictions to the prevalence of the test set gains, where the labels of the test set are known.
+"""Effect of adapting predictions to the prevalence of the test set, for a test set whose labels are known.
 
-python bench/adaptation.py PROJECT LABELS    # a clone in which `dvc repro evaluate` has run; File,Label of its test set
+python bench/adaptation.py PROJECT LABELS    # a clone after `dvc repro evaluate`; a CSV with File,Label of its test set
 
-Accuracies are the means over the seeds, with intervals of a bootstrap over images. `calibrated` has the temperature and
-bias that fit the validation set; `adapted` moves that on to the prevalence that EM finds among the test images.
+Accuracies are means over the seeds, with 95 % intervals of a bootstrap over images. `calibrated` applies the
+temperature and bias fitted on the validation set; `adapted` also the prevalence that EM estimates from the test images.
 """
 
 import json
@@ -16,42 +16,39 @@ import pandas as pd
 from pipeline.core.files import read_csv
 from pipeline.evaluation import intervals
 from pipeline.evaluation.calibration import fit_platt
-from pipeline.evaluation.metrics import apply_threshold
+from pipeline.evaluation.metrics import apply_threshold, compute_metrics
 from pipeline.evaluation.prevalence import adapt_label_shift
 
 RESAMPLES = 2000
 
 
-def main(project: str, labels: str) -> None:
-    given, test = (
+def main(project: str, labels_file: str) -> None:
+    validation, test = (
         read_csv(Path(project, f"predictions/{name}.csv")).set_index("file") for name in ("validation", "test")
     )
-    truth = pd.read_csv(labels, index_col="File").loc[test.index, "Label"].to_numpy()
-    known = given.pop("label").to_numpy()
-    weights = intervals.bootstrap_weights(np.arange(len(truth)), RESAMPLES)
-    seeds: dict[str, list[pd.DataFrame]] = {"plain": [], "calibrated": [], "adapted": []}
-    found = []
+    test_labels = pd.read_csv(labels_file, index_col="File").loc[test.index, "Label"].to_numpy()
+    labels = validation.pop("label").to_numpy()
+    weights = intervals.bootstrap_weights(np.arange(len(test_labels)), RESAMPLES)
+    metrics: dict[str, list[pd.DataFrame]] = {"plain": [], "calibrated": [], "adapted": []}
+    prevalences = []
     for seed in test:
-        calibrate = fit_platt(known, given[seed].to_numpy())
-        if calibrate is None:
+        recalibrate = fit_platt(labels, validation[seed].to_numpy())
+        if recalibrate is None:
             raise SystemExit(f"{seed} cannot be calibrated on this validation set")
-        calibrated = calibrate(test[seed].to_numpy())
-        shift = adapt_label_shift(calibrated, float(known.mean()))
-        found.append(shift["prevalence"])
-        for way, probabilities in zip(seeds, (test[seed], calibrated, shift["probabilities"]), strict=True):
-            seeds[way].append(intervals.compute_metrics(truth, apply_threshold(probabilities), None, weights))
-    means = {way: sum(each) / len(each) for way, each in seeds.items()}
-    for way, mean in means.items():
-        line = {"way": way, "accuracy": mean["accuracy"][0]}
-        for other in list(means)[: list(means).index(way)]:
-            gain = intervals.compare_metrics(mean, means[other], ["accuracy"]).iloc[0]
-            line[f"over {other}"] = [gain["difference"], gain["low"], gain["high"]]
-        print(json.dumps({key: np.round(value, 3).tolist() if key != "way" else value for key, value in line.items()}))
-    print(
-        json.dumps(
-            {"prevalence": truth.mean(), "estimated": round(np.mean(found), 3), "spread": round(np.std(found), 3)}
-        )
-    )
+        calibrated = recalibrate(test[seed].to_numpy())
+        shift = adapt_label_shift(calibrated, float(labels.mean()))
+        prevalences.append(shift["prevalence"])
+        for kind, probabilities in zip(metrics, (test[seed], calibrated, shift["probabilities"]), strict=True):
+            metrics[kind].append(compute_metrics(test_labels, apply_threshold(probabilities), None, weights))
+    means = {kind: sum(seeds) / len(seeds) for kind, seeds in metrics.items()}
+    for kind, mean in means.items():
+        line = {"predictions": kind, "accuracy": round(mean["accuracy"][0], 3)}
+        for reference in list(means)[: list(means).index(kind)]:
+            difference = intervals.compare_metrics(mean, means[reference], ["accuracy"]).iloc[0]
+            line[f"over {reference}"] = [round(difference[key], 3) for key in ("difference", "low", "high")]
+        print(json.dumps(line))
+    estimated, deviation = round(np.mean(prevalences), 3), round(np.std(prevalences), 3)
+    print(json.dumps({"prevalence": test_labels.mean(), "estimated": estimated, "deviation": deviation}))
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ counts = st.integers(0, 12)
 probabilities = st.floats(0, 1, width=32)
 
 
-def labeled(tn: int, fp: int, fn: int, tp: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return labels and probabilities with these counts at 0.5."""
+def predictions_with_counts(tn: int, fp: int, fn: int, tp: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return labels and probabilities with this confusion matrix at the threshold 0.5."""
     labels = np.repeat([0, 0, 1, 1], [tn, fp, fn, tp])
     return labels, np.repeat([0.2, 0.7, 0.4, 0.9], [tn, fp, fn, tp])
 
@@ -37,67 +37,70 @@ def labeled(tn: int, fp: int, fn: int, tp: int) -> tuple[np.ndarray, np.ndarray]
 
 @settings(max_examples=60, deadline=None)
 @given(counts, counts, counts, counts)
-def test_scores_follow_from_the_confusion_counts(tn, fp, fn, tp):
+def test_scores_follow_from_the_confusion_matrix(tn, fp, fn, tp):
     assume(tn + fp + fn + tp)
-    found = score_predictions(*labeled(tn, fp, fn, tp))
-    assert found["accuracy"] == (tn + tp) / (tn + fp + fn + tp)
-    assert found["recall"] == (tp / (tp + fn) if tp + fn else None)
-    assert found["precision"] == (tp / (tp + fp) if tp + fp else None)
-    assert found["specificity"] == (tn / (tn + fp) if tn + fp else None)
-    assert found["f1"] == pytest.approx(2 * tp / (2 * tp + fp + fn) if tp else 0)
-    both = tn + fp and tp + fn
-    assert found["balanced_accuracy"] == (pytest.approx((tp / (tp + fn) + tn / (tn + fp)) / 2) if both else None)
+    scores = score_predictions(*predictions_with_counts(tn, fp, fn, tp))
+    assert scores["accuracy"] == (tn + tp) / (tn + fp + fn + tp)
+    assert scores["recall"] == (tp / (tp + fn) if tp + fn else None)
+    assert scores["precision"] == (tp / (tp + fp) if tp + fp else None)
+    assert scores["specificity"] == (tn / (tn + fp) if tn + fp else None)
+    assert scores["f1"] == pytest.approx(2 * tp / (2 * tp + fp + fn) if tp else 0)
+    both_classes = tn + fp and tp + fn
+    balanced = pytest.approx((tp / (tp + fn) + tn / (tn + fp)) / 2) if both_classes else None
+    assert scores["balanced_accuracy"] == balanced
     loss = -(tn * math.log(0.8) + fp * math.log(0.3) + fn * math.log(0.4) + tp * math.log(0.9))
-    assert found["loss"] == pytest.approx(loss / (tn + fp + fn + tp))
+    assert scores["loss"] == pytest.approx(loss / (tn + fp + fn + tp))
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 1), probabilities), min_size=2, max_size=30))
-def test_scores_of_both_classes_equal_scikit_learns(rows):
-    labels, found = np.array([label for label, _ in rows]), np.array([probability for _, probability in rows])
+def test_scores_equal_those_of_scikit_learn(rows):
+    labels, probabilities = (np.array(column) for column in zip(*rows, strict=True))
     assume(len(set(labels)) == 2)
-    predicted = (found >= 0.5).astype(int)
-    assert score_predictions(labels, found) == pytest.approx({
-        "loss": sklearn.log_loss(labels, found),
+    predicted = (probabilities >= 0.5).astype(int)
+    scores = score_predictions(labels, probabilities)
+    assert scores == pytest.approx({
+        "loss": sklearn.log_loss(labels, probabilities),
         "accuracy": sklearn.accuracy_score(labels, predicted),
         "f1": sklearn.f1_score(labels, predicted, zero_division=0),
         "recall": sklearn.recall_score(labels, predicted),
         "precision": sklearn.precision_score(labels, predicted) if predicted.any() else None,
         "specificity": sklearn.recall_score(labels, predicted, pos_label=0),
         "balanced_accuracy": sklearn.balanced_accuracy_score(labels, predicted),
-        "auroc": sklearn.roc_auc_score(labels, found),
-        "average_precision": sklearn.average_precision_score(labels, found),
-    })  # fmt: skip
+        "auroc": sklearn.roc_auc_score(labels, probabilities),
+        "average_precision": sklearn.average_precision_score(labels, probabilities),
+    }, abs=1e-12)  # fmt: skip
+    assert scores["f1"] == sklearn.f1_score(labels, predicted, zero_division=0)  # to the bit: it selects the best epoch
 
 
-def test_exactly_half_is_positive():
+def test_a_probability_of_one_half_is_predicted_positive():
     assert score_predictions(np.array([1, 0]), np.array([0.5, 0.49]))["accuracy"] == 1
 
 
-def test_hard_labels_take_the_place_of_the_threshold():
-    found = score_predictions(np.array([0, 1, 1, 0]), np.array([0.9, 0.1, 0.9, 0.1]), np.array([0, 1, 1, 0]))
-    assert (found["f1"], found["accuracy"]) == (1, 1)
-    assert found["auroc"] == 0.5
+def test_predicted_labels_replace_the_default_threshold():
+    scores = score_predictions(np.array([0, 1, 1, 0]), np.array([0.9, 0.1, 0.9, 0.1]), np.array([0, 1, 1, 0]))
+    assert (scores["f1"], scores["accuracy"]) == (1, 1)
+    assert scores["auroc"] == 0.5
 
 
 @pytest.mark.parametrize("label", [0, 1])
 @pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
-def test_one_class_alone_gives_none_without_a_warning(label, probability):
+def test_undefined_metrics_of_a_single_class_are_none_without_a_warning(label, probability):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = score_predictions(np.full(3, label), np.full(3, probability))
-    absent = {"auroc", "average_precision", "balanced_accuracy", "recall" if label == 0 else "specificity"}
+        scores = score_predictions(np.full(3, label), np.full(3, probability))
+    undefined = {"auroc", "average_precision", "balanced_accuracy", "recall" if label == 0 else "specificity"}
     if probability < 0.5:
-        absent |= {"precision"}
-    assert {key for key, value in found.items() if value is None} == absent
-    assert all(math.isfinite(value) for value in found.values() if value is not None)
+        undefined |= {"precision"}
+    assert {key for key, value in scores.items() if value is None} == undefined
+    assert all(math.isfinite(value) for value in scores.values() if value is not None)
 
 
-def test_a_probability_of_0_or_1_that_is_wrong_costs_a_finite_loss():
+def test_a_wrong_probability_of_0_or_1_has_a_finite_loss():
     assert math.isfinite(score_predictions(np.array([0, 1]), np.array([1.0, 0.0], dtype=np.float32))["loss"])
 
 
-def test_the_best_model_has_the_highest_f1_then_the_lowest_loss_then_comes_first():
+def test_best_model_breaks_ties_of_f1_by_loss_then_by_order():
     models = {name: {"f1": f1, "loss": loss} for name, f1, loss in [("a", 0.8, 0.1), ("b", 0.9, 0.3), ("c", 0.9, 0.2)]}
     assert best_model(models) == "c"
     assert best_model({**models, "d": {"f1": 0.91, "loss": 9.0}}) == "d"
@@ -107,10 +110,10 @@ def test_the_best_model_has_the_highest_f1_then_the_lowest_loss_then_comes_first
 # Predictions
 
 
-def test_predictions_have_a_column_per_network_and_a_row_per_image_in_the_order_asked_for(tmp_path):
+def test_probability_table_has_a_column_per_network_and_the_rows_in_the_requested_order(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (7, 40, 40)).astype(np.uint8)
     np.save(tmp_path / "images.npy", images)
-    facts = {
+    architecture = {
         "head_hidden": [],
         "dropout": 0.2,
         "size": 40,
@@ -118,59 +121,57 @@ def test_predictions_have_a_column_per_network_and_a_row_per_image_in_the_order_
         "packed_size": 40,
         "resize": "stretch",
     }
-    networks = {name: Classifier(Architecture("squeezenet1_1", **facts)).eval() for name in ("seed-3", "seed-1")}
+    networks = {name: Classifier(Architecture("squeezenet1_1", **architecture)).eval() for name in ("seed-3", "seed-1")}
     rows = [6, 0, 3, 2, 5]
-    found = probability_table(networks, PackedImages(tmp_path / "images.npy", torch.device("cpu")), rows, batch_size=2)
-    assert list(found.columns) == ["seed-3", "seed-1"]
+    table = probability_table(networks, PackedImages(tmp_path / "images.npy", torch.device("cpu")), rows, batch_size=2)
+    assert list(table.columns) == ["seed-3", "seed-1"]
     for name, network in networks.items():
         expected = [network.predict_proba(torch.from_numpy(images[row : row + 1])).item() for row in rows]
-        assert found[name].to_numpy() == pytest.approx(expected, abs=1e-5)
+        assert table[name].to_numpy() == pytest.approx(expected, abs=1e-5)
 
 
-# The table
+# Table of models
 
 
 def models() -> dict:
-    first, second = score_predictions(*labeled(5, 2, 1, 4)), score_predictions(*labeled(4, 3, 2, 3))
+    first, second = (score_predictions(*predictions_with_counts(*cells)) for cells in ((5, 2, 1, 4), (4, 3, 2, 3)))
     return {"seed-0": first, "seed-1": second, "bag (vote)": {**first, "loss": None, "auroc": None}}
 
 
-def test_the_table_has_a_column_per_model_and_a_row_per_figure():
-    found = model_table.build_table(models())
-    assert list(found.columns) == ["seed-0", "seed-1", "bag (vote)"]
-    assert list(found.index) == list(models()["seed-0"])
-    assert found.loc["f1", "seed-1"] == models()["seed-1"]["f1"]
-    assert math.isnan(found.loc["loss", "bag (vote)"])
+def test_model_table_has_a_column_per_model_and_a_row_per_metric():
+    table = model_table.build_table(models())
+    assert list(table.columns) == ["seed-0", "seed-1", "bag (vote)"]
+    assert list(table.index) == list(models()["seed-0"])
+    assert table.loc["f1", "seed-1"] == models()["seed-1"]["f1"]
+    assert math.isnan(table.loc["loss", "bag (vote)"])
 
 
-def test_the_table_is_written_as_csv_markdown_and_a_picture(tmp_path):
+def test_model_table_is_written_as_csv_markdown_and_png(tmp_path):
     model_table.write_table(tmp_path, model_table.build_table(models()))
-    back = pd.read_csv(tmp_path / "table.csv", index_col="metric")
-    pd.testing.assert_frame_equal(back, model_table.build_table(models()), check_names=False, rtol=1e-8)
+    table = pd.read_csv(tmp_path / "table.csv", index_col="metric")
+    pd.testing.assert_frame_equal(table, model_table.build_table(models()), check_names=False, rtol=1e-8)
     lines = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
     assert lines[:2] == ["|  | seed-0 | seed-1 | bag (vote) |", "| --- | ---: | ---: | ---: |"]
     assert lines[2].startswith("| loss | ")
     assert lines[2].endswith(" | – |")
     assert f"| F1 | {8 / 11:.3f} | {6 / 11:.3f} | {8 / 11:.3f} |" in lines
     assert {line.count("|") for line in lines} == {5}
-    with Image.open(tmp_path / "table.png") as picture:
-        picture.load()
-        assert picture.format == "PNG"
+    with Image.open(tmp_path / "table.png") as image:
+        image.load()
+        assert image.format == "PNG"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["table.csv", "table.md", "table.png"]
 
 
-def test_a_figure_that_no_model_has_is_a_dash_without_a_warning(tmp_path):
-    # Models that call nothing positive have no precision.
+def test_a_metric_undefined_for_every_model_is_a_dash_without_a_warning(tmp_path):
+    # Precision is undefined for models that predict no image positive.
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model_table.write_table(
-            tmp_path,
-            model_table.build_table({f"seed-{seed}": score_predictions(*labeled(5, 0, 2, 0)) for seed in range(2)}),
-        )
+        scores = score_predictions(*predictions_with_counts(5, 0, 2, 0))
+        model_table.write_table(tmp_path, model_table.build_table({"seed-0": scores, "seed-1": scores}))
     assert "| PPV | – | – |" in (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
 
 
-def test_the_table_is_the_same_bytes_twice(tmp_path):
+def test_model_table_is_written_reproducibly(tmp_path):
     for name in ("one", "two"):
         model_table.write_table(tmp_path / name, model_table.build_table(models()))
     for name in ("table.csv", "table.md", "table.png"):
@@ -184,30 +185,30 @@ def sample(*files: str) -> pd.DataFrame:
     return pd.DataFrame({"File": files, "Label": "0"})
 
 
-def test_a_submission_has_the_order_of_the_sample(tmp_path):
+def test_submission_rows_follow_the_order_of_the_sample(tmp_path):
     labels = pd.Series({"a.jpg": 1, "b.jpg": 0, "c.jpg": 1})
     submission_file.write_submission(tmp_path / "s.csv", labels, sample("c.jpg", "a.jpg", "b.jpg"))
     assert (tmp_path / "s.csv").read_text() == "File,Label\nc.jpg,1\na.jpg,1\nb.jpg,0\n"
 
 
 @pytest.mark.parametrize(
-    ("labels", "named"),
+    ("labels", "expected"),
     [
         ({"a.jpg": 1}, "b.jpg"),
         ({"a.jpg": 1, "b.jpg": 0, "c.jpg": 0}, "c.jpg"),
         (pd.Series([1, 0, 0], index=["a.jpg", "b.jpg", "b.jpg"]), "b.jpg"),
-        ({"a.jpg": 1, "b.jpg": 2}, "0 and 1"),
-        ({"a.jpg": 1, "b.jpg": float("nan")}, "0 and 1"),
+        ({"a.jpg": 1, "b.jpg": 2}, "0 or 1"),
+        ({"a.jpg": 1, "b.jpg": float("nan")}, "0 or 1"),
     ],
-    ids=["missing", "too many", "twice", "no label", "not a number"],
+    ids=["missing file", "extra file", "duplicate file", "not a label", "NaN"],
 )
-def test_predictions_that_do_not_match_the_sample_are_refused(tmp_path, labels, named):
+def test_predictions_that_do_not_match_the_sample_raise(tmp_path, labels, expected):
     path = tmp_path / "s.csv"
     with pytest.raises(UserError) as caught:
         submission_file.write_submission(path, pd.Series(labels), sample("a.jpg", "b.jpg"))
     message = str(caught.value)
     assert message.startswith(f"{path}: ")
-    assert named in message
+    assert expected in message
     assert message.endswith("run: dvc repro evaluate")
     assert not path.exists()
 
@@ -228,79 +229,81 @@ HISTORY = pd.DataFrame({"epoch": [1, 2], "f1": [0.1, 0.5], "loss": [0.7, 0.6], "
         lambda path: curves.draw_confusion_matrix(path, LABELS, (MODELS["seed-0"] >= 0.5).to_numpy(), "seed-0"),
         lambda path: curves.draw_learning_curves(path, {"seed-0": HISTORY, "seed-1": HISTORY}),
     ],
-    ids=["roc", "precision and recall", "confusion", "training"],
+    ids=["roc", "precision-recall", "confusion matrix", "learning curves"],
 )
-def test_a_picture_of_curves_is_the_same_bytes_twice(tmp_path, draw):
+def test_plots_are_drawn_reproducibly(tmp_path, draw):
     for name in ("one.png", "two.png"):
         draw(tmp_path / name)
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
-    with Image.open(tmp_path / "one.png") as picture:
-        assert picture.format == "PNG"
-        assert len(picture.convert("L").getcolors()) > 20
+    with Image.open(tmp_path / "one.png") as image:
+        assert image.format == "PNG"
+        assert len(image.convert("L").getcolors()) > 20
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def area(table_: pd.DataFrame) -> float:
-    return abs(np.trapezoid(*(table_[name] for name in reversed(table_.columns))))
-
-
-def test_the_tables_of_curves_enclose_the_areas_of_the_scores():
-    found = curves.roc_points(LABELS, MODELS["seed-0"].to_numpy())
-    assert list(found.columns) == ["fpr", "tpr"]
-    assert area(found) == pytest.approx(score_predictions(LABELS, MODELS["seed-0"])["auroc"])
-    found = curves.precision_recall_points(LABELS, MODELS["seed-0"].to_numpy())
-    assert list(found.columns) == ["recall", "precision"]
-    steps = -found["recall"].diff()[1:].to_numpy() * found["precision"][:-1].to_numpy()
+def test_areas_under_the_curve_points_equal_the_scores():
+    roc = curves.roc_points(LABELS, MODELS["seed-0"].to_numpy())
+    assert list(roc.columns) == ["fpr", "tpr"]
+    assert np.trapezoid(roc["tpr"], roc["fpr"]) == pytest.approx(score_predictions(LABELS, MODELS["seed-0"])["auroc"])
+    points = curves.precision_recall_points(LABELS, MODELS["seed-0"].to_numpy())
+    assert list(points.columns) == ["recall", "precision"]
+    steps = -points["recall"].diff()[1:].to_numpy() * points["precision"][:-1].to_numpy()
     assert steps.sum() == pytest.approx(score_predictions(LABELS, MODELS["seed-0"])["average_precision"])
+
+
+# Paired comparison
 
 
 @given(st.lists(st.tuples(*[st.integers(0, 1)] * 3, st.integers(0, 4)), min_size=1, max_size=40))
 @settings(deadline=None)
-def test_the_difference_of_f1_is_that_of_scikit_learn_and_lies_in_no_interval_beyond_1(rows):
+def test_difference_in_f1_equals_that_of_scikit_learn_and_its_interval_lies_within_1(rows):
     labels, ours, theirs, groups = np.array(rows).T
-    found = compare_f1(labels, groups, ours, theirs, resamples=50)
+    result = compare_f1(labels, groups, ours, theirs, resamples=50)
     expected = sklearn.f1_score(labels, ours, zero_division=0) - sklearn.f1_score(labels, theirs, zero_division=0)
-    assert found["difference"] == pytest.approx(expected)
-    mirrored = compare_f1(labels, groups, theirs, ours, resamples=50)
-    assert mirrored["difference"] == pytest.approx(-expected)
-    if len(set(groups)) == 1 or not labels.any():  # of which chance cannot be known
-        assert (found["low"], found["high"], found["probability"]) == (None, None, None)
+    assert result["difference"] == pytest.approx(expected)
+    reverse = compare_f1(labels, groups, theirs, ours, resamples=50)
+    assert reverse["difference"] == pytest.approx(-expected)
+    if len(set(groups)) == 1 or not labels.any():  # a resample has no variation or no F1
+        assert (result["low"], result["high"], result["probability"]) == (None, None, None)
     else:
-        assert -1 <= found["low"] <= found["high"] <= 1
-        assert found["probability"] + mirrored["probability"] <= 1
+        assert -1 <= result["low"] <= result["high"] <= 1
+        assert result["probability"] + reverse["probability"] <= 1
 
 
-def test_a_model_that_is_right_where_the_other_is_wrong_is_surely_better_and_an_equal_one_never():
+def test_probability_of_a_higher_f1_is_1_for_a_perfect_model_and_0_for_an_equal_one():
     labels = np.tile([0, 1], 50)
-    found = compare_f1(labels, np.arange(100), labels, 1 - labels, resamples=200)
-    assert found == {"difference": 1.0, "low": 1.0, "high": 1.0, "probability": 1.0}
+    result = compare_f1(labels, np.arange(100), labels, 1 - labels, resamples=200)
+    assert result == {"difference": 1.0, "low": 1.0, "high": 1.0, "probability": 1.0}
     assert compare_f1(labels, np.arange(100), labels, labels, resamples=200)["probability"] == 0
     assert compare_f1(labels, np.arange(100), labels, 1 - labels, resamples=200, margin=1)["probability"] == 0
 
 
-def test_images_of_one_patient_count_as_one_when_it_comes_to_chance():
+def test_grouping_images_by_patient_widens_the_interval_of_the_difference():
     labels = np.tile([0, 1, 1, 1], 30)
     ours, theirs = labels.copy(), labels.copy()
     ours[1:20:4], theirs[1:40:4] = 0, 0
-    alone = compare_f1(labels, np.arange(120), ours, theirs, resamples=500)
-    together = compare_f1(labels, np.arange(120) // 20, ours, theirs, resamples=500)
-    assert together["difference"] == alone["difference"]
-    assert together["high"] - together["low"] > alone["high"] - alone["low"]
+    ungrouped = compare_f1(labels, np.arange(120), ours, theirs, resamples=500)
+    grouped = compare_f1(labels, np.arange(120) // 20, ours, theirs, resamples=500)
+    assert grouped["difference"] == ungrouped["difference"]
+    assert grouped["high"] - grouped["low"] > ungrouped["high"] - ungrouped["low"]
+
+
+# Calibration error
 
 
 @given(st.lists(st.tuples(st.integers(0, 1), st.floats(0, 1)), min_size=1, max_size=60))
 @settings(deadline=None)
-def test_the_calibration_error_is_the_mean_gap_of_its_bins(rows):
+def test_calibration_error_is_the_weighted_mean_gap_of_the_bins(rows):
     labels, probabilities = (np.array(column) for column in zip(*rows, strict=True))
     gap = 0.0
-    for low in range(10):
-        inside = (probabilities * 10).astype(int).clip(max=9) == low
-        if inside.any():
-            gap += abs(probabilities[inside].mean() - labels[inside].mean()) * inside.sum() / len(labels)
+    for index in range(10):
+        in_bin = (probabilities * 10).astype(int).clip(max=9) == index
+        if in_bin.any():
+            gap += abs(probabilities[in_bin].mean() - labels[in_bin].mean()) * in_bin.sum() / len(labels)
     assert calibration.expected_calibration_error(labels, probabilities) == pytest.approx(gap)
 
 
-def test_the_calibration_error_is_0_for_certainty_that_is_right_and_1_for_one_that_is_wrong():
+def test_calibration_error_is_0_for_correct_and_1_for_wrong_probabilities_of_0_or_1():
     labels = np.array([0, 1, 1])
     assert calibration.expected_calibration_error(labels, labels.astype(float)) == 0
     assert calibration.expected_calibration_error(labels, 1 - labels.astype(float)) == 1

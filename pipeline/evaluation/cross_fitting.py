@@ -1,4 +1,4 @@
-"""Where the same images choose and measure: each is measured by what the others chose."""
+"""Cross-fitting: what is fitted on some folds is evaluated on the remaining one, so no image evaluates its own fit."""
 
 import warnings
 from collections.abc import Callable
@@ -10,46 +10,47 @@ from sklearn.model_selection import StratifiedGroupKFold
 from pipeline.evaluation.metrics import has_single_class
 
 FOLD_COUNT = 5
-Chosen = TypeVar("Chosen")
+Fitted = TypeVar("Fitted")
 
 
 def grouped_folds(labels: np.ndarray, groups: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Split images into folds, all of a group into the same one, with both classes where they choose.
+    """Split images into stratified folds that keep every group together.
 
     Args:
         labels: (N,), 0 or 1.
         groups: (N,), the name of each image's group.
 
     Returns:
-        Of each fold the rows that choose and those that are measured; no fold where a class has too few groups.
+        For each fold, the row numbers for fitting and those for evaluation. Empty if a class has fewer groups than
+        there are folds, or if a fold would fit on a single class.
     """
     labels = np.asarray(labels)
     if min((len(np.unique(groups[labels == label])) for label in (0, 1)), default=0) < FOLD_COUNT:
         return []
     with warnings.catch_warnings():
-        # Groups of both classes may leave a fold without one.
+        # Groups with images of both classes can leave a fold without one of the classes.
         warnings.filterwarnings("ignore", "The least populated class", UserWarning)
-        found = list(StratifiedGroupKFold(FOLD_COUNT, shuffle=True, random_state=0).split(labels, labels, groups))
-    return found if not any(has_single_class(labels[choose]) for choose, _ in found) else []
+        folds = list(StratifiedGroupKFold(FOLD_COUNT, shuffle=True, random_state=0).split(labels, labels, groups))
+    return folds if not any(has_single_class(labels[fit_rows]) for fit_rows, _ in folds) else []
 
 
 def cross_fit(
-    parts: list[tuple[np.ndarray, np.ndarray]],
-    choose: Callable[[np.ndarray], Chosen],
-    apply: Callable[[Chosen, np.ndarray], np.ndarray],
+    folds: list[tuple[np.ndarray, np.ndarray]],
+    fit: Callable[[np.ndarray], Fitted],
+    predict: Callable[[Fitted, np.ndarray], np.ndarray],
 ) -> np.ndarray | None:
-    """Measure each fold by what the others chose.
+    """Predict each fold with what was fitted on the other folds.
 
     Args:
-        parts: as `folds` gives them.
-        choose: takes rows and returns what they choose.
-        apply: takes that and rows, and returns a value, or several, for each of these.
+        folds: from `grouped_folds`.
+        fit: takes row numbers and returns what it fitted on those rows.
+        predict: takes the fitted object and row numbers, and returns one or several values per row.
 
     Returns:
-        (N, …), or None where there are no folds.
+        (N, …), in the order of the rows, or None without folds.
     """
-    if not parts:
+    if not folds:
         return None
-    values = np.concatenate([apply(choose(choosing), measured) for choosing, measured in parts])
-    order: np.ndarray = np.argsort(np.concatenate([measured for _, measured in parts]))
+    values = np.concatenate([predict(fit(fit_rows), evaluation_rows) for fit_rows, evaluation_rows in folds])
+    order: np.ndarray = np.argsort(np.concatenate([evaluation_rows for _, evaluation_rows in folds]))
     return np.asarray(values[order])

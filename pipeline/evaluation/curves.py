@@ -1,4 +1,4 @@
-"""Pictures and tables of curves: ROC, precision–recall, confusion matrix, training."""
+"""Plots and tables of curves: ROC, precision–recall, confusion matrix, learning curves."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +20,7 @@ from pipeline.evaluation.metrics import has_single_class
 
 
 def roc_points(labels: np.ndarray, probabilities: np.ndarray) -> pd.DataFrame:
-    """Return the points of the curve, `fpr` and `tpr`; none where there is one class only."""
+    """Return the points of the ROC curve, `fpr` and `tpr`; no rows for a single class."""
     if has_single_class(labels):
         return pd.DataFrame(columns=["fpr", "tpr"])
     fpr, tpr, _ = roc_curve(labels, probabilities)
@@ -28,7 +28,7 @@ def roc_points(labels: np.ndarray, probabilities: np.ndarray) -> pd.DataFrame:
 
 
 def precision_recall_points(labels: np.ndarray, probabilities: np.ndarray) -> pd.DataFrame:
-    """Return the points of the curve, `recall` and `precision`; none where there is one class only."""
+    """Return the points of the curve, `recall` and `precision`; no rows for a single class."""
     if has_single_class(labels):
         return pd.DataFrame(columns=["recall", "precision"])
     precision, recall, _ = precision_recall_curve(labels, probabilities)
@@ -36,7 +36,7 @@ def precision_recall_points(labels: np.ndarray, probabilities: np.ndarray) -> pd
 
 
 def draw_roc(path: Path, labels: np.ndarray, models: pd.DataFrame) -> None:
-    """Draw one ROC curve per column of P(positive); none where there is one class only."""
+    """Draw an ROC curve per column of P(positive); an empty plot for a single class."""
     axes = _axes()
     for name in models if not has_single_class(labels) else []:
         RocCurveDisplay.from_predictions(labels, models[name], name=name, ax=axes)
@@ -45,7 +45,7 @@ def draw_roc(path: Path, labels: np.ndarray, models: pd.DataFrame) -> None:
 
 
 def draw_precision_recall(path: Path, labels: np.ndarray, models: pd.DataFrame) -> None:
-    """Draw one precision–recall curve per column of P(positive); none where there is one class only."""
+    """Draw a precision–recall curve per column of P(positive); an empty plot for a single class."""
     axes = _axes()
     for name in models if not has_single_class(labels) else []:
         PrecisionRecallDisplay.from_predictions(labels, models[name], name=name, ax=axes)
@@ -56,7 +56,7 @@ def draw_precision_recall(path: Path, labels: np.ndarray, models: pd.DataFrame) 
 
 
 def draw_confusion_matrix(path: Path, labels: np.ndarray, predicted: np.ndarray, title: str) -> None:
-    """Draw the confusion matrix of hard labels, 0 or 1."""
+    """Draw the confusion matrix of predicted labels, 0 or 1."""
     axes = _axes()
     names = ["negative", "positive"]
     ConfusionMatrixDisplay.from_predictions(
@@ -67,7 +67,7 @@ def draw_confusion_matrix(path: Path, labels: np.ndarray, predicted: np.ndarray,
 
 
 def draw_learning_curves(path: Path, histories: Mapping[str, pd.DataFrame]) -> None:
-    """Draw validation F1 and both losses by epoch, one line per model."""
+    """Draw validation F1, validation loss and training loss by epoch, one line per model."""
     figure = Figure(figsize=(12, 4), layout="constrained")
     panels = {"f1": "validation F1", "loss": "validation loss", "train_loss": "training loss"}
     for axes, (column, title) in zip(figure.subplots(1, 3), panels.items(), strict=True):
@@ -81,7 +81,7 @@ def draw_learning_curves(path: Path, histories: Mapping[str, pd.DataFrame]) -> N
 
 
 def _axes() -> Axes:
-    # A Figure of its own needs no display and leaves nothing open.
+    # A Figure made without pyplot needs no display and is freed without closing it.
     return Figure(figsize=(6.5, 6), layout="constrained").add_subplot()
 
 

@@ -1,4 +1,7 @@
-"""Combining the models: majority vote, mean probability, mean logit, and a greedy selection."""
+"""Ensembles of models: majority vote, mean probability, mean logit, and greedy selection.
+
+The bag is the ensemble of the seeds; despite its name, every member is trained on the same images, not on resamples.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,24 +16,24 @@ from scipy.special import expit
 
 from pipeline.core.config import Config, EvaluateParams, Method, Tie
 from pipeline.core.errors import UserError
-from pipeline.core.files import read_json
+from pipeline.core.files import read_csv, read_json
 from pipeline.evaluation import operating_point
 from pipeline.evaluation.calibration import PROBABILITY_EPS, log_odds
-from pipeline.evaluation.metrics import DEFAULT_THRESHOLD, apply_threshold
+from pipeline.evaluation.metrics import DEFAULT_THRESHOLD, apply_threshold, best_model
 
 METHODS: tuple[Method, ...] = get_args(Method)
 BAG = "bag"
 CANDIDATES = Path("metrics/candidates.json")
-MAX_SELECTIONS = 50  # of the greedy selection
-MAX_SUBSETS = 100  # of each size, at most, that are tried when the bag grows
+MAX_SELECTIONS = 50  # steps of the greedy selection
+MAX_SUBSETS = 100  # ensembles per size in `metric_by_ensemble_size`
 
 
 @dataclass(frozen=True)
 class EnsembleConfig:
-    """How members answer as one.
+    """How the members' probabilities are combined into one prediction.
 
-    `thresholds` are the operating points of the members, in their order, by which they vote, and `threshold` that of
-    their combined probability. `weights` are the members' shares in the greedy selection, equal where there is none.
+    `thresholds` are the operating points of the members, in their order, for voting; `threshold` is the one of the
+    combined probability. `weights` are the members' weights in the greedy selection, equal for other methods.
     """
 
     members: list[str]
@@ -44,14 +47,14 @@ class EnsembleConfig:
 def fit_ensemble(
     labels: np.ndarray, members: pd.DataFrame, method: Method, tie: Tie, params: EvaluateParams
 ) -> EnsembleConfig:
-    """Choose, on these images, all operating points and the greedy selection.
+    """Choose all operating points and the weights of the greedy selection on these images.
 
     Args:
         labels: (N,), 0 or 1.
-        members: (N, M), P(positive), a named column each; a single member is its own majority.
-        method: by which they answer.
-        tie: who wins an even vote.
-        params: with the rule that chooses thresholds.
+        members: (N, M), P(positive), a named column per member; a single member ignores `method` and `tie`.
+        method: combines the members.
+        tie: prediction for an even vote.
+        params: contains the rule that chooses thresholds.
     """
     thresholds, names = operating_point.choose_thresholds(labels, members, params), members.columns.tolist()
     if len(names) == 1:
@@ -62,142 +65,162 @@ def fit_ensemble(
     return replace(draft, threshold=operating_point.choose_threshold(labels, probability.to_numpy(), params))
 
 
-def combine(predictions: pd.DataFrame, rule: EnsembleConfig) -> pd.DataFrame:
-    """Combine the members' P(positive) in every way there is.
+def combine(predictions: pd.DataFrame, config: EnsembleConfig) -> pd.DataFrame:
+    """Combine the members' P(positive) by every method.
 
     Args:
         predictions: a row per image, with a column per member, in [0, 1].
-        rule: its tie says who wins an even vote: the positives, the negatives, or the side of the mean probability.
+        config: its `tie` decides an even vote: positive, negative, or as the mean probability predicts.
 
     Returns:
-        `votes`, how many members call the image positive; `vote`, 0 or 1, what most of them call it; and the
-        probabilities `mean`, `logits` (of the mean logit) and `greedy` (the weighted mean).
+        `votes`, the number of members that predict positive; `vote`, 0 or 1, the majority; and the probabilities
+        `mean`, `logits` (of the mean logit) and `greedy` (the weighted mean).
     """
-    values = predictions[rule.members].to_numpy(dtype=float)
-    votes = (values >= np.array(rule.thresholds)).sum(axis=1)
+    values = predictions[config.members].to_numpy(dtype=float)
+    votes = (values >= np.array(config.thresholds)).sum(axis=1)
     mean = values.mean(axis=1)
-    wins_tie = mean >= rule.threshold if rule.tie == "mean" else rule.tie == "positive"
+    wins_tie = mean >= config.threshold if config.tie == "mean" else config.tie == "positive"
     vote = (2 * votes > values.shape[1]) | ((2 * votes == values.shape[1]) & wins_tie)
     columns = {
         "votes": votes,
         "vote": vote.astype(int),
         "mean": mean,
         "logits": expit(log_odds(values).mean(axis=1)),
-        "greedy": values @ np.array(rule.weights),
+        "greedy": values @ np.array(config.weights),
     }
     return pd.DataFrame(columns, predictions.index)
 
 
-def predict(predictions: pd.DataFrame, rule: EnsembleConfig) -> pd.DataFrame:
-    """Return the `probability` (of a vote, the mean) and `label`, 0 or 1, of the members as one; see `combine`."""
-    combined = combine(predictions, rule)
-    probability = combined["mean" if rule.method == "vote" else rule.method]
-    label = combined["vote"] if rule.method == "vote" else apply_threshold(probability, rule.threshold)
+def predict(predictions: pd.DataFrame, config: EnsembleConfig) -> pd.DataFrame:
+    """Return the ensemble's `probability` (for a vote, the mean) and `label`, 0 or 1; see `combine`."""
+    combined = combine(predictions, config)
+    probability = combined["mean" if config.method == "vote" else config.method]
+    label = combined["vote"] if config.method == "vote" else apply_threshold(probability, config.threshold)
     return pd.DataFrame({"probability": probability, "label": label})
 
 
 def load_candidate_configs(config: Config) -> dict[str, EnsembleConfig]:
-    """Return the rule of every candidate by name, as the bag stage chose it.
+    """Return the `EnsembleConfig` of every candidate by name, as the bag stage wrote it.
 
     Raises:
-        UserError: it chose for other seeds or members than those that are configured now.
+        UserError: it was written for other seeds or members than those in params.yaml.
     """
-    rules = {name: EnsembleConfig(**rule) for name, rule in read_json(CANDIDATES).items()}
-    if set(rules) != {*config.model_names, BAG} or rules[BAG].members != config.bag_members:
-        raise UserError("params.yaml: seeds or bag.members are not those of the present bag; run: dvc repro bag")
-    return rules
+    candidates = {name: EnsembleConfig(**fields) for name, fields in read_json(CANDIDATES).items()}
+    if set(candidates) != {*config.model_names, BAG} or candidates[BAG].members != config.bag_members:
+        raise UserError(f"params.yaml: seeds or bag.members differ from those in {CANDIDATES}; run: dvc repro bag")
+    return candidates
+
+
+def predict_submission_labels(config: Config) -> dict[str, pd.Series]:
+    """Return the predicted labels of the test images, indexed by file, by the name of the submission.
+
+    The adapted submissions are missing where the predictions could not be adapted to the test set's prevalence.
+    """
+    test, adapted = (read_csv(Path(f"predictions/{name}.csv")).set_index("file") for name in ("test", "adapted"))
+    labels = {name: predict(test, candidate)["label"] for name, candidate in load_candidate_configs(config).items()}
+    labels["best"] = labels[best_model(read_json(Path("metrics/evaluate.json")))]
+    for role in adapted.dropna(axis="columns"):
+        labels[f"{role}-adapted"] = apply_threshold(adapted[role])
+    return labels
 
 
 def select_greedily(labels: np.ndarray, members: np.ndarray) -> list[float]:
-    """Select members with replacement, each time the one that helps the mean most (Caruana et al. 2004).
+    """Select members with replacement, at each step the one that most improves the mean (Caruana et al. 2004).
 
     Args:
         labels: (N,), 0 or 1.
         members: (N, M), P(positive).
 
     Returns:
-        The share of each member in the selection with the lowest log loss among those of 1 to `PICKS` members.
+        The weight of each member, its share of the selection, after the step with the lowest log loss among the first
+        `MAX_SELECTIONS`.
     """
     of_label = np.where(np.asarray(labels)[:, None] == 1, members, 1 - members).astype(float)
     total, counts = np.zeros(len(of_label)), np.zeros(of_label.shape[1])
-    best, shares = np.inf, counts
-    for picked in range(1, MAX_SELECTIONS + 1):
-        losses = -np.log(np.clip((total[:, None] + of_label) / picked, PROBABILITY_EPS, 1)).mean(axis=0)
-        chosen = int(losses.argmin())
-        total, counts[chosen] = total + of_label[:, chosen], counts[chosen] + 1
-        if losses[chosen] < best - 1e-12:
-            best, shares = losses[chosen], counts / picked
-    return [float(share) for share in shares]
+    best_loss, weights = np.inf, counts
+    for step in range(1, MAX_SELECTIONS + 1):
+        losses = -np.log(np.clip((total[:, None] + of_label) / step, PROBABILITY_EPS, 1)).mean(axis=0)
+        selected = int(losses.argmin())
+        total, counts[selected] = total + of_label[:, selected], counts[selected] + 1
+        if losses[selected] < best_loss - 1e-12:
+            best_loss, weights = losses[selected], counts / step
+    return [float(weight) for weight in weights]
 
 
-def metric_by_ensemble_size(labels: np.ndarray, predictions: pd.DataFrame, rule: EnsembleConfig) -> pd.DataFrame:
-    """Score bags of 1 to M members: all subsets of each size, or `SUBSETS` of them where there are more.
+def metric_by_ensemble_size(labels: np.ndarray, predictions: pd.DataFrame, config: EnsembleConfig) -> pd.DataFrame:
+    """Score ensembles of 1 to M members: all subsets of each size, or `MAX_SUBSETS` random ones if there are more.
 
     Args:
         labels: (N,), 0 or 1.
-        predictions: (N, …), with a column per member, P(positive).
-        rule: a smaller bag votes where it votes, and else takes the mean probability.
+        predictions: (N, …), with a column of P(positive) per member.
+        config: smaller ensembles vote if its method is `vote`; otherwise they take the mean probability.
 
     Returns:
         A row per size: `members`, `subsets`, the mean `f1` and its `lowest` and `highest` value.
     """
-    values, count = predictions[rule.members].to_numpy(dtype=float), len(rule.members)
-    votes = values >= np.array(rule.thresholds)
+    values, count = predictions[config.members].to_numpy(dtype=float), len(config.members)
+    votes = values >= np.array(config.thresholds)
     positive = np.asarray(labels, dtype=bool)[:, None]
     rng, rows = np.random.default_rng(0), []
     for size in range(1, count + 1):
-        inside = _indicators(count, size, rng)
-        of_mean = values @ inside / size >= rule.threshold
-        label = of_mean
-        if rule.method == "vote":
-            twice = 2 * (votes @ inside)
-            wins_tie = of_mean if rule.tie == "mean" else rule.tie == "positive"
-            label = (twice > size) | ((twice == size) & wins_tie)
-        f1 = 2 * (label & positive).sum(axis=0) / np.maximum(label.sum(axis=0) + positive.sum(), 1)
-        rows.append([size, inside.shape[1], f1.mean(), f1.min(), f1.max()])
+        subsets = _subset_indicators(count, size, rng)
+        predicted_by_mean = values @ subsets / size >= config.threshold
+        predicted = predicted_by_mean
+        if config.method == "vote":
+            doubled_votes = 2 * (votes @ subsets)
+            wins_tie = predicted_by_mean if config.tie == "mean" else config.tie == "positive"
+            predicted = (doubled_votes > size) | ((doubled_votes == size) & wins_tie)
+        f1 = 2 * (predicted & positive).sum(axis=0) / np.maximum(predicted.sum(axis=0) + positive.sum(), 1)
+        rows.append([size, subsets.shape[1], f1.mean(), f1.min(), f1.max()])
     return pd.DataFrame(rows, columns=["members", "subsets", "f1", "lowest", "highest"])
 
 
 def pairwise_disagreement(members: pd.DataFrame, thresholds: Sequence[float]) -> pd.DataFrame:
-    """Return, for every two members, the share of images that they call differently: `model`, `other`, `share`."""
+    """Return, for every pair of members, the share of images with different labels: `model`, `other`, `share`."""
     labels = members >= np.array(thresholds)
     rows = [[one, two, (labels[one] != labels[two]).mean()] for one, two in combinations(members, 2)]
     return pd.DataFrame(rows, columns=["model", "other", "share"])
 
 
-def disagreements(predictions: pd.DataFrame, combined: pd.DataFrame, count: int) -> pd.DataFrame:
-    """Return the images that some of the `count` members call positive and some negative, the most disputed first."""
-    split = combined["votes"].between(1, count - 1)
-    table = pd.concat([predictions.filter(["file", "label"]), combined[["votes", "mean"]]], axis="columns")[split]
-    margin = (2 * table["votes"] - count).abs()
+def disagreements(predictions: pd.DataFrame, combined: pd.DataFrame, member_count: int) -> pd.DataFrame:
+    """Return the images on which the members disagree, the closest votes first.
+
+    Args:
+        predictions: a row per image, with `file` and, if known, `label`.
+        combined: from `combine`.
+        member_count: the number of members.
+    """
+    is_split = combined["votes"].between(1, member_count - 1)
+    table = pd.concat([predictions.filter(["file", "label"]), combined[["votes", "mean"]]], axis="columns")[is_split]
+    margin = (2 * table["votes"] - member_count).abs()
     return table.assign(margin=margin).sort_values(["margin", "file"]).drop(columns="margin")
 
 
-def soup_unavailable_reason(source: str, hidden: list[int], count: int) -> str:
-    """Say why the weights of members cannot be averaged; nothing where they can.
+def soup_unavailable_reason(weights_source: str, head_hidden: list[int], member_count: int) -> str:
+    """Return why the weights of the members cannot be averaged, or an empty string.
 
-    Every seed draws the first weights of its head. That does no harm where the head is one layer on a backbone that
-    all of them got from the same place; hidden units of different origin, in heads or backbones, do not correspond.
+    Every seed initializes its own head. Averaging still works if the head is a single layer on a backbone that starts
+    from the same weights for all members; hidden units with different initial weights do not correspond.
 
     Args:
-        source: of the backbone's first weights, as in `weights.source`.
-        hidden: widths of the head's hidden layers.
-        count: of the members.
+        weights_source: initial weights of the backbone, as in `weights.source`.
+        head_hidden: widths of the head's hidden layers.
+        member_count: the number of members.
     """
-    if count < 2:
+    if member_count < 2:
         return "one member only"
-    if source == "none":
+    if weights_source == "none":
         return "the members' backbones start from different random weights"
-    return "the members' hidden layers start from different random weights" if hidden else ""
+    return "the members' hidden layers start from different random weights" if head_hidden else ""
 
 
-def _indicators(count: int, size: int, rng: np.random.Generator) -> np.ndarray:
+def _subset_indicators(count: int, size: int, rng: np.random.Generator) -> np.ndarray:
     """Return subsets as columns of 0 and 1, (count, subsets)."""
     if comb(count, size) <= MAX_SUBSETS:
-        chosen = list(combinations(range(count), size))
+        subsets = list(combinations(range(count), size))
     else:
-        chosen = [tuple(rng.choice(count, size, replace=False)) for _ in range(MAX_SUBSETS)]
-    inside = np.zeros((count, len(chosen)))
-    for column, subset in enumerate(chosen):
-        inside[list(subset), column] = 1
-    return inside
+        subsets = [tuple(rng.choice(count, size, replace=False)) for _ in range(MAX_SUBSETS)]
+    indicators = np.zeros((count, len(subsets)))
+    for column, subset in enumerate(subsets):
+        indicators[list(subset), column] = 1
+    return indicators

@@ -1,7 +1,7 @@
-"""What a table of predictions is worth. Figures that cannot be had are None."""
+"""Metrics of binary classifiers, on a data set or on many bootstrap resamples of it at once."""
 
 from collections.abc import Mapping
-from typing import TypedDict, TypeVar
+from typing import TypedDict, TypeVar, cast
 
 import numpy as np
 import pandas as pd
@@ -9,12 +9,26 @@ from numpy.typing import ArrayLike
 
 METRIC_LABELS = {
     "accuracy": "accuracy", "f1": "F1", "recall": "sensitivity", "precision": "PPV", "specificity": "specificity",
-    "balanced_accuracy": "balanced accuracy", "loss": "loss", "auroc": "AUROC",
-    "average_precision": "average precision", "brier": "Brier score", "calibration_error": "calibration error",
+    "balanced_accuracy": "balanced accuracy", "loss": "log loss", "auroc": "AUROC",
+    "average_precision": "average precision", "brier": "Brier score",
+    "calibration_error": "expected calibration error",
 }  # fmt: skip
 LOWER_IS_BETTER = ["loss", "brier", "calibration_error"]
-DEFAULT_THRESHOLD = 0.5  # the operating point: P(positive) from which an image is called positive
-
+THRESHOLD_METRICS = ["accuracy", "f1", "recall", "precision", "specificity", "balanced_accuracy"]
+SCORE_METRICS = ["loss", "auroc", "average_precision", "brier", "calibration_error"]
+UNDEFINED_REASONS = {
+    "f1": "no positive image",
+    "recall": "no positive image",
+    "specificity": "no negative image",
+    "precision": "no image is predicted positive",
+    "balanced_accuracy": "images of one class only",
+    "auroc": "images of one class only",
+    "average_precision": "images of one class only",
+}
+DEFAULT_THRESHOLD = 0.5  # an image is predicted positive where P(positive) is at least the threshold
+BIN_COUNT = 10  # bins of equal width for calibration
+CHUNK_SIZE = 64  # resamples per chunk, so that a chunk fits into the processor's cache
+EPS = np.finfo(float).eps  # probabilities are clipped by it in the log loss, as in scikit-learn
 
 Probabilities = TypeVar("Probabilities", np.ndarray, pd.Series, pd.DataFrame)
 
@@ -32,54 +46,109 @@ class Scores(TypedDict):
 
 
 def score_predictions(labels: np.ndarray, probabilities: np.ndarray, predicted: np.ndarray | None = None) -> Scores:
-    """Score predictions of one model.
+    """Score the predictions of one model; see `compute_metrics`.
 
     Args:
         labels: (N,), 0 or 1.
         probabilities: (N,), P(positive) in [0, 1].
-        predicted: (N,), 0 or 1; by default what `THRESHOLD` makes of the probabilities.
+        predicted: (N,), 0 or 1; by default, the probabilities at `DEFAULT_THRESHOLD`.
 
     Returns:
-        `recall` is the sensitivity, `precision` the PPV, `loss` the mean cross-entropy in nats. What divides by
-        an empty class is None; `f1` is 0 without a true positive.
+        The metrics; undefined ones are None, except that an undefined `f1` is 0.
     """
-    # A training begins a second sooner when it imports this at its first validation.
-    from sklearn.metrics import average_precision_score, confusion_matrix, f1_score, log_loss, roc_auc_score
-
-    labels = np.asarray(labels, dtype=int)
     probabilities = np.asarray(probabilities, dtype=float)
     if predicted is None:
         predicted = apply_threshold(probabilities)
-    (tn, fp), (fn, tp) = confusion_matrix(labels, predicted, labels=[0, 1]).tolist()
-    recall, specificity = _share(tp, tp + fn), _share(tn, tn + fp)
-    both = not has_single_class(labels)
-    return {
-        "loss": float(log_loss(labels, probabilities, labels=[0, 1])),
-        "accuracy": (tp + tn) / len(labels),
-        "f1": float(f1_score(labels, predicted, zero_division=0)),
-        "recall": recall,
-        "precision": _share(tp, tp + fp),
-        "specificity": specificity,
-        "balanced_accuracy": (recall + specificity) / 2 if recall is not None and specificity is not None else None,
-        "auroc": float(roc_auc_score(labels, probabilities)) if both else None,
-        "average_precision": float(average_precision_score(labels, probabilities)) if both else None,
-    }
+    row = compute_metrics(labels, predicted, probabilities, np.ones((1, len(labels)))).iloc[0]
+    scores = {metric: None if np.isnan(row[metric]) else float(row[metric]) for metric in Scores.__annotations__}
+    return cast("Scores", scores | {"f1": scores["f1"] or 0.0})
+
+
+def compute_metrics(
+    labels: np.ndarray, predicted: np.ndarray, probabilities: np.ndarray | None, weights: np.ndarray
+) -> pd.DataFrame:
+    """Score one model on every resample.
+
+    Args:
+        labels: (N,), 0 or 1.
+        predicted: (N,), the predicted labels, 0 or 1.
+        probabilities: (N,), P(positive) in [0, 1]; None where the model has none.
+        weights: (R, N), how often each of R resamples contains each image, as from `intervals.bootstrap_weights`.
+
+    Returns:
+        A row per resample with `THRESHOLD_METRICS` and, given probabilities, `SCORE_METRICS`. `recall` is the
+        sensitivity, `precision` the PPV, `loss` the mean cross-entropy in nats, and `calibration_error` the expected
+        calibration error over `BIN_COUNT` bins (Naeini, Cooper and Hauskrecht 2015). NaN where a metric is undefined
+        (see `UNDEFINED_REASONS`).
+    """
+    chunks = [weights[start : start + CHUNK_SIZE].astype(float) for start in range(0, len(weights), CHUNK_SIZE)]
+    labels, predicted = np.asarray(labels, dtype=float), np.asarray(predicted, dtype=float)
+    values = np.concatenate([_threshold_metrics(labels, predicted, chunk) for chunk in chunks])
+    table = pd.DataFrame(values, columns=THRESHOLD_METRICS)
+    if probabilities is None:
+        return table
+    probabilities = np.asarray(probabilities, dtype=float)
+    values = np.concatenate([_score_metrics(labels, probabilities, chunk) for chunk in chunks])
+    return pd.concat([table, pd.DataFrame(values, columns=SCORE_METRICS)], axis="columns")
 
 
 def apply_threshold(probabilities: Probabilities, threshold: float = DEFAULT_THRESHOLD) -> Probabilities:
-    """Return the labels, 0 or 1, that the operating point makes of P(positive)."""
+    """Return the labels, 0 or 1, predicted by P(positive) at an operating point."""
     return (probabilities >= threshold).astype(int)
 
 
 def has_single_class(labels: ArrayLike) -> bool:
-    """Tell whether there are no labels of two kinds, so that what needs both cannot be had."""
+    """Return whether the labels lack one of the classes, so that metrics that need both are undefined."""
     return len(np.unique(labels)) < 2
 
 
+def bin_indices(probabilities: np.ndarray) -> np.ndarray:
+    """Return the calibration bin, 0 to `BIN_COUNT` − 1, of each probability."""
+    index: np.ndarray = np.minimum((np.asarray(probabilities) * BIN_COUNT).astype(int), BIN_COUNT - 1)
+    return index
+
+
 def best_model(models: Mapping[str, Scores]) -> str:
-    """Return the name of the model with the highest F1, the lowest loss among equals, the first among those."""
+    """Return the name of the model with the highest F1; ties go to the lowest loss, then to the first."""
     return max(models, key=lambda name: (models[name]["f1"], -(models[name]["loss"] or 0)))
 
 
-def _share(part: int, whole: int) -> float | None:
-    return part / whole if whole else None
+def _threshold_metrics(labels: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    cells = np.stack(
+        [labels * predicted, (1 - labels) * predicted, labels * (1 - predicted), (1 - labels) * (1 - predicted)], 1
+    )
+    tp, fp, fn, tn = (weights @ cells).T
+    recall, specificity = _divide(tp, tp + fn), _divide(tn, tn + fp)
+    f1 = np.where(tp + fn > 0, _divide(2 * tp, 2 * tp + fp + fn), np.nan)
+    accuracy = (tp + tn) / (tp + fp + fn + tn)
+    return np.stack([accuracy, f1, recall, _divide(tp, tp + fp), specificity, (recall + specificity) / 2], axis=1)
+
+
+def _score_metrics(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    log_losses = -np.log(np.clip(np.where(labels == 1, probabilities, 1 - probabilities), EPS, 1))
+    gaps = np.eye(BIN_COUNT)[bin_indices(probabilities)] * (probabilities - labels)[:, None]
+    total = weights.sum(axis=1)
+    # Unlike a product of matrices, these sums do not depend on the number of threads in their last digits.
+    loss, brier = ((weights * losses).sum(axis=1) / total for losses in (log_losses, (probabilities - labels) ** 2))
+    calibration_error = np.abs(weights @ gaps / total[:, None]).sum(axis=1)
+
+    # True and false positives at each distinct probability as the threshold, from the highest down.
+    order = np.argsort(-probabilities, kind="stable")
+    is_last_of_ties = np.append(np.diff(probabilities[order]) != 0, True)
+    sorted_weights = weights[:, order]
+    tp, predicted_positive = (
+        np.cumsum(values, axis=1)[:, is_last_of_ties] for values in (sorted_weights * labels[order], sorted_weights)
+    )
+    fp = predicted_positive - tp
+    new_tp, new_fp = (np.diff(values, axis=1, prepend=0) for values in (tp, fp))
+    positives, negatives = tp[:, -1], fp[:, -1]
+    auroc = _divide((new_fp * (tp - new_tp / 2)).sum(axis=1), positives * negatives)
+    precision_sum = (new_tp * tp / np.maximum(predicted_positive, 1)).sum(axis=1)
+    average_precision = np.where(negatives > 0, _divide(precision_sum, positives), np.nan)
+    return np.stack([loss, auroc, average_precision, brier, calibration_error], axis=1)
+
+
+def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """Divide; NaN where the denominator is 0."""
+    shares: np.ndarray = np.divide(numerator, denominator, out=np.full(len(denominator), np.nan), where=denominator > 0)
+    return shares

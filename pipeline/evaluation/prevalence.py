@@ -1,4 +1,4 @@
-"""What a model is worth where the disease is more or less common than on the validation set."""
+"""Metrics at other prevalences than that of the validation set, and adaptation of predictions to label shift."""
 
 from typing import TypedDict
 
@@ -11,21 +11,21 @@ MAX_ITERATIONS, TOLERANCE = 1000, 1e-9
 def metrics_at_prevalence(
     sensitivity: float | np.ndarray, specificity: float | np.ndarray, prevalence: float | np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Carry sensitivity and specificity, which are of the classes, to another prevalence (Bayes' rule).
+    """Compute metrics at a prevalence from sensitivity and specificity, which do not depend on it (Bayes' rule).
 
     Args:
         sensitivity: in [0, 1].
         specificity: in [0, 1].
-        prevalence: in (0, 1); the three are numbers or arrays that fit one another.
+        prevalence: in (0, 1); the three are scalars or arrays that broadcast.
 
     Returns:
-        `accuracy`, `ppv` and `npv`; NaN where nothing is called so.
+        `accuracy`, `ppv` and `npv`; a predictive value is NaN where no image gets that prediction.
     """
-    hit, missed = np.multiply(prevalence, sensitivity), np.multiply(prevalence, np.subtract(1, sensitivity))
-    alarm = np.multiply(np.subtract(1, prevalence), np.subtract(1, specificity))
-    passed = np.multiply(np.subtract(1, prevalence), specificity)
+    tp, fn = np.multiply(prevalence, sensitivity), np.multiply(prevalence, np.subtract(1, sensitivity))
+    fp = np.multiply(np.subtract(1, prevalence), np.subtract(1, specificity))
+    tn = np.multiply(np.subtract(1, prevalence), specificity)
     with np.errstate(invalid="ignore"):
-        return {"accuracy": hit + passed, "ppv": hit / (hit + alarm), "npv": passed / (passed + missed)}
+        return {"accuracy": tp + tn, "ppv": tp / (tp + fp), "npv": tn / (tn + fn)}
 
 
 class LabelShift(TypedDict):
@@ -36,8 +36,8 @@ class LabelShift(TypedDict):
 def adapt_label_shift(probabilities: np.ndarray, prior: float) -> LabelShift:
     """Adapt predictions to the prevalence of unlabeled images (Saerens, Latinne and Decaestecker 2002).
 
-    Its assumption is label shift: each class looks as it did, only their shares have changed. EM on the images then
-    gives the most likely prevalence.
+    It assumes label shift: images of each class are distributed as before, and only the class proportions differ. An
+    EM algorithm on the images estimates the prevalence by maximum likelihood.
 
     Args:
         probabilities: (N,), calibrated P(positive) of the new images.
@@ -46,14 +46,14 @@ def adapt_label_shift(probabilities: np.ndarray, prior: float) -> LabelShift:
     Returns:
         The estimated `prevalence`, in [0, 1], and the `probabilities` at it.
     """
-    given = np.asarray(probabilities, dtype=float)
+    calibrated = np.asarray(probabilities, dtype=float)
     prevalence = prior
-    posterior = given
+    posterior = calibrated
     for _ in range(MAX_ITERATIONS):
-        positive, negative = given * prevalence / prior, (1 - given) * (1 - prevalence) / (1 - prior)
+        positive, negative = calibrated * prevalence / prior, (1 - calibrated) * (1 - prevalence) / (1 - prior)
         posterior = positive / (positive + negative)
-        moved = float(posterior.mean()) - prevalence
-        prevalence += moved
-        if abs(moved) < TOLERANCE:
+        change = float(posterior.mean()) - prevalence
+        prevalence += change
+        if abs(change) < TOLERANCE:
             break
     return {"prevalence": prevalence, "probabilities": posterior}

@@ -1,0 +1,33 @@
+"""Scores and curves of the seeds on the validation set."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from pipeline.core.config import Config
+from pipeline.core.files import write_json
+from pipeline.evaluation import curves, operating_point
+from pipeline.evaluation.metrics import best_model, score_predictions
+
+
+def write_scores(config: Config, validation: pd.DataFrame) -> None:
+    """Write `metrics/evaluate.json` with the scores of every seed, and its plots.
+
+    Args:
+        config: names the seeds and contains the rule that chooses thresholds.
+        validation: `file`, `label` and P(positive), with a column per seed.
+    """
+    labels, models = validation["label"].to_numpy(dtype=int), validation[config.model_names]
+    thresholds = operating_point.choose_thresholds(labels, models, config.active.evaluate)
+    predicted = (models >= thresholds).astype(int)
+    scores = {
+        name: score_predictions(labels, models[name].to_numpy(), predicted[name].to_numpy())
+        for name in config.model_names
+    }
+    write_json(Path("metrics/evaluate.json"), scores)
+    plots, best = Path("plots"), best_model(scores)
+    curves.draw_roc(plots / "roc.png", labels, models)
+    curves.draw_precision_recall(plots / "precision_recall.png", labels, models)
+    curves.draw_confusion_matrix(plots / "confusion.png", labels, predicted[best].to_numpy(), f"{best}, validation set")
+    histories = {name: pd.read_csv(Path("models", name, "history.csv")) for name in config.model_names}
+    curves.draw_learning_curves(plots / "training.png", histories)
