@@ -1,27 +1,58 @@
 import ast
 import copy
+import json
 from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, refusal_of_file
+from conftest import ROOT, file_error_message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.core import config
 
-refusal = partial(refusal_of_file, config.load_config)
+refusal = partial(file_error_message, config.load_config)
 SHIPPED = yaml.safe_load((ROOT / "params.yaml").read_text())
-SECTIONS = {
-    "phantom": config.PhantomParams, "archive": config.ArchiveParams, "kaggle": config.KaggleParams,
-    "weights": config.WeightsParams, "prepare": config.PrepareParams, "split": config.SplitParams,
-    "train": config.TrainParams, "evaluate": config.EvaluateParams, "bag": config.BagParams,
-}  # fmt: skip
+PROFILES = ["demo", "competition", "local"]
+DOWNLOADS = {"phantom": "demo", "kaggle": "competition", "archive": "local"}  # the profile that has each source
+SECTIONS = {name: field.annotation for name, field in config.Profile.model_fields.items() if name != "download"}
+SECTIONS |= {source: config.SOURCES[source] for source in DOWNLOADS}
+# `source` chooses the section, and `version` is there for DVC: no code reads them.
 FIELDS = [
     (section, field) for section, model in SECTIONS.items() for field in model.model_fields
-    if (section, field) not in {(source, "source") for source in ("phantom", "archive", "kaggle")}
+    if section not in DOWNLOADS or field not in ("source", "version")
 ]  # fmt: skip
+DEFAULTS = {
+    "seeds": [0, 1, 2, 3, 4, 5, 6, 7, 8, 9],
+    "archive": {"path": None},
+    "kaggle": {"competition": None, "dataset": None},
+    "phantom": {
+        "version": 1, "train": 832, "test": 100, "prevalence": 0.125, "test_prevalence": 0.5, "strength": 2.0,
+        "confounding": 0.6, "seed": 1,
+    },
+    "weights": {"source": "imagenet"},
+    "prepare": {"size": 160, "resize": "stretch", "max_quarantined": 0.05},
+    "split": {"folds": 5, "seed": 1, "cross_validate": False, "held_out_source": None},
+    "train": {
+        "backbone": "timm/tf_efficientnet_lite0", "head_hidden": [], "dropout": 0.2, "size": 160,
+        "normalization": "imagenet", "epochs": 8, "frozen_epochs": 1, "early_stopping_patience": None,
+        "batch_size": 32, "gradient_accumulation_steps": 1, "sampling": "shuffle", "positive_oversampling": 1.0,
+        "class_weights": (1.0, 1.0), "flip": 0.5, "rotation": 0.0, "zoom": 0.0, "shift": 0.0, "gamma_jitter": 0.0,
+        "mixup_alpha": 0.0, "optimizer": "adamw", "reset_optimizer_each_epoch": False, "lr": 1e-3, "eps": 1e-8,
+        "weight_decay": 0.01, "ema_decay": 0.0, "schedule": "cosine", "warmup_epochs": 0.0, "precision": "float32",
+        "channels_last": True, "fused": False, "compile": False, "loader_threads": 1, "cpu_threads": 2,
+    },
+    "evaluate": {
+        "batch_size": 64, "cpu_threads": 2, "operating_point": "half", "min_sensitivity": 0.9,
+        "expected_prevalence": None, "resamples": 2000,
+    },
+    "bag": {"method": "mean", "tie": "mean", "members": "all"},
+    "promote": {
+        "margin": 0.0, "min_probability": 0.8, "resamples": 2000, "min_sensitivity": 0.5, "min_specificity": 0.5,
+        "max_calibration_error": 0.2,
+    },
+}  # fmt: skip
 
 
 def place(path: str) -> tuple[dict, dict, str]:
@@ -57,7 +88,7 @@ def write(folder: Path, params: dict) -> Path:
     return path
 
 
-@pytest.mark.parametrize("profile", ["demo", "competition", "local"])
+@pytest.mark.parametrize("profile", PROFILES)
 def test_the_shipped_file_loads_for_every_profile(tmp_path, profile):
     loaded = config.load_config(write(tmp_path, edited("profile", profile)))
     assert loaded.active == loaded.profiles[profile]
@@ -128,12 +159,66 @@ def test_a_download_without_a_known_source_says_which_there_are(tmp_path, sectio
     assert "'phantom', 'archive', 'kaggle'" in message
 
 
+@pytest.mark.parametrize("section", DEFAULTS)
+def test_a_missing_key_has_the_default_that_it_always_had(section):
+    loaded = config.Config.model_validate(
+        {"demo": {}, "competition": {"download": {"source": "kaggle", "dataset": "a/b"}}}
+    )
+    if section == "seeds":
+        assert loaded.seeds == DEFAULTS["seeds"]
+    elif section in DOWNLOADS:
+        assert config.SOURCES[section]().model_dump(exclude={"source"}) == DEFAULTS[section]
+    else:
+        assert getattr(loaded.active, section).model_dump() == DEFAULTS[section]
+
+
+@pytest.mark.parametrize(("section", "field"), FIELDS)
+def test_a_file_of_an_earlier_release_loads_without_the_keys_that_came_later(tmp_path, section, field):
+    profile = DOWNLOADS.get(section, "demo")
+    params = without(f"{profile}.{'download' if section in DOWNLOADS else section}.{field}")
+    if (section, field) == ("kaggle", "competition"):
+        params["competition"]["download"]["dataset"] = "owner/name"
+    assert config.load_config(write(tmp_path, params)).profiles[profile]
+
+
 @pytest.mark.parametrize(
-    "path",
-    ["profile", "seeds", "local.train", "demo.train.lr", "demo.download.seed", "local.download.path", "demo.bag.tie"],
+    ("old", "new"), [pair for pair in config.RENAMED.items() if pair[0] not in ("cohen", "licence")]
 )
-def test_a_missing_key_is_named(tmp_path, path):
-    assert refusal(write(tmp_path, without(path))) == f"{path}: missing; add it"
+def test_a_key_under_its_old_name_is_refused_with_the_new_one(tmp_path, old, new):
+    message = refusal(write(tmp_path, renamed(f"competition.train.{new}", old)))
+    assert message == f"competition.train.{old}: {old} is called {new} now; rename it"
+
+
+def test_other_old_names_are_refused_with_the_new_ones(tmp_path):
+    params = edited("local.download", {"source": "cohen", "path": "x"})
+    assert refusal(write(tmp_path, params)) == "local.download: cohen is called covid_chestxray now; rename it"
+    params = edited("local.download", {"source": "table", "path": "x", "columns": {"licence": "x"}})
+    assert (
+        refusal(write(tmp_path, params)) == "local.download.columns.licence: licence is called license now; rename it"
+    )
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_the_shipped_file_lists_every_key_with_its_description(profile):
+    download = SHIPPED[profile]["download"]
+    sections = SECTIONS | {"download": config.SOURCES[download["source"]]}
+    text = (ROOT / "params.yaml").read_text()
+    lines = text[text.index(f"\n{profile}:\n") :].splitlines()
+    for section in config.Profile.model_fields:
+        start = lines.index(f"  {section}:") + 1
+        fields = sections[section].model_fields
+        assert list(SHIPPED[profile][section]) == list(fields)
+        for line, (name, field) in zip(lines[start:], fields.items(), strict=False):
+            assert line.startswith(f"    {name}: ")
+            assert line.endswith(f" # {field.description}")
+
+
+def test_the_schema_for_editors_is_that_of_the_model():
+    assert (ROOT / "params.yaml").read_text().startswith("# yaml-language-server: $schema=params.schema.json\n")
+    assert json.loads((ROOT / "params.schema.json").read_text()) == config.json_schema(), (
+        "write it again: python -c 'import json; from pipeline.core.config import json_schema; "
+        "print(json.dumps(json_schema(), indent=2))' > params.schema.json"
+    )
 
 
 @pytest.mark.parametrize(
@@ -202,23 +287,23 @@ def test_a_name_of_kaggles_may_not_hold_what_no_name_has(tmp_path, key):
 def test_kaggle_is_asked_for_a_competition_or_a_data_set_not_both(tmp_path):
     for key, value in (("competition", None), ("dataset", "owner/name")):
         assert refusal(write(tmp_path, edited(f"competition.download.{key}", value))) == (
-            "competition.download.competition, competition.download.dataset: name one, and write null for the other"
+            "competition.download.competition, competition.download.dataset: set one and write null for the other"
         )
 
 
 def test_a_seed_listed_twice_is_refused(tmp_path):
     message = refusal(write(tmp_path, edited("seeds", [*range(10), 0])))
-    assert message == "seeds: a seed is listed twice; give each once"
+    assert message == "seeds: a seed is listed twice; list each once"
 
 
 def test_members_are_among_the_seeds(tmp_path):
     message = refusal(write(tmp_path, edited("local.bag.members", [0, 77])))
-    assert message == "local.bag.members: [0, 77]; write all, or name some of the seeds, each once"
+    assert message == "local.bag.members: [0, 77]; write all, or list some of the seeds, each once"
 
 
 def test_an_empty_list_of_members_is_refused(tmp_path):
     message = refusal(write(tmp_path, edited("competition.bag.members", [])))
-    assert message == "competition.bag.members: []; write all, or name some of the seeds, each once"
+    assert message == "competition.bag.members: []; write all, or list some of the seeds, each once"
 
 
 def test_a_member_listed_twice_is_refused(tmp_path):
@@ -258,12 +343,12 @@ def test_a_file_without_sections_is_refused(tmp_path, text):
 @given(st.sampled_from(FIELDS), st.one_of(st.none(), st.booleans(), st.integers(), st.text(), st.lists(st.integers())))
 def test_any_value_either_loads_or_is_refused_in_one_line(field, value):
     section, name = field
-    profile = {"archive": "local", "kaggle": "competition"}.get(section, "demo")
-    folder = "download" if section in ("phantom", "archive", "kaggle") else section
+    profile = DOWNLOADS.get(section, "demo")
+    folder = "download" if section in DOWNLOADS else section
     try:
         config.Config.model_validate(edited(f"{profile}.{folder}.{name}", value))
     except config.ValidationError as error:
-        message = config._first(error)
+        message = config._describe(error)
         assert f"{profile}.{folder}.{name}" in message
         assert len(message.splitlines()) == 1
 

@@ -1,4 +1,4 @@
-"""dvc.yaml against the code: each stage depends on every module that it can reach, and on no other."""
+"""dvc.yaml against the code: a stage depends on every module that can change a number in its outs, and on no other."""
 
 import ast
 import re
@@ -14,6 +14,43 @@ from stages import cli
 
 BESIDE = (".css", ".html", ".md", ".py")  # files that are read, or run, by their path
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+
+# The rule: a stage depends on every module that its code reaches, except on these, which cannot change a number in its
+# outs. A change of any of them causes no stage to run.
+ANY_STAGE = {
+    "pipeline/core/config.py": "reads params.yaml, which DVC compares itself; defaults never change (test_config)",
+    "pipeline/core/errors.py": "texts of errors",
+    "pipeline/core/files.py": "reads and writes files as they are given",
+    "pipeline/core/memory.py": "how the C library keeps freed memory",
+    "pipeline/core/progress.py": "progress bars",
+    "pipeline/tracking/fingerprint.py": "names runs, which no figure depends on",
+    "pipeline/tracking/outbox.py": "retries calls to MLflow",
+    "pipeline/tracking/store.py": "opens MLflow's store",
+    "pipeline/tracking/tracking_uri.py": "finds MLflow's store",
+    "stages/": "parse options, and call the library with the paths and parameters that dvc.yaml lists",
+}
+ONE_STAGE = {
+    "download": {"pipeline/": "what arrives is the source's; what is drawn or converted here is pinned by tests, and "
+                 "for drawings `download.version` says which drawing it is (test_phantom, test_sources)"},
+    "weights": {"pipeline/models/pooling.py": "has no weights"},
+    "train": {
+        "pipeline/tracking/runs.py": "logs to MLflow what the outs hold",
+        "pipeline/training/progress.py": "shows how far it is, and tells `cxr train-all`",
+        "pipeline/training/checkpoint.py": "a resumed training ends in the same bytes (test_interruptions)",
+        "pipeline/training/signals.py": "a resumed training ends in the same bytes (test_interruptions)",
+    },
+    "promote": {
+        "pipeline/evaluation/operating_point.py": "thresholds are chosen before, by evaluate and bag",
+        "pipeline/inference/pyfunc_model.py": "is logged with a model, to be run when it is served",
+    },
+    "submit": {
+        "pipeline/data/manifest.py": "only for --send, which writes no out",
+        "pipeline/evaluation/operating_point.py": "thresholds are chosen before, by evaluate and bag",
+        "pipeline/kaggle/client.py": "only for --send, which writes no out",
+        "pipeline/kaggle/submit.py": "only for --send, which writes no out",
+        "pipeline/tracking/": "only for --send, which writes no out",
+    },
+}  # fmt: skip
 
 
 def is_type_checking(node: ast.AST) -> bool:
@@ -50,9 +87,8 @@ def reached_at_once(file: str) -> frozenset[str]:
             for name in node.names:
                 found |= files_of(node.module) | files_of(f"{node.module}.{name.name}")
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.endswith(BESIDE):
-            beside = (ROOT / file).parent / node.value
-            if beside.is_file():
-                found.add(str(beside.relative_to(ROOT)))
+            folder = ROOT / "pipeline" if node.value.endswith(".py") else (ROOT / file).parent
+            found |= {str(path.relative_to(ROOT)) for path in folder.rglob(node.value)}
     return frozenset(found)
 
 
@@ -66,7 +102,7 @@ def reached(stage: str) -> set[str]:
 
 
 def code(stage: str) -> list[str]:
-    return [dep for dep in STAGES[stage]["deps"] if dep.split("/")[0] in ("pipeline", "stages")]
+    return [dep for dep in STAGES[stage].get("deps", []) if dep.split("/")[0] in ("pipeline", "stages")]
 
 
 def covers(dep: str, file: str) -> bool:
@@ -80,7 +116,7 @@ def products(stage: str) -> list[str]:
 
 def test_the_closure_follows_functions_packages_and_files_run_by_path_but_no_blocks_for_type_checkers():
     assert "pipeline/data/sources/__init__.py" in reached("download")  # a package that is not empty
-    assert "pipeline/data/sources/phantom.py" in reached("download")  # imported inside a function
+    assert "pipeline/training/loop.py" in reached("train")  # imported inside a function
     assert "pipeline/inference/pyfunc_model.py" in reached("promote")  # run by its path
     assert "pipeline/data/images.py" in reached("promote")  # imported by a file run by its path
     assert "pipeline/models/__init__.py" not in reached("train")  # empty
@@ -92,14 +128,31 @@ def test_blocks_for_type_checkers_are_not_followed():
     assert names == {"b", "c"}
 
 
+def without_influence(stage: str) -> dict[str, str]:
+    return ANY_STAGE | ONE_STAGE.get(stage, {})
+
+
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_module_that_a_stage_can_reach_is_among_its_dependencies(stage):
-    assert [file for file in sorted(reached(stage)) if not any(covers(dep, file) for dep in code(stage))] == []
+def test_every_module_that_a_stage_reaches_is_a_dependency_or_cannot_change_a_number(stage):
+    for file in sorted(reached(stage)):
+        listed = [name for name in without_influence(stage) if file.startswith(name)]
+        assert (file in code(stage)) != bool(listed), f"{file}: name it either in dvc.yaml or in the list with a reason"
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_dependency_on_code_is_reached(stage):
-    assert [dep for dep in code(stage) if not any(covers(dep, file) for file in reached(stage))] == []
+    assert [dep for dep in code(stage) if dep not in reached(stage)] == []
+
+
+def test_the_list_has_no_entry_that_no_stage_needs():
+    for name, reason in ANY_STAGE.items():
+        assert reason
+        assert any(file.startswith(name) for stage in STAGES for file in reached(stage)), name
+    for stage, entries in ONE_STAGE.items():
+        for name, reason in entries.items():
+            assert reason
+            assert name not in ANY_STAGE
+            assert any(file.startswith(name) for file in reached(stage)), f"{stage}: {name}"
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -111,7 +164,7 @@ def test_every_dependency_on_code_exists(stage):
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_dependency_on_data_is_the_product_of_another_stage(stage):
     made = [path for other in STAGES if other != stage for path in products(other)]
-    data = [dep for dep in STAGES[stage]["deps"] if dep not in code(stage)]
+    data = [dep for dep in STAGES[stage].get("deps", []) if dep not in code(stage)]
     assert [dep for dep in data if not any(covers(dep, path) or covers(path, dep) for path in made)] == []
 
 

@@ -1,125 +1,152 @@
-"""`params.yaml`, typed: one model per section, every key required, and a misspelled one named."""
+"""The typed model of `params.yaml`: a section per stage, a default for every key, and errors that name the key."""
 
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.core.errors import UserError
 
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(gt=0)]
-Weight = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Resize = Literal["stretch", "pad"]
 Method = Literal["vote", "mean", "logits", "greedy"]
 Tie = Literal["positive", "negative", "mean"]
-Held = Annotated[float, Field(gt=0, lt=1)]
+BAG = "bag"  # name of the candidate that combines the models
+
+# Keys and sources of earlier releases, by what they are called now.
+RENAMED = {
+    "optimiser": "optimizer",
+    "normalisation": "normalization",
+    "fresh_optimiser": "reset_optimizer_each_epoch",
+    "weight_average": "ema_decay",
+    "accumulate": "gradient_accumulation_steps",
+    "hidden": "head_hidden",
+    "positive_weight": "positive_oversampling",
+    "patience": "early_stopping_patience",
+    "gamma": "gamma_jitter",
+    "licence": "license",
+    "cohen": "covid_chestxray",
+}
 
 
 class Section(BaseModel):
+    """A section of the file.
+
+    A default stands for a key that an older file does not have, and gives what the release before the key gave: it
+    never changes, because DVC sees a change of `params.yaml` but not one of a default.
+    """
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class PhantomParams(Section):
-    """Radiographs drawn by the pipeline itself."""
+    """Synthetic radiographs, drawn by the pipeline itself."""
 
-    source: Literal["phantom"]
-    train: Positive  # labeled images
-    test: Positive
-    prevalence: Share  # share of positives among the labeled images
-    test_prevalence: Share
-    strength: Annotated[float, Field(gt=0)]  # how visible opacities are; at 1 some are very faint
-    confounding: Share  # how far the source tells the label: 0 not at all, 1 wholly
-    seed: Seed
+    source: Literal["phantom"] = Field("phantom", description="Where the data come from: drawn here.")
+    version: Literal[1] = Field(1, description="Version of the drawing; a new one draws other images.")
+    train: int = Field(832, gt=0, description="Number of labeled images.")
+    test: int = Field(100, gt=0, description="Number of test images.")
+    prevalence: float = Field(0.125, ge=0, le=1, description="Share of positives among the labeled images.")
+    test_prevalence: float = Field(0.5, ge=0, le=1, description="Share of positives among the test images.")
+    strength: float = Field(2.0, gt=0, description="Visibility of opacities; at 1 some are very faint.")
+    confounding: float = Field(0.6, ge=0, le=1, description="How far the source tells the label: 0 not, 1 wholly.")
+    seed: Seed = Field(1, description="Seed of the drawing.")
 
 
 class ArchiveParams(Section):
     """A zip or a folder in the competition's layout."""
 
-    source: Literal["archive"]
-    path: Path | None
+    source: Literal["archive"] = Field("archive", description="Where the data come from: a zip or folder.")
+    path: Path | None = Field(None, description="The zip or folder; after a change in it: dvc repro -f download.")
 
 
 class KaggleParams(Section):
-    """A competition of Kaggle, or a data set in the same layout; the other is None."""
+    """A Kaggle competition, or a Kaggle data set in the same layout; the other is null."""
 
-    source: Literal["kaggle"]
-    competition: Annotated[str, Field(pattern=r"^[\w-]+$")] | None
-    dataset: Annotated[str, Field(pattern=r"^[\w-]+/[\w-]+(/versions/[1-9]\d*)?$")] | None
+    source: Literal["kaggle"] = Field("kaggle", description="Where the data come from: Kaggle.")
+    competition: Annotated[str, Field(pattern=r"^[\w-]+$")] | None = Field(
+        None, description="Name of the competition; accept its rules first (docs/kaggle.md)."
+    )
+    dataset: Annotated[str, Field(pattern=r"^[\w-]+/[\w-]+(/versions/[1-9]\d*)?$")] | None = Field(
+        None, description="Or owner/name of a data set, with competition: null."
+    )
 
 
 class CovidxParams(Section):
-    """The folder of COVIDx, with its lists of training and test images."""
+    """The COVIDx folder with its lists of training and test images."""
 
-    source: Literal["covidx"]
-    path: Path | None
+    source: Literal["covidx"] = Field("covidx", description="Where the data come from: COVIDx.")
+    path: Path | None = Field(None, description="The folder with train/, test/, train*.txt and test*.txt.")
 
 
 class CovidChestXrayParams(Section):
     """A checkout of github.com/ieee8023/covid-chestxray-dataset."""
 
-    source: Literal["cohen"]
-    path: Path | None
-    test_share: Held  # of the patients
+    source: Literal["covid_chestxray"] = Field("covid_chestxray", description="Where the data come from.")
+    path: Path | None = Field(None, description="The checkout of the repository.")
+    test_share: float = Field(0.1, gt=0, lt=1, description="Share of the patients in the test set.")
 
 
 class ColumnsParams(Section):
-    """What the columns of a CSV are called; None is not there."""
+    """Names of the columns of a CSV; null where there is none."""
 
-    file: str  # path of the image, from the folder
-    label: str
-    patient: str | None
-    source: str | None
-    view: str | None
-    license: str | None
-    set: str | None  # whose values are train and test
+    file: str = Field("file", description="Path of the image, relative to the folder.")
+    label: str = Field("label", description="The label.")
+    patient: str | None = Field(None, description="Identifier of the patient.")
+    source: str | None = Field(None, description="Where the image comes from.")
+    view: str | None = Field(None, description="View, such as PA or AP.")
+    license: str | None = Field(None, description="License of the image.")
+    set: str | None = Field(None, description="Column with the values train and test.")
 
 
 class TableParams(Section):
-    """A folder of images and a CSV."""
+    """A folder of images with a CSV."""
 
-    source: Literal["table"]
-    path: Path | None
-    labels: Path  # of the CSV, from the folder
-    columns: ColumnsParams
-    positive: Annotated[list[str], Field(min_length=1)]  # values of the column `label`
-    negative: Annotated[list[str], Field(min_length=1)]
-    test_share: Held  # of the patients, if no column says it
+    source: Literal["table"] = Field("table", description="Where the data come from: a folder with a CSV.")
+    path: Path | None = Field(None, description="The folder of images.")
+    labels: Path = Field(Path("labels.csv"), description="The CSV, relative to the folder.")
+    columns: ColumnsParams = Field(ColumnsParams(), description="Names of its columns.")
+    positive: list[str] = Field(["1"], min_length=1, description="Positive values of the column label.")
+    negative: list[str] = Field(["0"], min_length=1, description="Negative values of the column label.")
+    test_share: float = Field(0.1, gt=0, lt=1, description="Share of the patients in the test set, without column set.")
 
     @model_validator(mode="after")
     def _check_labels(self) -> "TableParams":
         both = set(self.positive) & set(self.negative)
         if both:
-            raise ValueError(f"{min(both)!r} is in positive and in negative; leave it in one")
+            raise ValueError(f"{min(both)!r} is in positive and in negative; keep it in one")
         return self
 
 
 class WeightsParams(Section):
-    """Where the backbone's first weights come from: ImageNet, nowhere (random), or a file or URL."""
+    """The initial weights of the backbone."""
 
-    source: str
+    source: str = Field("imagenet", description="imagenet, none (random), or path or URL of a file.")
 
 
 class PrepareParams(Section):
-    size: Annotated[int, Field(ge=16, le=2048)]  # edge of the square images in the pack, pixels
-    resize: Resize  # how an image becomes square
-    max_quarantined: Share  # share of the labeled images that may be unusable
+    """Decoding of the images."""
+
+    size: int = Field(160, ge=16, le=2048, description="Edge of the stored square images, pixels.")
+    resize: Resize = Field("stretch", description="How images become square: stretch, or pad with black bars.")
+    max_quarantined: float = Field(0.05, ge=0, le=1, description="Largest unusable share of the labeled images.")
 
 
 class SplitParams(Section):
-    folds: Annotated[int, Field(ge=2)]  # equal parts, of which one validates
-    seed: Seed
-    cross_validate: bool  # each seed on a fold of its own
-    held_out_source: str | None  # the source that validates, and is not trained on, in place of a fold
+    """Training and validation sets."""
+
+    folds: int = Field(5, ge=2, description="Number of folds; one validates.")
+    seed: Seed = Field(1, description="Seed of the split.")
+    cross_validate: bool = Field(False, description="Seed k validates on fold k mod folds, not all on fold 0.")
+    held_out_source: str | None = Field(None, description="Source that validates and is not trained on, or null.")
 
     @model_validator(mode="after")
-    def _check_one_way(self) -> "SplitParams":
+    def _check_validation_scheme(self) -> "SplitParams":
         if self.cross_validate and self.held_out_source is not None:
-            raise ValueError("cross_validate and held_out_source are two ways to validate; set one to false or null")
+            raise ValueError("cross_validate and held_out_source exclude each other; set one to false or null")
         return self
 
     def validation_fold(self, seed: int) -> int:
@@ -128,104 +155,135 @@ class SplitParams(Section):
 
 
 class TrainParams(Section):
-    backbone: str  # a torchvision classifier, or timm/<name>
-    head_hidden: list[Positive]  # widths of the head's hidden layers
-    dropout: Annotated[float, Field(ge=0, lt=1)]
-    size: Annotated[int, Field(ge=16, le=2048)]  # edge of the images the backbone sees, pixels
-    normalization: Literal["none", "imagenet"]
-    epochs: Positive
-    frozen_epochs: Annotated[int, Field(ge=0)]  # the first epochs, in which only the head is trained
-    early_stopping_patience: Positive | None  # epochs without a better F1 before training stops early
-    batch_size: Positive
-    gradient_accumulation_steps: Positive  # parts a batch is computed in, one after another, to save memory
-    sampling: Literal["shuffle", "weighted"]
-    positive_oversampling: Weight  # weighted sampling draws a positive this much more often
-    class_weights: tuple[Weight, Weight]  # of negative and positive in the loss
-    flip: Share  # probability of a horizontal flip
-    rotation: Annotated[float, Field(ge=0, le=180)]  # degrees, at most, to either side
-    zoom: Annotated[float, Field(ge=0, le=1)]  # at most: 0.2 shows from 1 / 1.2 of the image to 1.2 of it
-    shift: Annotated[float, Field(ge=0, le=0.5)]  # of the edge, at most, to any side
-    gamma_jitter: Annotated[float, Field(ge=0, le=3)]  # at most: 0.5 raises brightness to a power from 1 / 1.5 to 1.5
-    mixup_alpha: Annotated[float, Field(ge=0)]  # 0 is no mixup
-    optimizer: Literal["adam", "adamw", "sgd"]
-    reset_optimizer_each_epoch: bool  # made anew every epoch, which forgets its moments
-    lr: Annotated[float, Field(gt=0)]
-    eps: Annotated[float, Field(gt=0)]
-    weight_decay: Annotated[float, Field(ge=0)]
-    ema_decay: Annotated[float, Field(ge=0, lt=1)]  # share of the average that each step keeps; 0 is none
-    schedule: Literal["constant", "cosine"]
-    warmup_epochs: Annotated[float, Field(ge=0)]
-    precision: Literal["float32", "bfloat16", "float16"]
-    channels_last: bool
-    fused: bool  # the optimizer's step as one kernel
-    compile: bool  # the network by torch.compile
-    loader_threads: Positive  # threads that gather the next batches from disk
-    cpu_threads: Positive  # part of the result: it sets the order in which floats are summed
+    """The training recipe."""
+
+    backbone: str = Field("timm/tf_efficientnet_lite0", description="A torchvision classifier, or timm/<name>.")
+    head_hidden: list[Annotated[int, Field(gt=0)]] = Field([], description="Widths of the head's hidden layers.")
+    dropout: float = Field(0.2, ge=0, lt=1, description="Dropout probability in the head.")
+    size: int = Field(160, ge=16, le=2048, description="Edge of the images the backbone sees, pixels.")
+    normalization: Literal["none", "imagenet"] = Field("imagenet", description="none (0 to 1) or imagenet.")
+    epochs: int = Field(8, gt=0, description="Number of epochs.")
+    frozen_epochs: int = Field(1, ge=0, description="First epochs that train the head only.")
+    early_stopping_patience: Annotated[int, Field(gt=0)] | None = Field(
+        None, description="Epochs without a better F1 before training stops, or null."
+    )
+    batch_size: int = Field(32, gt=0, description="Images per optimizer step.")
+    gradient_accumulation_steps: int = Field(1, gt=0, description="Parts a batch is computed in, to save memory.")
+    sampling: Literal["shuffle", "weighted"] = Field(
+        "shuffle", description="shuffle, or weighted: oversamples positives."
+    )
+    positive_oversampling: float = Field(1.0, gt=0, description="weighted draws a positive this much more often.")
+    class_weights: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = Field(
+        (1.0, 1.0), description="Loss weights of negative and positive."
+    )
+    flip: float = Field(0.5, ge=0, le=1, description="Probability of a horizontal flip.")
+    rotation: float = Field(0.0, ge=0, le=180, description="Largest rotation to either side, degrees.")
+    zoom: float = Field(0.0, ge=0, le=1, description="Largest zoom: 0.2 scales by 1 / 1.2 to 1.2.")
+    shift: float = Field(0.0, ge=0, le=0.5, description="Largest shift to any side, as a share of the edge.")
+    gamma_jitter: float = Field(0.0, ge=0, le=3, description="Largest gamma change: 0.5 is 1 / 1.5 to 1.5.")
+    mixup_alpha: float = Field(0.0, ge=0, description="Alpha of mixup's Beta distribution; 0 is off.")
+    optimizer: Literal["adam", "adamw", "sgd"] = Field("adamw", description="adam, adamw or sgd.")
+    reset_optimizer_each_epoch: bool = Field(False, description="Start every epoch with a new optimizer state.")
+    lr: float = Field(1e-3, gt=0, description="Learning rate.")
+    eps: float = Field(1e-8, gt=0, description="Epsilon of Adam.")
+    weight_decay: float = Field(0.01, ge=0, description="Weight decay.")
+    ema_decay: float = Field(0.0, ge=0, lt=1, description="Decay of the weights' moving average; 0 is off.")
+    schedule: Literal["constant", "cosine"] = Field("cosine", description="constant or cosine.")
+    warmup_epochs: float = Field(0.0, ge=0, description="Epochs of linear warmup.")
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="float32, or autocast to bfloat16 or float16."
+    )
+    channels_last: bool = Field(True, description="Memory format of the network.")
+    fused: bool = Field(False, description="Fused kernel for the optimizer's step.")
+    compile: bool = Field(False, description="Use torch.compile.")
+    loader_threads: int = Field(1, gt=0, description="Threads that read the next batches.")
+    cpu_threads: int = Field(2, gt=0, description="Sets the order of float sums, so part of the result.")
 
 
 class EvaluateParams(Section):
-    batch_size: Positive
-    cpu_threads: Positive
-    operating_point: Literal["half", "best_f1", "youden", "sensitivity"]  # the rule that chooses the threshold
-    min_sensitivity: Share  # that the rule `sensitivity` keeps on the validation set
-    expected_prevalence: Annotated[float, Field(gt=0, lt=1)] | None  # where the models will be used
-    resamples: Positive  # of the bootstrap behind the intervals
+    """Predictions and their evaluation."""
+
+    batch_size: int = Field(64, gt=0, description="Images per batch.")
+    cpu_threads: int = Field(2, gt=0, description="Sets the order of float sums, so part of the result.")
+    operating_point: Literal["half", "best_f1", "youden", "sensitivity"] = Field(
+        "half", description="half (0.5), best_f1, youden or sensitivity."
+    )
+    min_sensitivity: float = Field(0.9, ge=0, le=1, description="Sensitivity that the rule sensitivity keeps.")
+    expected_prevalence: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="Prevalence where the model will be used, or null."
+    )
+    resamples: int = Field(2000, gt=0, description="Bootstrap resamples for the intervals.")
 
 
 class BagParams(Section):
-    method: Method  # how the bag that is submitted answers
-    tie: Tie  # who wins a vote with no majority
-    members: Literal["all"] | list[int]  # seeds
+    """The bag, a seed ensemble: all models are trained on the same data."""
+
+    method: Method = Field("mean", description="vote, mean, logits or greedy.")
+    tie: Tie = Field("mean", description="Who wins a tied vote: positive, negative or mean.")
+    members: Literal["all"] | list[int] = Field("all", description="all, or a list of seeds.")
 
 
 class PromoteParams(Section):
-    margin: Share  # of validation F1 by which a challenger must be better than the champion
-    min_probability: Share  # that it is, by a paired bootstrap
-    resamples: Positive  # of the bootstrap
-    min_sensitivity: Share  # required of every champion on the validation set, as are the next two
-    min_specificity: Share
-    max_calibration_error: Share
+    """The gate in front of the champion alias."""
+
+    margin: float = Field(0.0, ge=0, le=1, description="F1 by which a challenger must beat the champion.")
+    min_probability: float = Field(0.8, ge=0, le=1, description="Share of resamples in which it must.")
+    resamples: int = Field(2000, gt=0, description="Paired bootstrap resamples.")
+    min_sensitivity: float = Field(0.5, ge=0, le=1, description="Required of every champion.")
+    min_specificity: float = Field(0.5, ge=0, le=1, description="Required of every champion.")
+    max_calibration_error: float = Field(0.2, ge=0, le=1, description="Required of every champion.")
 
 
 DownloadParams = PhantomParams | ArchiveParams | KaggleParams | CovidxParams | CovidChestXrayParams | TableParams
-SOURCES = ["phantom", "archive", "kaggle", "covidx", "cohen", "table"]
+SOURCES: dict[str, type[Section]] = {
+    params.model_fields["source"].default: params for params in get_args(DownloadParams)
+}
 
 
 class Profile(Section):
-    download: Annotated[DownloadParams, Field(discriminator="source")]
-    weights: WeightsParams
-    prepare: PrepareParams
-    split: SplitParams
-    train: TrainParams
-    evaluate: EvaluateParams
-    bag: BagParams
-    promote: PromoteParams
+    """One section per stage."""
+
+    download: DownloadParams = Field(ArchiveParams(), discriminator="source")
+    weights: WeightsParams = WeightsParams()
+    prepare: PrepareParams = PrepareParams()
+    split: SplitParams = SplitParams()
+    train: TrainParams = TrainParams()
+    evaluate: EvaluateParams = EvaluateParams()
+    bag: BagParams = BagParams()
+    promote: PromoteParams = PromoteParams()
+
+    @field_validator("download", mode="before")
+    @classmethod
+    def _default_source(cls, value: Any) -> Any:
+        return {"source": "archive", **value} if isinstance(value, dict) else value
 
 
 class Config(Section):
-    profile: str
-    seeds: Annotated[list[Seed], Field(min_length=1)]
+    """The whole file: which profile is active, the seeds, and the profiles by name."""
+
+    profile: str = Field("demo", description="The profile in use.")
+    seeds: list[Seed] = Field(list(range(10)), min_length=1, description="One model is trained per seed.")
     profiles: dict[str, Profile]
 
     @model_validator(mode="before")
     @classmethod
     def _gather_profiles(cls, content: dict[str, Any]) -> dict[str, Any]:
-        own: dict[str, Any] = {key: content[key] for key in ("profile", "seeds") if key in content}
-        return own | {"profiles": {key: content[key] for key in content if key not in own}}
+        top = {key: content[key] for key in ("profile", "seeds") if key in content}
+        return top | {"profiles": {key: content[key] for key in content if key not in top}}
 
     @model_validator(mode="after")
     def _check_names(self) -> "Config":
         if self.profile not in self.profiles:
-            raise ValueError(f"profile: there is no section {self.profile!r}; {_near(self.profile, self.profiles)}")
+            raise ValueError(f"profile: there is no section {self.profile!r}; {_suggest(self.profile, self.profiles)}")
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError("seeds: a seed is listed twice; give each once")
+            raise ValueError("seeds: a seed is listed twice; list each once")
         for name, profile in self.profiles.items():
             members = profile.bag.members
             if members != "all" and (not members or len(set(members)) < len(members) or set(members) - set(self.seeds)):
-                raise ValueError(f"{name}.bag.members: {members}; write all, or name some of the seeds, each once")
+                raise ValueError(f"{name}.bag.members: {members}; write all, or list some of the seeds, each once")
             source, section = profile.download, f"{name}.download"
             if isinstance(source, KaggleParams) and (source.competition is None) == (source.dataset is None):
-                raise ValueError(f"{section}.competition, {section}.dataset: name one, and write null for the other")
+                raise ValueError(f"{section}.competition, {section}.dataset: set one and write null for the other")
         return self
 
     @property
@@ -239,7 +297,6 @@ class Config(Section):
 
     @property
     def bag_seeds(self) -> list[int]:
-        """The seeds in the bag."""
         return self.seeds if self.active.bag.members == "all" else self.active.bag.members
 
     @property
@@ -254,10 +311,10 @@ class Config(Section):
 
 
 def load_config(path: Path = Path("params.yaml")) -> Config:
-    """Read and check the whole file, not only the section in use.
+    """Read and check the whole file, not only the profile in use.
 
     Raises:
-        UserError: the file is missing, is not YAML, or has a key that is unknown, missing or out of range.
+        UserError: the file is missing or not YAML, or a key is unknown, renamed or out of range.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -270,34 +327,39 @@ def load_config(path: Path = Path("params.yaml")) -> Config:
     try:
         return Config.model_validate(content)
     except ValidationError as error:
-        raise UserError(f"{path}: {_first(error)}") from None
+        raise UserError(f"{path}: {_describe(error)}") from None
 
 
-def _first(error: ValidationError) -> str:
-    # An unknown key comes before the key that is missing because of the misspelling.
-    found = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
-    where = [str(part) for part in found["loc"] if part not in ("profiles", *SOURCES, "list[int]")]
-    name = ".".join(where)
-    if found["type"] == "extra_forbidden":
-        return f"{name}: unknown key; {_near(where[-1], _keys(found['loc']))}"
-    if found["type"] == "missing":
-        return f"{name}: missing; add it"
-    if found["type"] == "value_error":
-        return f"{name}: {found['ctx']['error']}" if name else str(found["ctx"]["error"])
-    return f"{name}: {found['msg'][0].lower()}{found['msg'][1:]}, but it is {found['input']!r}"
+def json_schema() -> dict[str, Any]:
+    """Return the JSON schema of `params.yaml`, by which editors complete and check it."""
+    schema = Config.model_json_schema()
+    schema["additionalProperties"] = schema["properties"].pop("profiles")["additionalProperties"]
+    schema["required"].remove("profiles")
+    return schema
+
+
+def _describe(error: ValidationError) -> str:
+    """Describe the first error in one line: the key, what is wrong, what to do."""
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"] if part not in ("profiles", *SOURCES, "list[int]")]
+    name = ".".join(path)
+    old = first["ctx"]["tag"] if first["type"] == "union_tag_invalid" else path[-1] if path else ""
+    if first["type"] in ("extra_forbidden", "union_tag_invalid") and old in RENAMED:
+        return f"{name}: {old} is called {RENAMED[old]} now; rename it"
+    if first["type"] == "extra_forbidden":
+        return f"{name}: unknown key; {_suggest(path[-1], _keys(first['loc']))}"
+    if first["type"] == "value_error":
+        return f"{name}: {first['ctx']['error']}" if name else str(first["ctx"]["error"])
+    return f"{name}: {first['msg'][0].lower()}{first['msg'][1:]}, but it is {first['input']!r}"
 
 
 def _keys(loc: tuple[int | str, ...]) -> list[str]:
     """Return the keys that the section at `loc` may have."""
-    models: dict[str, type[Section]] = {
-        "phantom": PhantomParams, "archive": ArchiveParams, "kaggle": KaggleParams, "covidx": CovidxParams,
-        "cohen": CovidChestXrayParams, "table": TableParams, "columns": ColumnsParams, "weights": WeightsParams,
-        "prepare": PrepareParams, "split": SplitParams, "train": TrainParams, "evaluate": EvaluateParams,
-        "bag": BagParams, "promote": PromoteParams,
-    }  # fmt: skip
-    return list(models.get(str(loc[-2]), Profile).model_fields)
+    sections = {name: field.annotation for name, field in Profile.model_fields.items()}
+    section = (sections | SOURCES | {"columns": ColumnsParams}).get(str(loc[-2]), Profile)
+    return list(section.model_fields)  # type: ignore[union-attr]
 
 
-def _near(name: str, known: Iterable[str]) -> str:
+def _suggest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known := list(known), n=1)
     return f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(sorted(known))}"

@@ -1,0 +1,143 @@
+"""What a change of code costs: nothing that cannot change a number trains, downloads or registers again."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, copy_project, mlflow_client, run, seed_runs
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.tracking.fingerprint import code_hash
+
+MODULES = sorted(path for folder in ("pipeline", "stages") for path in (ROOT / folder).rglob("*.py"))
+CODE = '''
+"""The docstring of the module."""
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from somewhere import Kind
+
+SIZE: int = 3  # a comment
+
+
+class Box:
+    """The docstring of a class."""
+
+    width: float
+
+    def area(self, factor: float = 2.0) -> float:
+        """The docstring of a method."""
+        text: str = "kept"
+        return self.width * factor if text else SIZE
+'''
+
+
+def hash_of(folder: Path, code: str) -> str:
+    (folder / "module.py").write_text(code)
+    return code_hash(folder / "module.py")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("  # a comment", ""),
+        ("SIZE: int = 3", "SIZE: float = 3"),
+        ("    width: float", "    width: int"),
+        ("The docstring of a class.", "Another one."),
+        ('        """The docstring of a method."""\n', ""),
+        ("factor: float = 2.0) -> float", "factor=2.0)"),
+        ('"kept"', "'kept'"),
+        ('"kept"', '("ke"\n            "pt")'),
+        ("from somewhere import Kind", "from elsewhere import Other"),
+        ("\n\n\n", "\n\n\n\n# more room\n\n"),
+    ],
+)
+def test_comments_docstrings_type_hints_and_formatting_change_no_hash(tmp_path, old, new):
+    assert old in CODE
+    assert hash_of(tmp_path, CODE.replace(old, new)) == hash_of(tmp_path, CODE)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("= 3", "= 4"),
+        ("2.0", "2.5"),
+        ('"kept"', '"changed"'),
+        ("self.width * factor", "factor * self.width"),
+        ("else SIZE", "else None"),
+        ("    width: float", "    height: float"),
+        ("class Box", "class Crate"),
+        ("from typing import TYPE_CHECKING", "from typing import TYPE_CHECKING, Any"),
+    ],
+)
+def test_whatever_may_change_what_the_code_does_changes_the_hash(tmp_path, old, new):
+    assert old in CODE
+    assert hash_of(tmp_path, CODE.replace(old, new)) != hash_of(tmp_path, CODE)
+
+
+@given(st.sampled_from(MODULES), st.text(st.characters(codec="utf-8", exclude_categories=["C"])))
+def test_no_comment_changes_the_hash_of_any_module(tmp_path_factory, module, text):
+    changed = tmp_path_factory.mktemp("module") / "module.py"
+    changed.write_text(f"# {text}\n{module.read_text()}\n# {text}\n")
+    assert code_hash(changed) == code_hash(module)
+
+
+def test_a_reformatted_module_keeps_its_hash(tmp_path):
+    for module in MODULES:
+        changed = tmp_path / "module.py"
+        changed.write_bytes(module.read_bytes())
+        subprocess.run([sys.executable, "-m", "ruff", "format", "-q", "--line-length", "60", changed], check=True)
+        assert code_hash(changed) == code_hash(module), module
+
+
+def run_ids(project: Path) -> set[str]:
+    client = mlflow_client(project)
+    experiment = client.get_experiment_by_name("covid-xray-demo")
+    return {found.info.run_id for found in client.search_runs([experiment.experiment_id])}
+
+
+def versions(project: Path) -> int:
+    return len(mlflow_client(project).search_model_versions("name = 'covid-xray-demo'"))
+
+
+@pytest.fixture
+def changeable(demo_project, tmp_path) -> Path:
+    """A copy of the finished demo, whose code the test may change."""
+    return copy_project(demo_project, tmp_path / "project")
+
+
+@pytest.mark.slow
+def test_a_change_that_can_change_no_number_causes_no_training(changeable):
+    for name in ("pipeline/core/files.py", "pipeline/core/errors.py", "pipeline/tracking/runs.py", "stages/common.py"):
+        path = changeable / name
+        path.write_text(f"{path.read_text()}\n# a comment\n")
+    status = run(changeable, "dvc", "status").stdout
+    assert not [stage for stage in ("train", "download", "prepare") if stage in status], status
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("old", "new", "refused"),
+    [
+        ('"""Train to the end.', '"""Train until the end.', False),
+        ("CHECKPOINT_SECONDS = 300", "CHECKPOINT_SECONDS = 301", True),
+    ],
+    ids=["docstring", "code"],
+)
+def test_after_dvc_commit_changed_code_keeps_models_runs_and_versions(changeable, old, new, refused):
+    before = run_ids(changeable), versions(changeable), [found.info.end_time for found in seed_runs(changeable)]
+    loop = changeable / "pipeline/training/loop.py"
+    assert old in loop.read_text()
+    loop.write_text(loop.read_text().replace(old, new))
+    assert "train@0" in run(changeable, "dvc", "status").stdout
+    ended = run(changeable, "cxr", "sync")
+    assert ended.returncode == (2 if refused else 0), ended.stderr
+    assert ("trained with other parameters, data or code; run: dvc repro" in ended.stderr) == refused
+    for command in ("dvc commit -f train", "cxr sync", "dvc repro"):
+        ended = run(changeable, *command.split())
+        assert ended.returncode == 0, ended.stderr
+        assert "Running stage 'train" not in ended.stdout
+    after = run_ids(changeable), versions(changeable), [found.info.end_time for found in seed_runs(changeable)]
+    assert after == before
