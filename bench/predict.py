@@ -1,4 +1,4 @@
-"""Radiographs per second that a bag of ten judges, against a loop that loads each member for each image.
+"""Radiographs per second of a bag of ten, compared with a loop that loads every member for every image.
 
 python bench/predict.py [IMAGES] [BACKBONE] [SIZE] [ROUNDS]
 """
@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import DRAWN, alternate, radiographs, seconds
+from common import UNIQUE_IMAGES, alternate, radiographs, seconds
 
 from pipeline.data import images
 from pipeline.evaluation.ensemble import EnsembleConfig
@@ -22,7 +22,7 @@ MEMBERS = 10
 
 
 def main(count: int = 8, backbone: str = "alexnet", size: int = 224, rounds: int = 3) -> None:
-    drawn = radiographs()
+    jpegs = radiographs()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         names = [f"seed-{index}" for index in range(MEMBERS)]
@@ -31,11 +31,11 @@ def main(count: int = 8, backbone: str = "alexnet", size: int = 224, rounds: int
             network = Classifier(Architecture(backbone, [256, 128], 0, size, "none", size, "stretch"))
             classifier.save_weights(network, model)
             classifier.save_description(network, model, {})
-        rule = EnsembleConfig(names, "mean", "mean", 0.5, [0.5] * MEMBERS, [1 / MEMBERS] * MEMBERS)
-        candidate.assemble_candidate(folder / "bag", folder, rule)
+        config = EnsembleConfig(names, "mean", "mean", 0.5, [0.5] * MEMBERS, [1 / MEMBERS] * MEMBERS)
+        candidate.assemble_candidate(folder / "bag", folder, config)
         files = [folder / f"{index}.jpg" for index in range(count)]
         for index, file in enumerate(files):
-            file.write_bytes(drawn[index % DRAWN])
+            file.write_bytes(jpegs[index % UNIQUE_IMAGES])
         cpu = torch.device("cpu")
 
         def ours() -> float:
@@ -51,13 +51,10 @@ def main(count: int = 8, backbone: str = "alexnet", size: int = 224, rounds: int
 
             return count / seconds(lambda: [predict(file) for file in files])
 
-        mine, theirs = alternate(ours, plain, rounds=rounds)
-    figures = {"images": count, "backbone": backbone, "size": size}
-    print(
-        json.dumps(
-            figures | {"per_second": round(mine, 1), "plain": round(theirs, 1), "ratio": round(mine / theirs, 1)}
-        )
-    )
+        our_rate, plain_rate = alternate(ours, plain, rounds=rounds)
+    settings = {"images": count, "backbone": backbone, "size": size}
+    rates = {"per_second": round(our_rate, 1), "plain": round(plain_rate, 1), "ratio": round(our_rate / plain_rate, 1)}
+    print(json.dumps(settings | rates))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""The share of a training that goes into telling MLflow about it, in a clone whose data are ready.
+"""The share of training time that logging to MLflow costs, in a clone with prepared data.
 
 python bench/tracking.py [PROJECT]
 
-Logging has a thread of its own. What it costs is the processor time that this thread takes from the training. Opening
-the run, once, is mostly the import of MLflow, and is reported apart.
+Logging runs in its own thread, so its cost is the CPU time of that thread. Opening the run (once, mostly the import of
+MLflow) is reported separately.
 """
 
 import json
@@ -13,30 +13,30 @@ import tempfile
 from pathlib import Path
 
 from common import ROOT
-from seeds import clone_ready
+from seeds import clone_and_prepare
 
-WATCHED = """
+TIMED_TRAINING = """
 import atexit, runpy, sys, time
 from pipeline.tracking.outbox import Outbox
-from pipeline.training.loop import Training
-spent = {"_open_run": 0, "_deliver": 0, "run": 0}
-def timed(owner, name, clock):
-    real = getattr(owner, name)
-    def run(*arguments):
-        begun = clock()
+from pipeline.training.loop import Trainer
+seconds = {"_open_run": 0, "_deliver": 0, "run": 0}
+def time_calls(owner, name, clock):
+    original = getattr(owner, name)
+    def timed(*arguments):
+        start = clock()
         try:
-            return real(*arguments)
+            return original(*arguments)
         finally:
-            spent[name] += clock() - begun
-    setattr(owner, name, run)
-begin = Outbox.__init__
-def watched(self, open_run):
-    begin(self, open_run)
-    timed(self, "_open_run", time.thread_time)
-Outbox.__init__ = watched
-timed(Outbox, "_deliver", time.thread_time)
-timed(Training, "run", time.perf_counter)
-atexit.register(lambda: print(*spent.values()))
+            seconds[name] += clock() - start
+    setattr(owner, name, timed)
+original_init = Outbox.__init__
+def init(self, open_run):
+    original_init(self, open_run)
+    time_calls(self, "_open_run", time.thread_time)
+Outbox.__init__ = init
+time_calls(Outbox, "_deliver", time.thread_time)
+time_calls(Trainer, "run", time.perf_counter)
+atexit.register(lambda: print(*seconds.values()))
 sys.argv = ["train", "--seed", "0"]
 runpy.run_module("stages.train", run_name="__main__")
 """
@@ -44,13 +44,13 @@ runpy.run_module("stages.train", run_name="__main__")
 
 def main(project: str = str(ROOT)) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        clone_ready(Path(project), Path(folder))
-        command = [sys.executable, "-c", WATCHED]
-        printed = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
-    opening, thread, training = map(float, printed.split()[-3:])
+        clone_and_prepare(Path(project), Path(folder))
+        command = [sys.executable, "-c", TIMED_TRAINING]
+        output = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+    opening, thread, training = map(float, output.split()[-3:])
     logging = thread - opening
-    figures = {"opening": opening, "logging": logging, "training": training, "share": logging / training}
-    print(json.dumps({name: round(value, 4) for name, value in figures.items()}))
+    results = {"opening": opening, "logging": logging, "training": training, "share": logging / training}
+    print(json.dumps({name: round(value, 4) for name, value in results.items()}))
 
 
 if __name__ == "__main__":

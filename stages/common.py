@@ -1,4 +1,4 @@
-"""What every command shares: errors in one line, and `--debug` to see where they come from."""
+"""Shared by all commands: one-line errors, `--debug`, `-h`, and tables on the terminal."""
 
 import errno
 import functools
@@ -8,11 +8,17 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from pipeline.core.errors import Interrupted, UserError, first_line
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"]}
+PIPE_WIDTH = 100_000  # characters; wide enough to wrap nothing
 
 
 class CommandError(click.ClickException):
@@ -20,50 +26,61 @@ class CommandError(click.ClickException):
 
 
 def stage(function: Callable[..., None]) -> click.Command:
-    """Make a click command that ends in one line and exit code 2 when its user can mend what is wrong.
+    """Make a click command that reports errors of its user in one line, with exit code 2.
 
-    Stopped by a signal, it ends as a shell expects it: with 128 and the signal's number.
+    After a signal the exit code is 128 plus the number of the signal, as shells expect.
     """
 
     @functools.wraps(function)
     def run(debug: bool, **options: Any) -> None:
         prepend_environment_path()
-        gc.set_threshold(50_000)  # a tenth of a start went to looking for garbage in what imports make to stay
+        gc.set_threshold(50_000)  # garbage collection during imports, which free little, took a tenth of the start
         try:
             function(**options)
         except Interrupted as error:
-            click.echo(f"{error}; dvc repro goes on from there", err=True)
+            click.echo(f"{error}; dvc repro resumes from there", err=True)
             sys.exit(128 + error.signal)
         except KeyboardInterrupt:
             sys.exit(128 + signal.SIGINT)
         except Exception as error:
-            line = _line(error)
-            if debug or not line:
+            message = _user_message(error)
+            if debug or not message:
                 raise
-            raise CommandError(line) from None
+            raise CommandError(message) from None
 
-    return click.command()(click.option("--debug", is_flag=True, help="Show where an error comes from.")(run))
+    debug_option = click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+    return click.command(context_settings=CONTEXT_SETTINGS)(debug_option(run))
 
 
 def prepend_environment_path() -> None:
-    """Let `dvc` and `python` be those beside this Python, whether its environment was activated or not."""
+    """Put the folder of this Python first in PATH, so that `dvc` and `python` are found there without activation."""
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
-def _line(error: Exception) -> str:
-    """Say what is wrong and what to do; nothing for what no user can mend."""
-    line = ""
-    if type(error).__name__ == "MlflowException":  # known by its name, for importing MLflow takes seconds
-        line = f"MLflow cannot do it: {first_line(error)}; look at the server that MLFLOW_TRACKING_URI names"
+def print_table(table: "Table") -> None:
+    """Print a table: wrapped to the width of the terminal, or, in a pipe or file, a line per row without colors."""
+    from rich.console import Console
+
+    console = Console(markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = PIPE_WIDTH
+    console.print(table)
+
+
+def _user_message(error: Exception) -> str:
+    """Return what is wrong and what to do, or an empty text if a user cannot correct the error."""
+    message = ""
+    if type(error).__name__ == "MlflowException":  # compared by name, since importing MLflow takes seconds
+        message = f"MLflow failed: {first_line(error)}; check the server at MLFLOW_TRACKING_URI"
     match error:
         case UserError():
-            line = str(error)
+            message = str(error)
         case FileNotFoundError():
-            line = f"{error.filename or error}: not found; run: dvc repro"
+            message = f"{error.filename or error}: not found; run: dvc repro"
         case PermissionError():
-            line = f"{error.filename or error}: permission denied; change its rights or its owner"
+            message = f"{error.filename or error}: permission denied; change its permissions or its owner"
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
-            line = f"the disk is full ({error.filename or 'while writing'}); free some space and run again"
+            message = f"the disk is full ({error.filename or 'while writing'}); free some space and run again"
         case OSError(filename=str() | Path() as path, strerror=str() as reason):
-            line = f"{path}: {reason}; correct that path, or look what is there"
-    return line
+            message = f"{path}: {reason}; correct the path, or check the file or folder there"
+    return message

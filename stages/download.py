@@ -1,4 +1,4 @@
-"""Bring the data in, in the competition's layout."""
+"""Download the data in the layout of the competition."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from stages.common import stage
 
 @stage
 def download() -> None:
-    """Write data/raw.zip from the profile's source."""
+    """Write data/raw.zip from the source of the active profile."""
     from pipeline.core.config import load_config
     from pipeline.core.files import atomic_path
     from pipeline.data import layout, sources

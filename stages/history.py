@@ -1,30 +1,30 @@
-"""Who was champion."""
+"""Show the champion history."""
 
 import click
 
-from stages.common import stage
+from stages.common import print_table, stage
 
 
 @stage
 def history() -> None:
-    """Show who was champion from when to when, and why."""
-    from rich.console import Console
-    from rich.table import Table
+    """Show the champion history: every champion, from when to when, and why it was promoted."""
+    from rich.table import Column, Table
 
     from pipeline.core.config import load_config
     from pipeline.tracking import registry
     from pipeline.tracking.store import connect
 
     name = load_config().model_name
-    reigns = registry.champion_history(connect(name), name)
-    if not reigns:
-        click.echo(f"{name} had no champion yet; run: dvc repro promote")
+    records = registry.champion_history(connect(name), name)
+    if not records:
+        click.echo(f"{name} has had no champion yet; run: dvc repro promote")
         return
-    table = Table("version", "since", "until", "why")
-    ends = [reign.since for reign in reigns[1:]] + ["now"]
-    for reign, end in zip(reigns, ends, strict=True):
-        table.add_row(reign.version, reign.since, end, reign.why)
-    Console(markup=False, emoji=False).print(table)
+    columns = [Column(header, overflow="fold") for header in ("version", "since", "until", "reason")]
+    table = Table(*columns, title=f"Champion history of {name}", title_justify="left")
+    ends = [record.since for record in records[1:]] + ["now"]
+    for record, end in zip(records, ends, strict=True):
+        table.add_row(record.version, record.since, end, record.reason)
+    print_table(table)
 
 
 if __name__ == "__main__":

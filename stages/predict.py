@@ -1,4 +1,4 @@
-"""Judge radiographs with a model of the registry, or one of those that were just trained."""
+"""Classify radiographs with a registered model or a model from models/."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,19 +6,21 @@ from pathlib import Path
 
 import click
 
-from stages.common import stage
+from stages.common import print_table, stage
 
 
 @stage
-@click.argument("files", nargs=-1, required=True)
+@click.argument("files", nargs=-1, required=True, type=click.Path())
 @click.option(
-    "--model", default="champion", help="An alias or a version of the registry; or seed-K or bag, from models/."
+    "--model",
+    default="champion",
+    show_default=True,
+    help="Alias or number of a registered version, or seed-K or bag from models/.",
 )
-@click.option("--csv", "table", type=click.Path(path_type=Path, dir_okay=False), help="Write the table here instead.")
-def predict(files: tuple[str, ...], model: str, table: Path | None) -> None:
-    """Judge FILES: images, folders and patterns. For research, not for diagnosis."""
-    from rich.console import Console
-    from rich.table import Table
+@click.option("--csv", "output", type=click.Path(path_type=Path, dir_okay=False), help="Write the table to this file.")
+def predict(files: tuple[str, ...], model: str, output: Path | None) -> None:
+    """Classify radiographs: images, folders or patterns such as 'x/*.png'. For research, not for diagnosis."""
+    from rich.table import Column, Table
 
     from pipeline.core import memory
     from pipeline.core.errors import UserError
@@ -29,33 +31,34 @@ def predict(files: tuple[str, ...], model: str, table: Path | None) -> None:
 
     memory.retain_freed_memory()
     paths = inference_files.expand_paths(files)
-    with _folder(model) as folder:
-        judged = inference_files.predict_files(candidate.load_candidate(folder, determinism.select_device()), paths)
-    if table:
-        write_csv(table, judged)
-        click.echo(f"{table}: {len(judged)} files, {judged['label'].sum()} positive")
+    with _candidate_folder(model) as folder:
+        loaded = candidate.load_candidate(folder, determinism.select_device())
+        predictions = inference_files.predict_files(loaded, paths)
+    if output:
+        write_csv(output, predictions)
+        click.echo(f"{output}: {len(predictions)} files, {predictions['label'].sum()} positive")
     else:
-        shown = Table("file", "probability", "label", "")
-        for row in judged.to_dict("records"):
-            figures = ("–", "–") if row["reason"] else (f"{row['probability']:.4f}", str(row["label"]))
-            shown.add_row(row["file"], *figures, row["reason"])
-        Console(markup=False, emoji=False).print(shown)
-    unusable = judged["reason"].ne("").sum()
+        table = Table(*(Column(header, overflow="fold") for header in ("file", "probability", "label", "reason")))
+        for row in predictions.to_dict("records"):
+            metrics = ("–", "–") if row["reason"] else (f"{row['probability']:.4f}", str(row["label"]))
+            table.add_row(row["file"], *metrics, row["reason"])
+        print_table(table)
+    unusable = predictions["reason"].ne("").sum()
     if unusable:
-        raise UserError(f"{unusable} of {len(judged)} files are not usable radiographs, as the table says")
+        raise UserError(f"{unusable} of {len(predictions)} files are not usable radiographs; the table has the reasons")
 
 
 @contextmanager
-def _folder(model: str) -> Iterator[Path]:
-    """Bring the candidate of this name into a folder while the block runs."""
+def _candidate_folder(model: str) -> Iterator[Path]:
+    """Yield a folder with the candidate; it is deleted afterwards."""
     import tempfile
 
-    from pipeline.core.config import load_config
+    from pipeline.core.config import BAG, load_config
     from pipeline.evaluation import ensemble
     from pipeline.inference import candidate
 
     config = load_config()
-    if model in (*config.model_names, ensemble.BAG):
+    if model in (*config.model_names, BAG):
         with tempfile.TemporaryDirectory() as scratch:
             candidate.assemble_candidate(Path(scratch), Path("models"), ensemble.load_candidate_configs(config)[model])
             yield Path(scratch)
@@ -63,9 +66,8 @@ def _folder(model: str) -> Iterator[Path]:
         from pipeline.tracking import registry
         from pipeline.tracking.store import connect
 
-        with registry.download_version(
-            registry.get_version(connect(config.model_name), config.model_name, model)
-        ) as folder:
+        version = registry.get_version(connect(config.model_name), config.model_name, model)
+        with registry.download_version(version) as folder:
             yield folder
 
 

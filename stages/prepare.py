@@ -1,4 +1,4 @@
-"""Decode every image once."""
+"""Decode all images."""
 
 from pathlib import Path
 

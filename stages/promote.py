@@ -1,4 +1,4 @@
-"""Make MLflow show what DVC holds, and promote the best candidate."""
+"""Complete MLflow from DVC's files, and promote the best candidate if it passes the gate."""
 
 import click
 
@@ -6,20 +6,26 @@ from stages.common import stage
 
 
 @stage
-@click.option("--model", metavar="VERSION", help="Make this version champion, whatever the gate says.")
-@click.option("--because", metavar="REASON", help="Why; kept with the version and in `cxr history`.")
-def promote(model: str | None, because: str | None) -> None:
-    """Complete the MLflow runs and the registry, and make the best candidate champion if it is better.
+@click.option("--model", metavar="VERSION", help="Make this version champion, without the gate.")
+@click.option("--reason", metavar="TEXT", help="Why; stored with the version and shown by `cxr history`.")
+def promote(model: str | None, reason: str | None) -> None:
+    """Complete the MLflow runs and the registry, and make the best candidate champion if it passes the gate.
 
-    Writes metrics/promotion.json. With --model nothing is compared: the version becomes champion.
+    Writes metrics/promotion.json. With --model, that version becomes champion without a comparison.
     """
     from pipeline.core.config import load_config
     from pipeline.tracking import sync
+    from pipeline.tracking.store import connect
 
-    if (model is None) != (because is None):
-        raise click.UsageError('give both: --model VERSION --because "REASON"')
+    if (model is None) != (reason is None):
+        raise click.UsageError('give both: --model VERSION --reason "TEXT"')
     config = load_config()
-    decision = sync.promote_version(config, model, f"by hand: {because}") if model else sync.promote_best(config)
+    if model is not None:
+        decision = sync.promote_version(config, model, f"by hand: {reason}")
+    else:
+        store = connect(config.model_name)
+        versions = sync.backfill(store, config)
+        decision = sync.promote_best(store, config, versions)
     click.echo(sync.format_decision(config.model_name, decision))
 
 

@@ -1,4 +1,4 @@
-"""Give the alias back to the last champion."""
+"""Roll back to the previous champion."""
 
 import click
 
@@ -6,16 +6,16 @@ from stages.common import stage
 
 
 @stage
-@click.option("--because", metavar="REASON", default="rolled back", help="Why; kept in `cxr history`.")
-def rollback(because: str) -> None:
-    """Make the champion before the present one champion again; a second time goes back further."""
+@click.option("--reason", metavar="TEXT", default="rolled back", help="Why; shown by `cxr history`.")
+def rollback(reason: str) -> None:
+    """Make the previous champion champion again; repeated rollbacks go further back."""
     from pipeline.core.config import load_config
     from pipeline.tracking import registry, sync
     from pipeline.tracking.store import connect
 
     config = load_config()
-    last = registry.rollback_target(connect(config.model_name), config.model_name)
-    decision = sync.promote_version(config, last.version, because, rollback=True)
+    target = registry.rollback_target(connect(config.model_name), config.model_name)
+    decision = sync.promote_version(config, target.version, reason, rollback=True)
     click.echo(sync.format_decision(config.model_name, decision))
 
 

@@ -1,4 +1,4 @@
-"""Make MLflow show what DVC holds."""
+"""Complete MLflow from DVC's files."""
 
 import subprocess
 
@@ -8,32 +8,36 @@ from stages.common import stage
 
 
 @stage
-@click.option("--prune", is_flag=True, help="Then delete the runs of DVC experiments that were removed.")
+@click.option("--prune", is_flag=True, help="Also delete the runs of DVC experiments that were removed.")
 @click.option("--yes", is_flag=True, help="Do not ask before deleting.")
 def sync(prune: bool, yes: bool) -> None:
-    """Complete runs, registered models and aliases in MLflow from DVC's files; done twice, it changes nothing more."""
+    """Complete runs, registered versions and aliases in MLflow from DVC's files; a repeated call changes nothing."""
     from pipeline.core.config import load_config
     from pipeline.core.errors import UserError
     from pipeline.tracking import sync as tracking
     from pipeline.tracking.runs import DVC_EXPERIMENT
+    from pipeline.tracking.store import connect
 
     config = load_config()
-    click.echo(tracking.format_decision(config.model_name, tracking.promote_best(config)))
+    store = connect(config.model_name)
+    versions = tracking.backfill(store, config)
+    decision = tracking.promote_best(store, config, versions)
+    click.echo(tracking.format_decision(config.model_name, decision))
     if not prune:
         return
-    listed = subprocess.run(
+    completed = subprocess.run(
         ["dvc", "exp", "list", "--all-commits", "--name-only"], capture_output=True, text=True, check=False
     )
-    if listed.returncode:
-        raise UserError(f"dvc exp list failed: {listed.stderr.strip()}")
-    removed = tracking.removable_runs(config, listed.stdout.split())
-    for run in removed:
-        click.echo(f"{run.info.run_name}, of experiment {run.data.tags[DVC_EXPERIMENT]}")
-    if not removed:
-        click.echo("no run belongs to a removed experiment")
-    elif yes or click.confirm(f"Delete these {len(removed)} runs and what is registered of them?"):
-        tracking.remove_runs(config, removed)
-        click.echo(f"{len(removed)} runs are deleted; mlflow gc frees their files")
+    if completed.returncode:
+        raise UserError(f"dvc exp list failed: {completed.stderr.strip()}")
+    runs = tracking.removable_runs(store, config.model_name, versions.values(), completed.stdout.split())
+    for run in runs:
+        click.echo(f"{run.info.run_name} (experiment {run.data.tags[DVC_EXPERIMENT]})")
+    if not runs:
+        click.echo("no runs of removed experiments")
+    elif yes or click.confirm(f"Delete these {len(runs)} runs and their registered versions?"):
+        tracking.remove_runs(store, config.model_name, runs)
+        click.echo(f"{len(runs)} runs deleted; mlflow gc frees their files")
 
 
 if __name__ == "__main__":

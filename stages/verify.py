@@ -1,4 +1,4 @@
-"""Check what the registry points at."""
+"""Verify the files of all registered versions."""
 
 import click
 
@@ -7,7 +7,7 @@ from stages.common import stage
 
 @stage
 def verify() -> None:
-    """Compare the files of every registered version with what was recorded when it was registered."""
+    """Compare the files of every registered version with the checksums recorded at its registration."""
     from pipeline.core.config import load_config
     from pipeline.core.errors import UserError
     from pipeline.tracking import registry
@@ -16,18 +16,18 @@ def verify() -> None:
     name = load_config().model_name
     store = connect(name)
     versions = registry.list_versions(store, name)
-    damaged = []
+    failures = 0
     for version in versions:
         try:
             registry.load_version(version)
-            click.echo(f"version {version.version}: as it was registered")
+            click.echo(f"version {version.version}: OK (checksums match)")
         except UserError as error:
-            damaged.append(str(error))
-            click.echo(f"version {version.version}: {error}")
-    if damaged:
+            failures += 1
+            click.echo(f"version {version.version}: FAILED ({error})")
+    if failures:
         raise UserError(
-            f"{len(damaged)} of {len(versions)} versions of {name} cannot be trusted; if the champion is among them: "
-            "cxr rollback"
+            f"{failures} of {len(versions)} versions of {name} failed verification; if the champion is one of them, "
+            "run: cxr rollback"
         )
 
 

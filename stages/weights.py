@@ -1,4 +1,4 @@
-"""Bring the backbone's first weights in."""
+"""Download the pretrained weights of the backbone."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from stages.common import stage
 
 @stage
 def weights() -> None:
-    """Write data/weights/ for the profile's backbone."""
+    """Write the pretrained weights of the backbone to data/weights/."""
     from pipeline.core.config import load_config
     from pipeline.models import pretrained
 

@@ -29,21 +29,21 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 
-# Runs of all profiles in seconds: few and small images, two seeds, one or two epochs.
-ALONE = {"cpu_threads": 1}  # other tests have the other cores
-QUICK = {"epochs": 2, "frozen_epochs": 1, "size": 32, "batch_size": 8} | ALONE
-TINY = {
+# Parameters with which every profile runs in seconds: few and small images, two seeds, one or two epochs.
+ONE_THREAD = {"cpu_threads": 1}  # other tests use the other cores
+QUICK_TRAINING = {"epochs": 2, "frozen_epochs": 1, "size": 32, "batch_size": 8} | ONE_THREAD
+TINY_PARAMS = {
     "demo": {
         "download": {"train": 32, "test": 8, "prevalence": 0.25},
         "prepare": {"size": 48},
-        "train": QUICK,
-        "evaluate": ALONE,
+        "train": QUICK_TRAINING,
+        "evaluate": ONE_THREAD,
     },
-    "local": {"prepare": {"size": 48}, "train": QUICK, "evaluate": ALONE},
+    "local": {"prepare": {"size": 48}, "train": QUICK_TRAINING, "evaluate": ONE_THREAD},
     "competition": {
         "weights": {"source": "none"},
-        "train": {"epochs": 1, "frozen_epochs": 0} | ALONE,
-        "evaluate": ALONE,
+        "train": {"epochs": 1, "frozen_epochs": 0} | ONE_THREAD,
+        "evaluate": ONE_THREAD,
     },
 }
 
@@ -52,11 +52,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     import torch
 
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
-        pytest.skip("there is no CUDA device")
+        pytest.skip("no CUDA device")
 
 
-def jpeg(rng: np.random.Generator, size: int = 64, *, bright: bool = False) -> bytes:
-    """Encode a gray picture as the competition does; a bright one has a blob in the middle."""
+def encode_jpeg(rng: np.random.Generator, size: int = 64, *, bright: bool = False) -> bytes:
+    """Encode random gray pixels as in the competition; `bright` adds a bright square in the middle."""
     pixels = rng.integers(40, 90, (size, size)).astype(np.uint8)
     if bright:
         pixels[size // 4 : -size // 4, size // 4 : -size // 4] += 120
@@ -66,13 +66,13 @@ def jpeg(rng: np.random.Generator, size: int = 64, *, bright: bool = False) -> b
 
 
 def archive_members(train: int = 24, test: int = 4, nested: bool = True) -> dict[str, bytes]:
-    """Return the files of a small archive in the competition's layout; every third training image is positive."""
+    """Return the files of a small archive in the layout of the competition; every third training image is positive."""
     rng = np.random.default_rng(0)
     labels = {f"a{index:03}.jpg": int(index % 3 == 0) for index in range(train)}
     tests = [f"t{index:03}.jpg" for index in range(test)]
     folder = {subset: f"{subset}/{subset}" if nested else subset for subset in ("train", "test")}
-    members = {f"{folder['train']}/{name}": jpeg(rng, bright=bool(label)) for name, label in labels.items()}
-    members |= {f"{folder['test']}/{name}": jpeg(rng) for name in tests}
+    members = {f"{folder['train']}/{name}": encode_jpeg(rng, bright=bool(label)) for name, label in labels.items()}
+    members |= {f"{folder['test']}/{name}": encode_jpeg(rng) for name in tests}
     members["train_labels.csv"] = ("File,Label\n" + "".join(f"{n},{v}\n" for n, v in labels.items())).encode()
     members["sample_submission.csv"] = ("File,Label\n" + "".join(f"{n},0\n" for n in tests)).encode()
     return members
@@ -86,27 +86,27 @@ def write_zip(path: Path, members: dict[str, bytes]) -> Path:
 
 
 @pytest.fixture
-def raw(tmp_path: Path) -> Path:
-    """A small archive in the competition's layout."""
+def raw_zip(tmp_path: Path) -> Path:
+    """A small archive in the layout of the competition."""
     return write_zip(tmp_path / "raw.zip", archive_members())
 
 
-def clone(target: Path) -> Path:
-    """Copy what git knows of the project, as it is now, into a repository of its own whose demo takes seconds."""
-    known = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    for name in subprocess.run(known, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
+def clone_project(target: Path) -> Path:
+    """Copy the project's working tree to a new repository whose demo takes seconds."""
+    list_files = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.run(list_files, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
         if (ROOT / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, target / name)
     edit_params(target, make_tiny)
-    (target / "dvc.lock").unlink()  # it holds the whole demo's seeds, and DVC keeps what it does not run
+    (target / "dvc.lock").unlink()  # it has all seeds of the full demo, and DVC keeps entries that it does not run
     assert run(target, "git", "init", "-q").returncode == 0
-    commit(target)
+    commit_all(target)
     return target
 
 
-def store(project: Path) -> "MlflowClient":
-    """Return a client of the project's own MLflow store."""
+def mlflow_client(project: Path) -> "MlflowClient":
+    """Return a client for the project's MLflow store."""
     import mlflow
 
     mlflow.set_tracking_uri(f"sqlite:///{project / 'mlflow.db'}")
@@ -114,23 +114,25 @@ def store(project: Path) -> "MlflowClient":
 
 
 def seed_runs(project: Path) -> list["Run"]:
-    """Return the demo's runs of seeds, in the seeds' order."""
-    client = store(project)
+    """Return the runs of the demo's seeds in the order of the seeds."""
+    client = mlflow_client(project)
     experiment = client.get_experiment_by_name("covid-xray-demo")
-    found = [one for one in client.search_runs([experiment.experiment_id]) if one.info.run_name.startswith("seed-")]
-    return sorted(found, key=lambda one: one.info.run_name)
+    runs = client.search_runs([experiment.experiment_id])
+    return sorted(
+        (run for run in runs if run.info.run_name.startswith("seed-")), key=lambda run: str(run.info.run_name)
+    )
 
 
-def copy(project: Path, target: Path) -> Path:
-    """Copy a project with its MLflow store, in which the places of artifacts are written out."""
+def copy_project(project: Path, target: Path) -> Path:
+    """Copy a project with its MLflow store, whose artifact paths are absolute and are replaced."""
     shutil.copytree(project, target, symlinks=True, ignore=shutil.ignore_patterns("mlflow.db*"))
     with closing(sqlite3.connect(project / "mlflow.db")) as old, closing(sqlite3.connect(target / "mlflow.db")) as new:
         new.executescript("\n".join(old.iterdump()).replace(str(project), str(target)))
     return target
 
 
-def commit(project: Path) -> None:
-    for command in (["add", "-A"], ["commit", "-qm", "as it is"]):
+def commit_all(project: Path) -> None:
+    for command in (["add", "-A"], ["commit", "-qm", "test"]):
         assert run(project, "git", *command).returncode == 0
 
 
@@ -143,47 +145,50 @@ def edit_params(project: Path, edit: Callable[[dict], None]) -> None:
 
 def make_tiny(params: dict) -> None:
     params["seeds"] = [0, 1]
-    for profile, sections in TINY.items():
+    for profile, sections in TINY_PARAMS.items():
         params[profile]["split"]["folds"] = 4
         params[profile]["promote"] |= {"min_sensitivity": 0.0, "min_specificity": 0.0, "max_calibration_error": 1.0}
         for section, values in sections.items():
             params[profile][section] |= values
 
 
-def environment(**changes: str) -> dict[str, str]:
-    """Return an environment in which `python` is the one that runs the tests and nothing else is set for MLflow."""
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "DVC_"))}
-    fast = {"MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "1"}  # these trainings last a second or two
-    alone = {"RAY_AUTH_MODE": "disabled"}  # Ray keeps one token for all clusters of a user
-    path = f"{Path(sys.executable).parent}{os.pathsep}{clean['PATH']}"
-    identity = {f"GIT_{who}_{what}": "test@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-    return {**clean, **identity, "PATH": path, "DVC_NO_ANALYTICS": "1", **fast, **alone, **changes}
+def clean_environment(**changes: str) -> dict[str, str]:
+    """Return an environment without settings for MLflow and DVC, in which `python` is the one that runs the tests."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "DVC_"))}
+    mlflow = {"MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "1"}  # these trainings take a second or two
+    ray = {"RAY_AUTH_MODE": "disabled"}  # Ray stores one token for all clusters of a user
+    path = f"{Path(sys.executable).parent}{os.pathsep}{inherited['PATH']}"
+    git = {f"GIT_{role}_{field}": "test@localhost" for role in ("AUTHOR", "COMMITTER") for field in ("NAME", "EMAIL")}
+    return {**inherited, **git, "PATH": path, "DVC_NO_ANALYTICS": "1", **mlflow, **ray, **changes}
 
 
 def run(project: Path, *command: str, **changes: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in the project and return it ended, with what it printed."""
+    """Run a command in the project and return its exit code and output."""
     return subprocess.run(
-        command, cwd=project, env=environment(**changes), capture_output=True, text=True, check=False, timeout=900
+        command, cwd=project, env=clean_environment(**changes), capture_output=True, text=True, check=False, timeout=900
     )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
-    """Start the longest tests first, then those that train, then what needs the built demo: nobody waits at the end."""
-    needed = ("ready", "built")
+    """Start the longest tests first, then those that train, then those that need the demo, to balance the workers."""
+    slow_fixtures = ("make_prepared_project", "demo_project")
     items.sort(
-        key=lambda item: (item.get_closest_marker("long") is None, *(one not in item.fixturenames for one in needed))
+        key=lambda item: (
+            item.get_closest_marker("long") is None,
+            *(fixture not in item.fixturenames for fixture in slow_fixtures),
+        )
     )
 
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A clone of the project in which nothing has run."""
-    return clone(tmp_path / "project")
+    """A clone of the project in which no stage has run."""
+    return clone_project(tmp_path / "project")
 
 
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory) -> Path:
-    """An MLflow store with nothing in it, which takes seconds to make."""
+    """An empty MLflow store; creating one takes seconds."""
     from mlflow import MlflowClient
 
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
@@ -192,42 +197,42 @@ def empty_store(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def once(tmp_path_factory, worker_id) -> Callable[[str, Callable[[Path], object]], Path]:
-    """Makes a folder for all processes that share the tests: the first one that asks fills it."""
+def build_once(tmp_path_factory, worker_id) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Returns a function that builds a folder once for all test processes: the first caller fills it."""
     base = tmp_path_factory.getbasetemp()
-    common = base if worker_id == "master" else base.parent
+    shared = base if worker_id == "master" else base.parent
 
-    def fill(name: str, make: Callable[[Path], object]) -> Path:
-        folder, whole = common / name, common / f"{name}.whole"
-        with FileLock(common / f"{name}.lock"):
-            if not whole.exists():
-                make(folder)
-                whole.touch()
+    def build(name: str, fill: Callable[[Path], object]) -> Path:
+        folder, complete = shared / name, shared / f"{name}.complete"
+        with FileLock(shared / f"{name}.lock"):
+            if not complete.exists():
+                fill(folder)
+                complete.touch()
         return folder
 
-    return fill
+    return build
 
 
 @pytest.fixture(scope="session")
-def built(once, tmp_path_factory) -> Path:
-    """A clone in which the demo has run; tests may add to it but not spoil it."""
+def demo_project(build_once, tmp_path_factory) -> Path:
+    """A clone in which the demo has run, shared by the tests of a process; they may add files but must change none."""
 
     def run_demo(project: Path) -> None:
-        ended = run(clone(project), "dvc", "repro")
-        assert ended.returncode == 0, ended.stdout + ended.stderr
+        completed = run(clone_project(project), "dvc", "repro")
+        assert completed.returncode == 0, completed.stdout + completed.stderr
 
-    return copy(once("built", run_demo), tmp_path_factory.mktemp("own") / "project")
+    return copy_project(build_once("demo", run_demo), tmp_path_factory.mktemp("demo-copy") / "project")
 
 
 @pytest.fixture(scope="session")
-def ready(built, empty_store, tmp_path_factory) -> Callable[..., Path]:
-    """Makes projects whose data are ready, with an MLflow store in which nothing is yet."""
+def make_prepared_project(demo_project, empty_store, tmp_path_factory) -> Callable[..., Path]:
+    """Returns a function that makes projects with prepared data, no models and an empty MLflow store."""
 
     def make(**train) -> Path:
-        target = tmp_path_factory.mktemp("ready") / "project"
-        shutil.copytree(built, target, symlinks=True)
-        for left in ("models", "checkpoints", "mlartifacts"):
-            shutil.rmtree(target / left)
+        target = tmp_path_factory.mktemp("prepared") / "project"
+        shutil.copytree(demo_project, target, symlinks=True)
+        for folder in ("models", "checkpoints", "mlartifacts"):
+            shutil.rmtree(target / folder)
         shutil.copy(empty_store, target / "mlflow.db")
         edit_params(target, lambda params: params["demo"]["train"].update(train))
         return target
@@ -236,54 +241,54 @@ def ready(built, empty_store, tmp_path_factory) -> Callable[..., Path]:
 
 
 @contextmanager
-def background(project: Path, *command: str, ready: Callable[[str], bool], **changes: str) -> Iterator[None]:
-    """Run a command and all that it starts while the block runs, from when it is ready by what it printed."""
+def run_in_background(project: Path, *command: str, is_ready: Callable[[str], bool], **changes: str) -> Iterator[None]:
+    """Run a command in the background during the block, which starts when `is_ready` accepts the command's output."""
     log = project / f"{command[0]}-{time.monotonic_ns()}.log"
     with log.open("w") as out:
-        started = subprocess.Popen(
-            command, cwd=project, env=environment(**changes), stdout=out, stderr=out, start_new_session=True
+        process = subprocess.Popen(
+            command, cwd=project, env=clean_environment(**changes), stdout=out, stderr=out, start_new_session=True
         )
     try:
-        while not ready(log.read_text()):
-            assert started.poll() is None, log.read_text()
+        while not is_ready(log.read_text()):
+            assert process.poll() is None, log.read_text()
             time.sleep(0.3)
         yield
     finally:
-        subprocess.run(["pkill", "-TERM", "-s", str(started.pid)], check=False)
-        started.wait(90)  # a Ray node takes half a minute to drain
+        subprocess.run(["pkill", "-TERM", "-s", str(process.pid)], check=False)
+        process.wait(90)  # a Ray node takes half a minute to stop
 
 
-def server(project: Path, *command: str, answers_at: str, **changes: str) -> AbstractContextManager[None]:
-    """Run a server while the block runs, from when it answers."""
+def run_server(project: Path, *command: str, health_url: str, **changes: str) -> AbstractContextManager[None]:
+    """Run a server during the block, which starts when the server answers at `health_url`."""
 
     def answers(_: str) -> bool:
         with suppress(OSError):
-            urllib.request.urlopen(answers_at, timeout=5).close()
+            urllib.request.urlopen(health_url, timeout=5).close()
             return True
         return False
 
-    return background(project, *command, ready=answers, **changes)
+    return run_in_background(project, *command, is_ready=answers, **changes)
 
 
 @contextmanager
-def mlflow_server(folder: Path, port: int, *options: str, store: str, **changes: str) -> Iterator[str]:
-    """Run an MLflow server on `store` while the block runs; what it is given to keep is in folder/kept."""
+def run_mlflow_server(folder: Path, port: int, *options: str, store: str, **changes: str) -> Iterator[str]:
+    """Run an MLflow server on `store` during the block; its artifacts are in folder/artifacts."""
     uri = f"http://127.0.0.1:{port}"
     command = ["mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port)]
-    places = ["--backend-store-uri", store, "--artifacts-destination", str(folder / "kept")]
+    stores = ["--backend-store-uri", store, "--artifacts-destination", str(folder / "artifacts")]
     environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **changes}
-    with server(folder, *command, *places, *options, answers_at=f"{uri}/health", **environment):
+    with run_server(folder, *command, *stores, *options, health_url=f"{uri}/health", **environment):
         yield uri
 
 
-def enter(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the project the working directory, and its own store the one that is used."""
+def use_project(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the project the working directory and use its own MLflow store."""
     monkeypatch.chdir(project)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
-def typed(command: str, answer: str | None = None) -> "Result":
-    """Run a `cxr` command in this process, where it need not import all again; the answer is to what it asks."""
+def invoke(command: str, answer: str | None = None) -> "Result":
+    """Run a `cxr` command in this process, which saves the imports; `answer` is typed at its prompts."""
     from click.testing import CliRunner
 
     from stages.cli import cxr
@@ -293,30 +298,31 @@ def typed(command: str, answer: str | None = None) -> "Result":
     return CliRunner().invoke(cxr, arguments, input=answer)
 
 
-def said(command: str) -> str:
-    ended = typed(command)
-    assert ended.exit_code == 0, ended.output
-    return ended.output
+def output_of(command: str) -> str:
+    """Return the output of a `cxr` command that must succeed."""
+    result = invoke(command)
+    assert result.exit_code == 0, result.output
+    return result.output
 
 
-def refused(command: str) -> str:
-    """Return the last line of a command that must fail."""
-    ended = typed(command)
-    assert ended.exit_code == 2, ended.output
-    return ended.stderr.strip().splitlines()[-1]
+def error_line_of(command: str) -> str:
+    """Return the last error line of a `cxr` command that must fail."""
+    result = invoke(command)
+    assert result.exit_code == 2, result.output
+    return result.stderr.strip().splitlines()[-1]
 
 
-def refusal(function: Callable[..., object], *arguments: object) -> str:
-    """Return the one line with which the function refuses its arguments."""
-    with pytest.raises(UserError) as caught:
+def error_message(function: Callable[..., object], *arguments: object) -> str:
+    """Return the message of the UserError that the function must raise; it is one line."""
+    with pytest.raises(UserError) as error:
         function(*arguments)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
-def refusal_of_file(function: Callable[..., object], path: Path) -> str:
-    """Return the one line with which the file is refused, less the file's name in front."""
-    message = refusal(function, path)
+def file_error_message(function: Callable[..., object], path: Path) -> str:
+    """Return the message of the UserError that the function must raise for a file, without the file name in front."""
+    message = error_message(function, path)
     assert message.startswith(f"{path}: ")
     return message.removeprefix(f"{path}: ")
 

@@ -192,7 +192,7 @@ def test_every_stage_has_a_module_of_its_name_and_is_a_command():
     for stage, content in STAGES.items():
         assert (ROOT / "stages" / f"{stage}.py").is_file()
         assert content["cmd"].startswith(f"python -m stages.{stage}")
-        assert cli.Stages().get_command(None, stage).name == stage
+        assert cli.LazyGroup().get_command(None, stage).name == stage
 
 
 def test_every_command_is_a_stage_of_the_pipeline_or_typed_by_hand():

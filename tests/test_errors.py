@@ -1,4 +1,4 @@
-"""What an error says is one line and holds no secret."""
+"""Error messages are one line and contain no credentials."""
 
 import string
 
@@ -11,19 +11,19 @@ WORDS = st.text(string.ascii_letters + string.digits + "@:-_.%", min_size=1)
 
 
 @given(WORDS, WORDS, st.sampled_from(["http", "postgresql", "htps"]))
-def test_no_name_and_no_password_of_a_url_is_left(name, password, scheme):
-    said = redact_credentials(f"cannot reach {scheme}://{name}:{password}@host.example:5000/path: refused")
-    assert said == f"cannot reach {scheme}://host.example:5000/path: refused"
+def test_the_user_name_and_password_of_a_url_are_removed(name, password, scheme):
+    message = redact_credentials(f"cannot reach {scheme}://{name}:{password}@host.example:5000/path: refused")
+    assert message == f"cannot reach {scheme}://host.example:5000/path: refused"
 
 
 @given(WORDS)
-def test_a_password_among_the_options_of_a_url_is_hidden(password):
+def test_a_password_in_the_query_of_a_url_is_hidden(password):
     assert (
         redact_credentials(f"postgresql://host/db?password={password}&ssl=1") == "postgresql://host/db?password=…&ssl=1"
     )
 
 
 @given(st.text())
-def test_what_an_error_says_is_one_line_and_never_nothing(text):
-    said = first_line(ValueError(text))
-    assert len(said.splitlines()) == 1
+def test_the_first_line_of_an_error_is_one_line_and_never_empty(text):
+    line = first_line(ValueError(text))
+    assert len(line.splitlines()) == 1

@@ -152,7 +152,7 @@ def test_model_table_is_written_as_csv_markdown_and_png(tmp_path):
     pd.testing.assert_frame_equal(table, model_table.build_table(models()), check_names=False, rtol=1e-8)
     lines = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
     assert lines[:2] == ["|  | seed-0 | seed-1 | bag (vote) |", "| --- | ---: | ---: | ---: |"]
-    assert lines[2].startswith("| loss | ")
+    assert lines[2].startswith("| log loss | ")
     assert lines[2].endswith(" | – |")
     assert f"| F1 | {8 / 11:.3f} | {6 / 11:.3f} | {8 / 11:.3f} |" in lines
     assert {line.count("|") for line in lines} == {5}

@@ -1,4 +1,4 @@
-"""The registry and what serves from it, on a real MLflow store: candidates, the gate, the way back, and predictions."""
+"""The model registry on a real MLflow store: candidates, the gate, rollback, verification and predictions."""
 
 import json
 import os
@@ -12,11 +12,22 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
-from conftest import copy, edit_params, enter, refused, said, seed_runs, store, typed
+from conftest import (
+    copy_project,
+    edit_params,
+    error_line_of,
+    invoke,
+    mlflow_client,
+    output_of,
+    run,
+    seed_runs,
+    use_project,
+)
 from filelock import FileLock
 
 from pipeline.core import config
 from pipeline.tracking import registry, runs
+from pipeline.tracking.fingerprint import training_fingerprint
 from pipeline.tracking.store import Store, connect
 
 pytestmark = pytest.mark.slow
@@ -26,259 +37,287 @@ CANDIDATES = ["seed-0", "seed-1", "bag"]
 
 
 @pytest.fixture
-def promoted(built, tmp_path, monkeypatch) -> Path:
-    """A copy of the built project, with a registry of its own, as the working directory."""
-    enter(copy(built, tmp_path / "project"), monkeypatch)
-    monkeypatch.setenv("COLUMNS", "200")
+def promoted(demo_project, tmp_path, monkeypatch) -> Path:
+    """A copy of the demo project with its registry, as the working directory."""
+    use_project(copy_project(demo_project, tmp_path / "project"), monkeypatch)
     return tmp_path / "project"
 
 
 def aliases(project: Path) -> dict[str, str]:
-    return {alias: str(version) for alias, version in store(project).get_registered_model(NAME).aliases.items()}
+    return {alias: str(version) for alias, version in mlflow_client(project).get_registered_model(NAME).aliases.items()}
 
 
-def others() -> list[str]:
+def other_versions() -> list[str]:
     """Return the versions that are not champion."""
     champion = aliases(Path.cwd())["champion"]
     return [version for version in ("1", "2", "3") if version != champion]
 
 
 def logged_models(project: Path) -> list[mlflow.entities.LoggedModel]:
-    client = store(project)
-    return client.search_logged_models([found.experiment_id for found in client.search_experiments()])
+    client = mlflow_client(project)
+    return client.search_logged_models([experiment.experiment_id for experiment in client.search_experiments()])
 
 
-def test_every_seed_and_the_bag_is_a_version_that_belongs_to_its_run(promoted):
-    found = {one.tags["candidate"]: one for one in registry.list_versions(connect(NAME), NAME)}
-    assert list(found) == CANDIDATES
-    assert [found[f"seed-{index}"].run_id for index in (0, 1)] == [run.info.run_id for run in seed_runs(promoted)]
-    assert found["bag"].run_id == seed_runs(promoted)[0].data.tags["mlflow.parentRunId"]
+def test_every_candidate_is_a_registered_version_of_its_run(promoted):
+    versions = {version.tags["candidate"]: version for version in registry.list_versions(connect(NAME), NAME)}
+    assert list(versions) == CANDIDATES
+    assert [versions[f"seed-{seed}"].run_id for seed in (0, 1)] == [seed.info.run_id for seed in seed_runs(promoted)]
+    assert versions["bag"].run_id == seed_runs(promoted)[0].data.tags["mlflow.parentRunId"]
     assert {model.experiment_id for model in logged_models(promoted)} == {connect(NAME).experiment_id}
-    assert all({"data", "mlflow.source.git.commit"} <= set(one.tags) for one in found.values())
+    tags = {"content_hash", "data_md5", "split_md5", "mlflow.source.git.commit"}
+    assert all(tags <= set(version.tags) for version in versions.values())
 
 
-def test_sync_does_nothing_twice(promoted):
+def test_runs_and_versions_have_the_version_of_the_package(promoted):
+    tagged = [*registry.list_versions(connect(NAME), NAME), *(seed.data for seed in seed_runs(promoted))]
+    assert {item.tags["covid-xray.version"] for item in tagged} == {run(promoted, "cxr", "--version").stdout.split()[1]}
+
+
+def test_a_repeated_sync_changes_nothing(promoted):
     def state() -> list:
-        client = store(promoted)
+        client = mlflow_client(promoted)
         experiment = client.get_experiment_by_name(NAME)
         model = client.get_registered_model(NAME)
-        versions = [(one.version, one.tags) for one in registry.list_versions(connect(NAME), NAME)]
-        found = client.search_runs([experiment.experiment_id])
-        return [[run.to_dictionary() for run in found], versions, model.aliases, model.tags]
+        versions = [(version.version, version.tags) for version in registry.list_versions(connect(NAME), NAME)]
+        all_runs = client.search_runs([experiment.experiment_id])
+        return [[run.to_dictionary() for run in all_runs], versions, model.aliases, model.tags]
 
     before = state()
-    assert "is champion" in said("cxr sync")
+    assert "is champion" in output_of("cxr sync")
     assert state() == before
 
 
-def test_a_champion_of_another_training_is_scored_anew_on_the_present_validation_set(promoted):
+def test_a_champion_of_another_training_is_evaluated_on_the_present_validation_set(promoted):
     if aliases(promoted)["champion"] != "3":
-        registry.set_champion(connect(NAME), NAME, registry.get_version(connect(NAME), NAME, "3"), "it is the bag")
+        registry.set_champion(connect(NAME), NAME, registry.get_version(connect(NAME), NAME, "3"), "test")
     bag = json.loads(Path("metrics/bag.json").read_text())["vote"]
-    edit_params(promoted, lambda params: params["demo"]["bag"].update(method="mean"))  # makes another bag
-    line = said("cxr promote")
+    edit_params(promoted, lambda params: params["demo"]["bag"].update(method="mean"))  # a new candidate
+    line = output_of("cxr promote")
     assert "is challenger, not champion" in line
     decision = json.loads(Path("metrics/promotion.json").read_text())
-    assert decision["decisions"][-1]["why"] in line
+    assert decision["decisions"][-1]["reason"] in line
     assert decision["champion_f1"] == pytest.approx(bag["f1"])
     assert decision["difference"] == pytest.approx(decision["f1"] - bag["f1"])
     challenger = decision["version"]
     assert aliases(promoted) == {"champion": "3", "challenger": challenger}
-    tags = store(promoted).get_model_version(NAME, challenger).tags
+    tags = mlflow_client(promoted).get_model_version(NAME, challenger).tags
     assert tags["decision"].startswith("not promoted: ")
-    assert tags["champion_then"] == "3"
+    assert tags["previous_champion"] == "3"
 
     edit_params(promoted, lambda params: params["demo"]["promote"].update(min_probability=0.0))
-    assert "is champion: " in said("cxr promote")
+    assert "is champion: " in output_of("cxr promote")
     assert aliases(promoted) == {"champion": challenger, "challenger": challenger}
     rows = json.loads(Path("metrics/promotion.json").read_text())["decisions"]
     assert [row["promoted"] for row in rows[-2:]] == [False, True]
 
 
-def test_a_champion_that_cannot_be_read_any_more_stands_in_nobodys_way(promoted):
-    first, (second, _) = aliases(promoted)["champion"], others()
-    said(f"cxr promote --model {second} --because anyway")
-    weights(promoted, second).unlink()
-    line = said("cxr promote")
+def test_a_champion_that_cannot_be_loaded_is_replaced(promoted):
+    first, (second, _) = aliases(promoted)["champion"], other_versions()
+    output_of(f"cxr promote --model {second} --reason test")
+    weights_file(promoted, second).unlink()
+    line = output_of("cxr promote")
     assert f"version {first} (" in line
-    assert "the champion cannot be used any more" in line
+    assert "the champion cannot be loaded" in line
     assert aliases(promoted)["champion"] == first
-    store(promoted).delete_model_version(NAME, first)
-    assert "is champion: " in said("cxr promote")
+    mlflow_client(promoted).delete_model_version(NAME, first)
+    assert "is champion: " in output_of("cxr promote")
 
 
 @pytest.mark.parametrize(
-    ("floor", "value", "named"),
+    ("requirement", "value", "metric"),
     [
         ("min_sensitivity", 1.0, "sensitivity"),
         ("min_specificity", 1.0, "specificity"),
         ("max_calibration_error", 0.0, "calibration error"),
     ],
 )
-def test_what_misses_a_floor_does_not_become_champion_even_where_there_is_none(promoted, floor, value, named):
+def test_a_candidate_that_fails_a_requirement_is_not_promoted_even_without_a_champion(
+    promoted, requirement, value, metric
+):
     name = "covid-xray-strict"
     profile = config.load_config(Path("params.yaml")).profiles["demo"]
 
     def edit(params: dict) -> None:
         params["profile"] = "strict"
-        params["strict"] = params["demo"] | {"promote": {**profile.promote.model_dump(), floor: value}}
+        params["strict"] = params["demo"] | {"promote": {**profile.promote.model_dump(), requirement: value}}
 
     edit_params(promoted, edit)
     predictions = pd.read_csv("predictions/validation.csv")
-    for label in (0, 1):  # every model is wrong once about each class
+    for label in (0, 1):  # one error per class for every model
         first = predictions.index[predictions["label"] == label][0]
         predictions.loc[first, ["seed-0", "seed-1"]] = float(1 - label)
     predictions.to_csv("predictions/validation.csv", index=False)
-    assert f"{named} " in said("cxr sync")
-    assert set(store(promoted).get_registered_model(name).aliases) == {"challenger"}
+    assert f"{metric} " in output_of("cxr sync")
+    assert set(mlflow_client(promoted).get_registered_model(name).aliases) == {"challenger"}
 
 
-def test_a_person_overrules_the_gate_for_good_and_rollback_goes_back_one_champion_after_another(promoted):
-    first, (second, third) = aliases(promoted)["champion"], others()
-    said(f'cxr promote --model {second} --because "it is smaller"')
-    said(f'cxr promote --model {third} --because "it is kinder [/b]"')
+def test_manual_promotion_overrides_the_gate_and_repeated_rollbacks_go_back_one_champion_each(promoted):
+    first, (second, third) = aliases(promoted)["champion"], other_versions()
+    output_of(f'cxr promote --model {second} --reason "it is smaller"')
+    output_of(f'cxr promote --model {third} --reason "it is faster [/b]"')
     assert aliases(promoted)["champion"] == third
-    assert f"version {second} (" in said("cxr rollback")
-    assert f"version {first} (" in said('cxr rollback --because "it was better"')
+    assert f"version {second} (" in output_of("cxr rollback")
+    assert f"version {first} (" in output_of('cxr rollback --reason "it was better"')
     assert aliases(promoted)["champion"] == first
-    assert refused("cxr rollback") == "Error: there is no champion to go back to; see: cxr history"
-    shown = said("cxr history")
-    for reason in ("by hand: it is smaller", "by hand: it is kinder [/b]", "rolled back", "it was better"):
-        assert reason in shown
-    assert "now" in shown
-    assert [reign.version for reign in registry.champion_history(connect(NAME), NAME)] == [
-        first,
-        second,
-        third,
-        second,
-        first,
-    ]
+    assert error_line_of("cxr rollback") == f"Error: {NAME} has no previous champion to roll back to; see: cxr history"
+    history = output_of("cxr history")
+    assert f"Champion history of {NAME}" in history
+    for reason in ("by hand: it is smaller", "by hand: it is faster [/b]", "rolled back", "it was better"):
+        assert reason in history
+    assert "now" in history
+    champions = [record.version for record in registry.champion_history(connect(NAME), NAME)]
+    assert champions == [first, second, third, second, first]
     rows = json.loads(Path("metrics/promotion.json").read_text())["decisions"]
     assert [row["version"] for row in rows] == [first, second, third, second, first]
-    tags = store(promoted).get_model_version(NAME, second).tags
-    assert (tags["decision"], tags["champion_then"]) == ("promoted: rolled back", third)
+    tags = mlflow_client(promoted).get_model_version(NAME, second).tags
+    assert (tags["decision"], tags["previous_champion"]) == ("promoted: rolled back", third)
 
 
-def test_what_a_person_decided_stands_until_a_newer_version_passes_the_gate(promoted):
-    best, (other, _) = aliases(promoted)["challenger"], others()
-    said(f"cxr promote --model {other} --because 'it is smaller'")
+def test_a_manual_promotion_stands_until_a_newer_version_passes_the_gate(promoted):
+    best, (other, _) = aliases(promoted)["challenger"], other_versions()
+    output_of(f"cxr promote --model {other} --reason 'it is smaller'")
     for _ in range(2):
-        assert f"version {best} (" in (line := said("cxr sync"))
+        assert f"version {best} (" in (line := output_of("cxr sync"))
         assert "is challenger, not champion: validation F1 " in line
-        assert f"but a person chose version {other} over it" in line
+        assert f"but a person chose version {other} instead" in line
         assert aliases(promoted)["champion"] == other
 
     def edit(params: dict) -> None:
-        params["demo"]["evaluate"]["operating_point"] = "best_f1"  # makes candidates of their own
+        params["demo"]["evaluate"]["operating_point"] = "best_f1"  # new candidates
         params["demo"]["promote"]["min_probability"] = 0.0
 
     edit_params(promoted, edit)
-    said("cxr bag")
-    assert "is champion: " in said("cxr sync")
+    output_of("cxr bag")
+    assert "is champion: " in output_of("cxr sync")
     assert int(aliases(promoted)["champion"]) > 3
 
 
-def test_a_champion_that_was_taken_back_does_not_return_by_itself(promoted):
-    best, (other, _) = aliases(promoted)["champion"], others()
-    registry.set_champion(connect(NAME), NAME, registry.get_version(connect(NAME), NAME, other), "as if by the gate")
-    registry.set_champion(connect(NAME), NAME, registry.get_version(connect(NAME), NAME, best), "as if by the gate")
-    said("cxr rollback --because 'it is blind'")
-    assert f"but a person chose version {other} over it" in said("cxr sync")
+def test_a_champion_that_was_rolled_back_is_not_promoted_again_by_the_gate(promoted):
+    best, (other, _) = aliases(promoted)["champion"], other_versions()
+    registry.set_champion(connect(NAME), NAME, registry.get_version(connect(NAME), NAME, other), "test")
+    registry.set_champion(connect(NAME), NAME, registry.get_version(connect(NAME), NAME, best), "test")
+    output_of("cxr rollback --reason 'it is slow'")
+    assert f"but a person chose version {other} instead" in output_of("cxr sync")
     assert aliases(promoted) == {"champion": other, "challenger": best}
 
 
-def test_rollback_passes_over_versions_that_were_deleted(promoted):
-    first, (second, third) = aliases(promoted)["champion"], others()
+def test_rollback_skips_deleted_versions(promoted):
+    first, (second, third) = aliases(promoted)["champion"], other_versions()
     for version in (second, third):
-        said(f"cxr promote --model {version} --because 'it is another'")
-    store(promoted).delete_model_version(NAME, third)
-    assert f"version {first} (" in said("cxr rollback")
+        output_of(f"cxr promote --model {version} --reason 'it is another'")
+    mlflow_client(promoted).delete_model_version(NAME, third)
+    assert f"version {first} (" in output_of("cxr rollback")
 
 
-def test_a_best_model_that_is_champion_already_is_recorded_where_the_last_decision_was_about_another(promoted):
+def test_a_best_candidate_that_is_already_champion_is_recorded_after_a_decision_about_another(promoted):
     best = aliases(promoted)["challenger"]
-    said(f"cxr promote --model {others()[0]} --because 'for a while'")
+    output_of(f"cxr promote --model {other_versions()[0]} --reason 'for a while'")
     connect(NAME).client.set_registered_model_alias(NAME, "champion", best)
     registry.set_champion(connect(NAME), NAME, registry.get_version(connect(NAME), NAME, best), "by another machine")
-    assert "it is champion already" in said("cxr promote")
-    shown = json.loads(Path("metrics/promotion.json").read_text())
-    assert (shown["version"], shown["decisions"][-1]["version"]) == (best, best)
+    assert "already champion" in output_of("cxr promote")
+    decision = json.loads(Path("metrics/promotion.json").read_text())
+    assert (decision["version"], decision["decisions"][-1]["version"]) == (best, best)
 
 
-def test_a_bag_of_other_members_than_are_configured_is_neither_registered_nor_judged_by(promoted, radiographs):
+def test_a_bag_with_other_members_than_configured_is_neither_registered_nor_used(promoted, radiographs):
     edit_params(promoted, lambda params: params["demo"]["bag"].update(members=[1]))
     for command in ("sync", f"predict {radiographs} --model bag", "submit"):
-        assert refused(f"cxr {command}").endswith("not those of the present bag; run: dvc repro bag")
+        assert error_line_of(f"cxr {command}").endswith(
+            "differ from those in metrics/candidates.json; run: dvc repro bag"
+        )
     assert len(registry.list_versions(connect(NAME), NAME)) == 3
 
 
-def test_the_commands_of_the_documents_follow_one_another(promoted):
+def test_the_commands_in_the_documentation_work_in_order(promoted):
     if aliases(promoted)["champion"] == "3":
-        said("cxr promote --model 1 --because anyway")
-    assert "version 3 (bag) is champion: by hand: " in said(
-        'cxr promote --model 3 --because "the bag is worth its time"'
+        output_of("cxr promote --model 1 --reason test")
+    assert "version 3 (bag) is champion: by hand: " in output_of(
+        'cxr promote --model 3 --reason "the bag is worth its time"'
     )
-    assert "version 3 is champion already" in refused("cxr promote --model 3 --because anyway")
-    assert "the bag is worth its time" in " ".join(said("cxr history").split())
-    assert "is champion: rolled back" in said("cxr rollback")
+    assert "version 3 is already champion" in error_line_of("cxr promote --model 3 --reason test")
+    assert "the bag is worth its time" in " ".join(output_of("cxr history").split())
+    assert "is champion: rolled back" in output_of("cxr rollback")
     with zipfile.ZipFile("data/raw.zip") as archive:
         archive.extractall("radiographs", [name for name in archive.namelist() if name.startswith("test/")])
-    assert "judged.csv: 8 files" in said("cxr predict radiographs --model bag --csv judged.csv")
+    assert "predicted.csv: 8 files" in output_of("cxr predict radiographs --model bag --csv predicted.csv")
 
 
-def test_promotions_from_many_machines_at_once_end_in_one_state(promoted, tmp_path):
+def test_simultaneous_promotions_from_many_machines_end_in_a_consistent_state(promoted, tmp_path):
     experiment = connect(NAME).experiment_id
-    client = store(promoted)
+    client = mlflow_client(promoted)
     versions = registry.list_versions(connect(NAME), NAME)
 
-    def crown(index: int) -> None:
-        # A lock of its own, as on a machine of its own.
-        apart = Store(client, experiment, FileLock(tmp_path / f"{index}.lock", thread_local=False))
-        registry.set_champion(apart, NAME, versions[index % 3], f"promotion {index}")
+    def promote(index: int) -> None:
+        # Each has its own lock, as on its own machine.
+        opened = Store(client, experiment, FileLock(tmp_path / f"{index}.lock", thread_local=False))
+        registry.set_champion(opened, NAME, versions[index % 3], f"promotion {index}")
 
     with ThreadPoolExecutor(6) as pool:
-        list(pool.map(crown, range(12)))
-    reigns = registry.champion_history(connect(NAME), NAME)
-    assert aliases(promoted)["champion"] == reigns[-1].version
-    assert {reign.why for reign in reigns[1:]} == {f"promotion {index}" for index in range(12)}
+        list(pool.map(promote, range(12)))
+    records = registry.champion_history(connect(NAME), NAME)
+    assert aliases(promoted)["champion"] == records[-1].version
+    assert {record.reason for record in records[1:]} == {f"promotion {index}" for index in range(12)}
 
 
-def test_a_version_whose_files_are_not_what_they_were_is_found_and_never_promoted(promoted):
-    assert said("cxr verify").count("as it was registered") == 3
-    champion, (other, _) = aliases(promoted)["champion"], others()
-    path = weights(promoted, other)
+def test_a_version_with_changed_files_fails_verification_and_is_not_promoted(promoted):
+    assert output_of("cxr verify").splitlines() == [f"version {number}: OK (checksums match)" for number in (1, 2, 3)]
+    champion, (other, _) = aliases(promoted)["champion"], other_versions()
+    path = weights_file(promoted, other)
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    assert refused("cxr verify").startswith("Error: 1 of 3 versions of covid-xray-demo cannot be trusted")
-    assert f"{NAME} version {other} is damaged" in refused(f"cxr promote --model {other} --because anyway")
+    assert error_line_of("cxr verify").startswith("Error: 1 of 3 versions of covid-xray-demo failed verification")
+    assert f"{NAME} version {other} is damaged" in error_line_of(f"cxr promote --model {other} --reason test")
     path.unlink()
-    assert "not found" in refused(f"cxr promote --model {other} --because anyway")
+    assert "not found" in error_line_of(f"cxr promote --model {other} --reason test")
     assert aliases(promoted)["champion"] == champion
 
 
-def weights(project: Path, version: str) -> Path:
-    """Return a file of weights of a registered version, where the store keeps it."""
-    source = store(project).get_model_version(NAME, version).source.removeprefix("models:/")
+def test_a_history_of_release_0_1_is_shown_and_its_versions_are_rejected_in_one_line(promoted):
+    client, champion = mlflow_client(promoted), aliases(promoted)["champion"]
+    old, _ = other_versions()
+    content_hash = client.get_model_version(NAME, old).tags["content_hash"]
+    client.delete_model_version_tag(NAME, old, "content_hash")
+    client.set_model_version_tag(NAME, old, "identity", content_hash)
+    record = {"version": old, "since": "2025-01-01T00:00:00Z", "why": "of release 0.1", "rollback": False, "over": 3}
+    client.set_registered_model_tag(NAME, "champion.0000.00000000", json.dumps(record))
+    assert registry.champion_history(connect(NAME), NAME)[0] == registry.ChampionRecord(
+        old, "2025-01-01T00:00:00Z", "of release 0.1", override_version=3
+    )
+    assert "of release 0.1" in output_of("cxr history")
+    for command in ("cxr rollback", f"cxr promote --model {old} --reason test", f"cxr predict data --model {old}"):
+        assert f"{NAME} version {old} was registered by an earlier release" in error_line_of(command)
+    assert "1 of 3 versions" in error_line_of("cxr verify")
+    assert aliases(promoted)["champion"] == champion
+
+
+def test_a_damaged_history_tag_is_named(promoted):
+    mlflow_client(promoted).set_registered_model_tag(NAME, "champion.0000.00000000", "no JSON")
+    assert "tag champion.0000.00000000 of the registered model cannot be read" in error_line_of("cxr history")
+
+
+def weights_file(project: Path, version: str) -> Path:
+    """Return the path of the weights of a registered version in the artifact store."""
+    source = mlflow_client(project).get_model_version(NAME, version).source.removeprefix("models:/")
     return next((project / "mlartifacts").rglob(f"*{source}/**/model.safetensors"))
 
 
-def test_a_model_that_other_code_logged_is_refused(promoted):
+def test_a_model_logged_by_other_code_is_rejected(promoted):
     class Other(mlflow.pyfunc.PythonModel):
         def predict(self, context, model_input, params=None):
             return model_input
 
-    store(promoted)
+    mlflow_client(promoted)
     with mlflow.start_run(experiment_id=connect(NAME).experiment_id):
         mlflow.pyfunc.log_model(name="other", python_model=Other(), registered_model_name=NAME, pip_requirements=[])
-    line = refused("cxr promote --model 4 --because anyway")
+    line = error_line_of("cxr promote --model 4 --reason test")
     assert line == f"Error: {NAME} version 4 is not a model of this pipeline; choose another"
 
 
-@pytest.mark.parametrize("wanted", ["99", "nobody"])
-def test_a_version_or_alias_that_is_not_there_is_named_beside_those_that_are(promoted, wanted):
-    for command in ("cxr promote --because anyway --model", "cxr predict params.yaml --model"):
-        assert f"{NAME} has no version or alias '{wanted}' (versions 1, 2, 3)" in refused(f"{command} {wanted}")
+@pytest.mark.parametrize("version", ["99", "unknown"])
+def test_an_unknown_version_or_alias_is_named_with_the_existing_versions(promoted, version):
+    for command in ("cxr promote --reason test --model", "cxr predict params.yaml --model"):
+        assert f"{NAME} has no version or alias '{version}' (versions 1, 2, 3)" in error_line_of(f"{command} {version}")
 
 
 @pytest.fixture
@@ -291,62 +330,71 @@ def radiographs(promoted) -> Path:
 
 
 @pytest.mark.parametrize("model", ["seed-1", "bag", "champion", "1"])
-def test_predict_gives_the_probabilities_of_evaluate(radiographs, model):
+def test_predict_returns_the_probabilities_of_evaluate(radiographs, model):
     expected = pd.read_csv("predictions/test.csv").set_index("file")
-    named = {"champion": json.loads(Path("metrics/promotion.json").read_text())["candidate"], "1": "seed-0"}
+    candidates = {"champion": json.loads(Path("metrics/promotion.json").read_text())["candidate"], "1": "seed-0"}
     expected["bag"] = expected[["seed-0", "seed-1"]].mean(axis="columns")
-    said(f"cxr predict {radiographs} --model {model} --csv out/table.csv")
-    found = pd.read_csv("out/table.csv")
-    assert [Path(file).name for file in found["file"]] == sorted(expected.index)
-    wanted = expected[named.get(model, model)].loc[[Path(file).name for file in found["file"]]]
-    assert found["probability"].to_numpy() == pytest.approx(wanted.to_numpy(), abs=1e-6)
+    output_of(f"cxr predict {radiographs} --model {model} --csv out/table.csv")
+    table = pd.read_csv("out/table.csv")
+    names = [Path(file).name for file in table["file"]]
+    assert names == sorted(expected.index)
+    probabilities = expected[candidates.get(model, model)].loc[names]
+    assert table["probability"].to_numpy() == pytest.approx(probabilities.to_numpy(), abs=1e-6)
 
 
-def test_predict_takes_patterns_and_tells_what_is_no_radiograph(radiographs):
-    assert "t.csv: 8 files" in said(f"cxr predict '{radiographs}/**.jpg' --model seed-0 --csv t.csv")
-    assert "is a directory" in refused(f"cxr predict {radiographs} --model seed-0 --csv {radiographs}")
-    assert refused(f"cxr predict {radiographs} --model seed-0 --csv params.yaml/t.csv").startswith("Error: params.yaml")
+def test_predict_takes_patterns_and_names_unusable_files(radiographs):
+    assert "t.csv: 8 files" in output_of(f"cxr predict '{radiographs}/**.jpg' --model seed-0 --csv t.csv")
+    assert "is a directory" in error_line_of(f"cxr predict {radiographs} --model seed-0 --csv {radiographs}")
+    assert error_line_of(f"cxr predict {radiographs} --model seed-0 --csv params.yaml/t.csv").startswith(
+        "Error: params.yaml"
+    )
     (radiographs / "[copy] broken.jpg").write_bytes(b"\xff\xd8no image")
-    ended = typed(f"cxr predict '{radiographs}/*.jpg' --model seed-0")
-    assert ended.exit_code == 2
-    assert "[copy] broken.jpg" in ended.stdout
-    assert "not an image in a known format" in " ".join(ended.stdout.split())
-    assert ended.stderr.strip().endswith("1 of 9 files are not usable radiographs, as the table says")
-    assert refused("cxr predict 'nowhere/*.png'") == (
-        "Error: nowhere/*.png: no file is there; name radiographs, folders or patterns"
+    result = invoke(f"cxr predict '{radiographs}/*.jpg' --model seed-0")
+    assert result.exit_code == 2
+    (line,) = [line for line in result.stdout.splitlines() if "[copy] broken.jpg" in line]
+    assert "not an image in a known format" in line
+    assert result.stderr.strip().endswith("1 of 9 files are not usable radiographs; the table has the reasons")
+    assert error_line_of("cxr predict 'nowhere/*.png'") == (
+        "Error: nowhere/*.png: no files found; give radiographs, folders or patterns"
     )
 
 
-def test_a_served_model_takes_pixels_and_names_its_version(radiographs):
-    store(Path.cwd())
+def test_a_served_model_takes_pixels_and_returns_its_version(radiographs):
+    mlflow_client(Path.cwd())
     best = json.loads(Path("metrics/promotion.json").read_text())["candidate"]
     model = mlflow.pyfunc.load_model(f"models:/{NAME}@champion")
     size = config.load_config().active.prepare.size
     pixels = np.load("data/images.npy")[-8:]
     assert pixels.shape == (8, size, size)
-    found = model.predict(pd.DataFrame({"image": list(pixels)}))
+    predictions = model.predict(pd.DataFrame({"image": list(pixels)}))
     expected = pd.read_csv("predictions/test.csv")
     if best != "bag":
-        assert found["probability"].to_numpy() == pytest.approx(expected[best].to_numpy(), abs=1e-6)
-    assert set(found["version"]) == {aliases(Path.cwd())["champion"]}
+        assert predictions["probability"].to_numpy() == pytest.approx(expected[best].to_numpy(), abs=1e-6)
+    assert set(predictions["version"]) == {aliases(Path.cwd())["champion"]}
 
 
-def test_what_is_pruned_is_of_experiments_that_are_gone_and_of_which_nothing_trains(promoted):
+def test_only_runs_of_removed_experiments_that_do_not_train_are_pruned(promoted):
     opened = connect(NAME)
-    for name, status in [("gone", "FINISHED"), ("trains", "FINISHED"), ("trains", "RUNNING"), ("there", "KILLED")]:
+    for name, status in [
+        ("removed", "FINISHED"),
+        ("training", "FINISHED"),
+        ("training", "RUNNING"),
+        ("existing", "KILLED"),
+    ]:
         tags = {runs.DVC_EXPERIMENT: name, runs.WORKSPACE: runs._workspace()}
-        made = opened.client.create_run(opened.experiment_id, tags=tags)
-        opened.client.update_run(made.info.run_id, status)
-    assert [run.data.tags[runs.DVC_EXPERIMENT] for run in runs.orphaned_runs(opened, ["there"])] == ["gone"]
+        run = opened.client.create_run(opened.experiment_id, tags=tags)
+        opened.client.update_run(run.info.run_id, status)
+    assert [run.data.tags[runs.DVC_EXPERIMENT] for run in runs.orphaned_runs(opened, ["existing"])] == ["removed"]
 
 
-def test_a_run_whose_process_is_gone_is_marked_killed_at_the_next_contact(promoted):
+def test_a_run_whose_process_has_ended_is_set_to_killed_at_the_next_connection(promoted):
     opened = connect(NAME)
-    gone = f"{socket.gethostname()} {os.getpid()}@1.00"  # this process, but born long ago
-    workers = {gone: "KILLED", runs._worker(psutil.Process()): "RUNNING", "elsewhere 1@1.00": "RUNNING"}
-    made = {
+    dead = f"{socket.gethostname()} {os.getpid()}@1.00"  # this process id with another start time
+    workers = {dead: "KILLED", runs._worker(psutil.Process()): "RUNNING", "elsewhere 1@1.00": "RUNNING"}
+    expected = {
         opened.client.create_run(opened.experiment_id, tags={runs.WORKER: worker}).info.run_id: status
         for worker, status in workers.items()
     }
-    runs.parent_run(opened, config.load_config())
-    assert {run_id: opened.client.get_run(run_id).info.status for run_id in made} == made
+    loaded = config.load_config()
+    runs.parent_run(opened, loaded, training_fingerprint(loaded))
+    assert {run_id: opened.client.get_run(run_id).info.status for run_id in expected} == expected

@@ -1,4 +1,4 @@
-"""One way from a file to a probability: training, evaluation, predict and the served model."""
+"""Evaluation, prediction of files and the served model give the same probability for the same file."""
 
 import base64
 import zipfile
@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import write_zip
-from odd_files import chest, encoded, formats
+from odd_files import chest, encode, formats
 from PIL import Image
 
 from pipeline.core.config import PrepareParams
@@ -27,12 +27,12 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("resize", ["stretch", "pad"])
-def test_a_file_has_the_probability_it_had_in_evaluate_however_it_is_judged(tmp_path, resize):
+def test_evaluation_files_and_the_served_model_give_the_same_probabilities(tmp_path, resize):
     from pipeline.inference.pyfunc_model import ServedModel
 
     wide = {
-        "wide.png": encoded(Image.fromarray(chest(90)[:50])),
-        "tall.jpg": encoded(Image.fromarray(chest(90)[:, :40]), "JPEG"),
+        "wide.png": encode(Image.fromarray(chest(90)[:50])),
+        "tall.jpg": encode(Image.fromarray(chest(90)[:, :40]), "JPEG"),
     }
     files = formats(72) | wide
     lines = "".join(f"{name},0\n" for name in files)
@@ -43,12 +43,12 @@ def test_a_file_has_the_probability_it_had_in_evaluate_however_it_is_judged(tmp_
     pack, rows = PackedImages(tmp_path / "images.npy", CPU), manifest.read_manifest(tmp_path)
 
     torch.manual_seed(0)
-    facts = {"head_hidden": [], "dropout": 0.0, "size": 40, "normalization": "imagenet"}
-    network = Classifier(Architecture("squeezenet1_1", **facts, packed_size=pack.size, resize=pack.resize)).eval()
+    options = {"head_hidden": [], "dropout": 0.0, "size": 40, "normalization": "imagenet"}
+    network = Classifier(Architecture("squeezenet1_1", **options, packed_size=pack.size, resize=pack.resize)).eval()
     classifier.save_weights(network, tmp_path / "seed-0")
     classifier.save_description(network, tmp_path / "seed-0", {})
-    rule = EnsembleConfig(["seed-0"], "mean", "mean", 0.5, [0.5], [1.0])
-    candidate.assemble_candidate(tmp_path / "candidate", tmp_path, rule)
+    config = EnsembleConfig(["seed-0"], "mean", "mean", 0.5, [0.5], [1.0])
+    candidate.assemble_candidate(tmp_path / "candidate", tmp_path, config)
     expected = probability_table({"seed-0": network}, pack, list(rows.index), batch_size=4)["seed-0"].to_numpy()[1:]
     assert list(rows["file"][1:]) == list(files)
     assert len(set(expected.round(6))) > 3
@@ -56,15 +56,15 @@ def test_a_file_has_the_probability_it_had_in_evaluate_however_it_is_judged(tmp_
     with zipfile.ZipFile(raw) as archive:
         archive.extractall(tmp_path)
     paths = [tmp_path / "test" / name for name in files]
-    judged = inference_files.predict_files(candidate.load_candidate(tmp_path / "candidate", CPU), paths)
-    assert judged["probability"].to_numpy() == pytest.approx(expected, abs=1e-6)
+    predictions = inference_files.predict_files(candidate.load_candidate(tmp_path / "candidate", CPU), paths)
+    assert predictions["probability"].to_numpy() == pytest.approx(expected, abs=1e-6)
 
     served = ServedModel()
     served.load_context(SimpleNamespace(artifacts={"candidate": str(tmp_path / "candidate")}))
-    for sent in (
+    for inputs in (
         list(files.values()),
         [base64.b64encode(data).decode() for data in files.values()],
         list(map(str, paths)),
     ):
-        answer = served.predict(None, pd.DataFrame({"image": sent}))
-        assert answer["probability"].to_numpy() == pytest.approx(expected, abs=1e-6)
+        response = served.predict(None, pd.DataFrame({"image": inputs}))
+        assert response["probability"].to_numpy() == pytest.approx(expected, abs=1e-6)

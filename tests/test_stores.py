@@ -1,4 +1,4 @@
-"""Whatever keeps the runs — sqlite, a server, one with passwords, PostgreSQL — they are the same runs."""
+"""Tracking stores: sqlite, an MLflow server, a server with passwords and PostgreSQL hold the same runs."""
 
 import json
 import multiprocessing
@@ -10,11 +10,12 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from conftest import copy, free_port, mlflow_server, refused, said, typed
+from conftest import copy_project, error_line_of, free_port, invoke, output_of, run_mlflow_server
 from test_interruptions import Proxy
 
 from pipeline.core import config
 from pipeline.tracking import runs
+from pipeline.tracking.fingerprint import training_fingerprint
 from pipeline.tracking.store import connect
 
 pytestmark = pytest.mark.slow
@@ -24,15 +25,15 @@ LOGIN = {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": "a pas
 
 
 @pytest.fixture
-def project(built, tmp_path, monkeypatch) -> Path:
-    """A copy of the built project as the working directory."""
-    monkeypatch.chdir(copy(built, tmp_path / "project"))
+def project(demo_project, tmp_path, monkeypatch) -> Path:
+    """A copy of the demo project as the working directory."""
+    monkeypatch.chdir(copy_project(demo_project, tmp_path / "project"))
     return tmp_path / "project"
 
 
 @pytest.fixture
 def with_passwords(tmp_path, port, monkeypatch) -> Iterator[str]:
-    """A server that wants a name and a password."""
+    """An MLflow server with basic authentication."""
     settings = tmp_path / "auth.ini"
     settings.write_text(
         "[mlflow]\ndefault_permission = READ\nadmin_username = admin\n"
@@ -42,7 +43,7 @@ def with_passwords(tmp_path, port, monkeypatch) -> Iterator[str]:
     )
     secrets = {"MLFLOW_AUTH_CONFIG_PATH": str(settings), "MLFLOW_FLASK_SERVER_SECRET_KEY": "a key for tests"}
     store = f"sqlite:///{tmp_path / 'server.db'}"
-    with mlflow_server(tmp_path, port, "--app-name", "basic-auth", store=store, **secrets) as uri:
+    with run_mlflow_server(tmp_path, port, "--app-name", "basic-auth", store=store, **secrets) as uri:
         for key, value in LOGIN.items():
             monkeypatch.setenv(key, value)
         yield uri
@@ -50,9 +51,9 @@ def with_passwords(tmp_path, port, monkeypatch) -> Iterator[str]:
 
 @pytest.fixture
 def postgresql(tmp_path, port) -> Iterator[str]:
-    """A PostgreSQL database of its own."""
-    places = os.pathsep.join(map(str, Path("/usr/lib/postgresql").glob("*/bin")))  # where Debian hides it
-    binaries = Path(shutil.which("initdb", path=places) or shutil.which("initdb") or "").parent
+    """A new PostgreSQL database."""
+    debian = os.pathsep.join(map(str, Path("/usr/lib/postgresql").glob("*/bin")))  # not in PATH on Debian
+    binaries = Path(shutil.which("initdb", path=debian) or shutil.which("initdb") or "").parent
     if not binaries.name:
         pytest.skip("PostgreSQL is not installed")
     # PostgreSQL refuses to run as root.
@@ -62,47 +63,45 @@ def postgresql(tmp_path, port) -> Iterator[str]:
     if user:
         shutil.chown(folder, "nobody")
 
-    def do(program: str, *arguments: str) -> None:
+    def call(program: str, *arguments: str) -> None:
         subprocess.run([*user, binaries / program, *arguments], cwd=folder, check=True, capture_output=True)
 
     try:
-        do("initdb", "-D", f"{folder}/data", "-A", "trust", "-U", "cxr")
-        do("pg_ctl", "-D", f"{folder}/data", "-w", "-l", f"{folder}/log", "-o", f"-p {port} -k {folder}", "start")
-        do("createdb", "-h", "127.0.0.1", "-p", str(port), "-U", "cxr", "cxr")
+        call("initdb", "-D", f"{folder}/data", "-A", "trust", "-U", "cxr")
+        call("pg_ctl", "-D", f"{folder}/data", "-w", "-l", f"{folder}/log", "-o", f"-p {port} -k {folder}", "start")
+        call("createdb", "-h", "127.0.0.1", "-p", str(port), "-U", "cxr", "cxr")
         yield f"postgresql://cxr@127.0.0.1:{port}/cxr"
         mlflow.set_tracking_uri(None)
-        do("pg_ctl", "-D", f"{folder}/data", "-m", "immediate", "stop")
+        call("pg_ctl", "-D", f"{folder}/data", "-m", "immediate", "stop")
     finally:
         shutil.rmtree(folder)
 
 
 @pytest.fixture
-def before_postgresql(tmp_path, postgresql) -> Iterator[str]:
-    """A server that keeps its runs in PostgreSQL."""
-    with mlflow_server(tmp_path, free_port(), store=postgresql) as uri:
+def server_on_postgresql(tmp_path, postgresql) -> Iterator[str]:
+    """An MLflow server with PostgreSQL as its backend store."""
+    with run_mlflow_server(tmp_path, free_port(), store=postgresql) as uri:
         yield uri
 
 
-@pytest.mark.parametrize("kind", ["before_postgresql", "postgresql"])
-def test_a_store_of_another_kind_is_filled_and_serves_as_the_first_one_did(project, kind, request, monkeypatch):
+@pytest.mark.parametrize("kind", ["server_on_postgresql", "postgresql"])
+def test_sync_fills_an_empty_store_of_another_kind(project, kind, request, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", request.getfixturevalue(kind))
-    said("cxr sync")
-    said("cxr verify")
-    refused("cxr predict report --model champion")
+    output_of("cxr sync")
+    output_of("cxr verify")
+    error_line_of("cxr predict report --model champion")
     opened = connect(NAME)
-    found = opened.client.search_runs([opened.experiment_id])
-    assert sorted(run.info.run_name.split(" ")[0] for run in found)[:2] == ["seed-0", "seed-1"]
-    assert len(found) == 3
-    assert {run.info.status for run in found} == {"FINISHED"}
+    all_runs = opened.client.search_runs([opened.experiment_id])
+    assert sorted(run.info.run_name.split(" ")[0] for run in all_runs)[:2] == ["seed-0", "seed-1"]
+    assert len(all_runs) == 3
+    assert {run.info.status for run in all_runs} == {"FINISHED"}
     candidate = opened.client.get_model_version_by_alias(NAME, "champion").tags["candidate"]
     assert candidate == json.loads((project / "metrics/promotion.json").read_text())["candidate"]
 
 
-def test_a_server_that_wants_a_password_takes_it_and_says_in_one_line_that_it_is_wrong(
-    project, with_passwords, monkeypatch
-):
+def test_a_server_accepts_the_password_and_a_wrong_one_is_a_one_line_error(project, with_passwords, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", with_passwords)
-    log_a_seed(3)
+    log_seed(3)
     opened = connect(NAME)
     (run,) = opened.client.search_runs([opened.experiment_id], "params.seed = '3'")
     assert run.info.status == "FINISHED"
@@ -113,39 +112,40 @@ def test_a_server_that_wants_a_password_takes_it_and_says_in_one_line_that_it_is
         else:
             for key in LOGIN:
                 monkeypatch.delenv(key)
-        ended = typed("cxr history")
-        assert ended.exit_code == 2
-        (line,) = ended.stderr.strip().splitlines()
-        assert line.startswith(f"Error: MLflow at {with_passwords} cannot be used: ")
+        result = invoke("cxr history")
+        assert result.exit_code == 2
+        (line,) = result.stderr.strip().splitlines()
+        assert line.startswith(f"Error: MLflow at {with_passwords} cannot be used: wrong username or password")
         assert "MLFLOW_TRACKING_USERNAME" in line
         assert "not the password" not in line
 
 
 @pytest.mark.parametrize("command", ["history", "rollback", "verify", "predict report"])
-def test_a_server_that_fails_is_not_taken_for_one_that_holds_nothing(project, command, monkeypatch):
-    failing = Proxy(behind=0)
-    failing.mood = "broken"
+def test_a_failing_server_is_not_mistaken_for_an_empty_one(project, command, monkeypatch):
+    failing = Proxy(upstream=0)
+    failing.mode = "fail"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", failing.uri.replace("//", "//user:secret@"))
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    ended = typed(f"cxr {command}")
+    result = invoke(f"cxr {command}")
     failing.shutdown()
-    assert ended.exit_code == 2, ended.output
-    (line,) = ended.stderr.strip().splitlines()
+    assert result.exit_code == 2, result.output
+    (line,) = result.stderr.strip().splitlines()
     assert line.startswith(f"Error: MLflow at {failing.uri} cannot be used: ")
     assert "secret" not in line
 
 
-def test_a_database_that_does_not_answer_is_said_in_one_line(project, port, monkeypatch):
+def test_an_unreachable_database_is_a_one_line_error(project, port, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"postgresql://user:secret@127.0.0.1:{port}/runs")
-    ended = typed("cxr history")
-    assert ended.exit_code == 2, ended.output
-    assert ended.stderr.startswith(f"Error: MLflow at postgresql://127.0.0.1:{port}/runs cannot be used: ")
+    result = invoke("cxr history")
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith(f"Error: MLflow at postgresql://127.0.0.1:{port}/runs cannot be used: ")
 
 
-def log_a_seed(seed: int) -> None:
+def log_seed(seed: int) -> None:
     loaded = config.load_config()
     opened = connect(NAME)
-    run = runs.SeedRun(opened, loaded, runs.parent_run(opened, loaded), seed, f"{seed:064}")
+    parent = runs.parent_run(opened, loaded, training_fingerprint(loaded))
+    run = runs.SeedRun(opened, loaded, parent, seed, f"{seed:064}")
     row = {"epoch": 1, "train_loss": 0.5, "lr": 0.1, "f1": seed / 10, "loss": 0.4}
     run.log_epoch(row)
     weights = Path(f"weights-{seed}")
@@ -155,21 +155,21 @@ def log_a_seed(seed: int) -> None:
 
 
 @pytest.mark.parametrize("trial", range(int(os.environ.get("CXR_TRIALS", "2"))))
-def test_ten_seeds_at_once_on_a_new_store_are_ten_good_runs(project, trial, monkeypatch):
+def test_ten_simultaneous_seeds_on_a_new_store_create_ten_complete_runs(project, trial, monkeypatch):
     uri = f"sqlite:///{project / 'new.db'}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    forked = multiprocessing.get_context("fork")  # which saves ten processes the imports
-    trainings = [forked.Process(target=log_a_seed, args=(seed,)) for seed in range(10)]
+    forked = multiprocessing.get_context("fork")  # saves ten processes the imports
+    trainings = [forked.Process(target=log_seed, args=(seed,)) for seed in range(10)]
     for training in trainings:
         training.start()
     for training in trainings:
         training.join(120)
     assert [training.exitcode for training in trainings] == [0] * 10
     client = mlflow.MlflowClient(uri)
-    found = client.search_runs([client.get_experiment_by_name(NAME).experiment_id])
-    (parent,) = {run.data.tags["mlflow.parentRunId"] for run in found if "mlflow.parentRunId" in run.data.tags}
-    children = {run.data.params["seed"]: run for run in found if run.info.run_id != parent}
-    assert len(found) == 11
+    all_runs = client.search_runs([client.get_experiment_by_name(NAME).experiment_id])
+    (parent,) = {run.data.tags["mlflow.parentRunId"] for run in all_runs if "mlflow.parentRunId" in run.data.tags}
+    children = {run.data.params["seed"]: run for run in all_runs if run.info.run_id != parent}
+    assert len(all_runs) == 11
     assert {seed: run.data.metrics["validation/f1"] for seed, run in children.items()} == {
         str(seed): seed / 10 for seed in range(10)
     }

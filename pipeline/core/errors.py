@@ -1,16 +1,18 @@
+"""The errors that users see: one line each, without credentials."""
+
 import re
 
 
 class UserError(Exception):
-    """What a user can cause and mend: one line that says what is wrong, where, and what to do."""
+    """An error that a user can cause and correct: one line with what is wrong, where, and what to do."""
 
 
 class UnreachableError(UserError):
-    """A service that does not answer now may answer later."""
+    """A service does not answer; it may later."""
 
 
-class Interrupted(Exception):  # noqa: N818  # it is no error
-    """A signal asked to stop, and what was done so far is on disk."""
+class Interrupted(Exception):  # noqa: N818  # not an error
+    """Stopped by a signal, with all progress on disk."""
 
     def __init__(self, signal: int, message: str) -> None:
         super().__init__(message)
@@ -18,7 +20,7 @@ class Interrupted(Exception):  # noqa: N818  # it is no error
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its kind, without the names and passwords that URLs may hold."""
+    """Return the first line of an error's message, or its type, without the credentials in URLs."""
     line = next(iter(str(error).strip().splitlines()), type(error).__name__)
     return redact_credentials(line)
 

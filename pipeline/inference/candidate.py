@@ -1,4 +1,4 @@
-"""What the registry holds: one classifier, or several and the rule by which they answer as one."""
+"""A candidate for the registry: one or more classifiers, and the configuration that combines their predictions."""
 
 import hashlib
 import json
@@ -18,59 +18,59 @@ from pipeline.evaluation.ensemble import EnsembleConfig
 from pipeline.models import classifier
 from pipeline.models.classifier import DESCRIPTION_FILE, WEIGHTS_FILE, Architecture, Classifier
 
-BATCH_SIZE = 32  # images that all members see at once
+BATCH_SIZE = 32  # images per forward pass
 
 
 class Candidate:
-    """Classifiers that judge together, by a rule."""
+    """Classifiers that predict together, as an `EnsembleConfig` combines them."""
 
-    def __init__(self, members: Mapping[str, Classifier], rule: EnsembleConfig) -> None:
-        self.members, self.rule = members, rule
+    def __init__(self, members: Mapping[str, Classifier], config: EnsembleConfig) -> None:
+        self.members, self.config = members, config
         architectures = [network.architecture for network in members.values()]
         ((self.packed_size, self.resize),) = {(one.packed_size, one.resize) for one in architectures}
 
     def predict(self, pixels: Tensor) -> pd.DataFrame:
-        """Judge gray images (N, packed_size, packed_size), uint8.
+        """Classify gray images (N, packed_size, packed_size), uint8.
 
         Returns:
-            A row per image: `probability` of COVID-19 (of several members the combined one), and `label`, 0 or 1.
+            A row per image: `probability` of COVID-19 (combined from all members) and `label`, 0 or 1.
         """
         device = next(iter(self.members.values())).scale.device
-        parts = [
-            torch.stack([network.predict_proba(part.to(device)) for network in self.members.values()], dim=1).cpu()
-            for part in pixels.split(BATCH_SIZE)
+        batches = [
+            torch.stack([network.predict_proba(batch.to(device)) for network in self.members.values()], dim=1).cpu()
+            for batch in pixels.split(BATCH_SIZE)
         ]
-        found = pd.DataFrame(torch.cat(parts).numpy(), columns=list(self.members))
-        return ensemble.predict(found, self.rule)
+        probabilities = pd.DataFrame(torch.cat(batches).numpy(), columns=list(self.members))
+        return ensemble.predict(probabilities, self.config)
 
 
-def assemble_candidate(folder: Path, models: Path, rule: EnsembleConfig) -> None:
-    """Write a folder that `load` takes, from the folder that has one of each member's name."""
-    for name in rule.members:
+def assemble_candidate(folder: Path, models: Path, config: EnsembleConfig) -> None:
+    """Write a folder for `load_candidate`, from the folder `models` with a folder per member."""
+    for name in config.members:
         (folder / name).mkdir(parents=True)
         for file in (WEIGHTS_FILE, DESCRIPTION_FILE):
             shutil.copyfile(models / name / file, folder / name / file)
-    write_json(folder / "candidate.json", asdict(rule))
+    write_json(folder / "candidate.json", asdict(config))
 
 
 def content_hash(folder: Path) -> str:
-    """Return what tells a candidate from any other, 64 hexadecimal digits: a hash of its models and its rule."""
-    facts = read_json(folder / "candidate.json")
-    descriptions = [read_json(folder / name / DESCRIPTION_FILE) for name in facts.pop("members")]
+    """Return the SHA-256 of a candidate's models and configuration, as 64 hexadecimal digits."""
+    config = read_json(folder / "candidate.json")
+    descriptions = [read_json(folder / name / DESCRIPTION_FILE) for name in config.pop("members")]
     models = [{key: one[key] for key in (*Architecture.__dataclass_fields__, "weights_sha256")} for one in descriptions]
     models.sort(key=lambda model: str(model["weights_sha256"]))
-    return hashlib.sha256(json.dumps([models, facts], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([models, config], sort_keys=True).encode()).hexdigest()
 
 
 def load_candidate(folder: Path, device: torch.device) -> Candidate:
-    """Load a candidate, ready to judge; nothing in the files is executed.
+    """Load a candidate for prediction; no code in its files is executed.
 
     Raises:
-        UserError: it is not one that this pipeline made, a file is missing, or weights are not those described.
+        UserError: it is not a candidate of this pipeline, a file is missing, or weights do not match their hash.
     """
     try:
-        rule = EnsembleConfig(**read_json(folder / "candidate.json"))
-        members = {name: classifier.load_classifier(folder / name, device) for name in rule.members}
+        config = EnsembleConfig(**read_json(folder / "candidate.json"))
+        members = {name: classifier.load_classifier(folder / name, device) for name in config.members}
     except FileNotFoundError as error:
-        raise UserError(f"{error.filename}: not found; this is no whole model of this pipeline") from None
-    return Candidate(members, rule)
+        raise UserError(f"{error.filename}: not found; this is not a complete model of this pipeline") from None
+    return Candidate(members, config)

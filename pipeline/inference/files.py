@@ -1,4 +1,4 @@
-"""A candidate's judgment of files, each decoded once."""
+"""Classifies image files with a candidate; each file is decoded once."""
 
 import glob
 from collections.abc import Iterable
@@ -18,40 +18,41 @@ from pipeline.inference.candidate import BATCH_SIZE, Candidate
 
 
 def expand_paths(names: Iterable[str]) -> list[Path]:
-    """Return the files that are meant by names of files, folders (all that is in them) and patterns such as `x/*.png`.
+    """Expand files, folders (recursively) and patterns such as `x/*.png` to a list of files without duplicates.
 
     Raises:
-        UserError: a name means no file.
+        UserError: a name matches no file.
     """
-    found: dict[Path, None] = {}  # in order, each once
+    files: dict[Path, None] = {}  # an ordered set
     for name in names:
         path = Path(name)
         pattern = glob.escape(name) if path.exists() else name
-        matching = glob.glob(pattern, recursive=True)  # noqa: PTH207  # Path.glob takes no absolute pattern
-        meant = sorted(path.rglob("*") if path.is_dir() else map(Path, matching))
-        of_name = [one for one in meant if one.is_file() and not one.name.startswith(".")]
-        if not of_name:
-            raise UserError(f"{name}: no file is there; name radiographs, folders or patterns")
-        found |= dict.fromkeys(of_name)
-    return list(found)
+        matches = glob.glob(pattern, recursive=True)  # noqa: PTH207  # Path.glob takes no absolute pattern
+        candidates = sorted(path.rglob("*") if path.is_dir() else map(Path, matches))
+        visible = [file for file in candidates if file.is_file() and not file.name.startswith(".")]
+        if not visible:
+            raise UserError(f"{name}: no files found; give radiographs, folders or patterns")
+        files |= dict.fromkeys(visible)
+    return list(files)
 
 
 def predict_files(candidate: Candidate, paths: list[Path]) -> pd.DataFrame:
-    """Judge the files; all members see each decoded image.
+    """Classify image files.
 
     Returns:
-        A row per file: `file`, `probability` and `label` as `Candidate.predict` gives them, and `reason`, why a file
-        is not a usable radiograph, in which case the two are missing.
+        A row per file: `file`, `probability` and `label` as of `Candidate.predict`, and `reason`: empty, or why a file
+        is not a usable radiograph, whose probability and label are missing.
     """
     decoded = Parallel(n_jobs=-1, prefer="threads", return_as="generator")(
         delayed(_decode)(path, candidate.packed_size, candidate.resize) for path in paths
     )
-    left, rows = track_progress(decoded, "judging", len(paths)), []
-    while part := list(islice(left, BATCH_SIZE)):
-        usable = [pixels for pixels in part if isinstance(pixels, np.ndarray)]
-        judged = iter(candidate.predict(torch.from_numpy(np.stack(usable))).to_dict("records") if usable else [])
+    results, rows = track_progress(decoded, "predicting", len(paths)), []
+    while batch := list(islice(results, BATCH_SIZE)):
+        usable = [pixels for pixels in batch if isinstance(pixels, np.ndarray)]
+        predictions = iter(candidate.predict(torch.from_numpy(np.stack(usable))).to_dict("records") if usable else [])
         rows += [
-            {**next(judged), "reason": ""} if isinstance(pixels, np.ndarray) else {"reason": pixels} for pixels in part
+            {**next(predictions), "reason": ""} if isinstance(pixels, np.ndarray) else {"reason": pixels}
+            for pixels in batch
         ]
     table = pd.DataFrame(rows, columns=["probability", "label", "reason"])
     table.insert(0, "file", [str(path) for path in paths])
@@ -59,6 +60,7 @@ def predict_files(candidate: Candidate, paths: list[Path]) -> pd.DataFrame:
 
 
 def _decode(path: Path, size: int, resize: Resize) -> np.ndarray | str:
+    """Return the pixels, or why the file is not usable."""
     try:
         return images.decode_radiograph(path.read_bytes(), size, resize)[0]
     except (images.UnusableError, OSError) as reason:

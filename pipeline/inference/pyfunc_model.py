@@ -1,6 +1,6 @@
-"""The model that MLflow serves: this project's own code and safetensors, from the bytes of a file to a label.
+"""The MLflow pyfunc model: from the bytes of an image file to a probability and a label.
 
-MLflow runs this file when it loads the model, so loading executes no pickle.
+MLflow executes this file when it loads the model (models from code), so no pickle is involved.
 """
 
 import base64
@@ -26,7 +26,7 @@ class ServedModel(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         folder = Path(context.artifacts["candidate"])
         self._candidate = candidate.load_candidate(folder, torch.device("cpu"))
-        # MLflow leaves this beside a model that it loads as a version of the registry.
+        # MLflow writes this file beside a model that it loads from the registry.
         registered = folder.parents[1] / "registered_model_meta"
         self._version = str(yaml.safe_load(registered.read_text())["model_version"]) if registered.is_file() else ""
 
@@ -36,40 +36,40 @@ class ServedModel(PythonModel):
         model_input: pd.DataFrame,
         params: dict[str, Any] | None = None,  # noqa: ARG002
     ) -> pd.DataFrame:
-        """Judge radiographs.
+        """Classify radiographs.
 
         Args:
             context: unused.
-            model_input: a column `image`; each an encoded image as bytes or base64, a path to one, or its pixels,
-                gray (H, W) with values of 0 to 255.
+            model_input: a column `image`, each value an encoded image (bytes or base64), the path of one, or gray
+                pixels (H, W) from 0 to 255.
             params: unused.
 
         Returns:
-            A row per image: `probability` of COVID-19, `label`, 0 or 1, at the operating point, and the `version`
-            of the model, empty where it was not loaded from the registry.
+            A row per image: `probability` of COVID-19, `label` (0 or 1) at the operating point, and `version`, the
+            registered version, or empty if the model was not loaded from the registry.
 
         Raises:
-            MlflowException: an image is not usable (HTTP 400 where served).
+            MlflowException: an image is not usable; a server answers with HTTP 400.
         """
-        form = self._candidate.packed_size, self._candidate.resize
-        pixels = torch.from_numpy(np.stack([_pixels(image, *form) for image in model_input["image"]]))
+        size, resize = self._candidate.packed_size, self._candidate.resize
+        pixels = torch.from_numpy(np.stack([_decode(image, size, resize) for image in model_input["image"]]))
         return self._candidate.predict(pixels).assign(version=self._version)
 
 
-def _pixels(image: Any, size: int, resize: Resize) -> np.ndarray:
+def _decode(image: Any, size: int, resize: Resize) -> np.ndarray:
     try:
         if isinstance(image, np.ndarray | list):
             return images.resize_to_square(np.asarray(image), size, resize)
-        return images.decode_radiograph(image if isinstance(image, bytes) else _read(image), size, resize)[0]
+        return images.decode_radiograph(image if isinstance(image, bytes) else _read_bytes(image), size, resize)[0]
     except (images.UnusableError, OSError, TypeError, ValueError) as reason:
         raise MlflowException(f"not a usable radiograph: {reason}", INVALID_PARAMETER_VALUE) from None
 
 
-def _read(text: str) -> bytes:
-    if os.path.isfile(text):  # noqa: PTH113 - a Path raises where base64 is too long for a name
-        return Path(text).read_bytes()
+def _read_bytes(path_or_base64: str) -> bytes:
+    if os.path.isfile(path_or_base64):  # noqa: PTH113 - Path.is_file raises when base64 is too long for a file name
+        return Path(path_or_base64).read_bytes()
     try:
-        return base64.b64decode("".join(text.split()), validate=True)
+        return base64.b64decode("".join(path_or_base64.split()), validate=True)
     except (ValueError, AttributeError):
         raise images.UnusableError("neither base64 nor the path of a file") from None
 

@@ -1,4 +1,4 @@
-"""What a training tells MLflow, told by a thread, so that training neither waits for MLflow nor fails with it."""
+"""A background thread that logs a training to MLflow, so that training neither waits for MLflow nor fails with it."""
 
 import logging
 import time
@@ -19,19 +19,19 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-RETRY_DELAYS = (1, 2, 4, 8)  # seconds before another try; from then on the last one
-TIMEOUT_SECONDS = 30  # seconds that the end of a training waits for MLflow
+RETRY_DELAYS = (1, 2, 4, 8)  # seconds between tries; the last one repeats
+TIMEOUT_SECONDS = 30  # how long the end of a training waits for MLflow
 
 
 class Outbox:
-    """Opens a run and makes calls on it, in order; a call that fails is made again until it is answered."""
+    """Opens a run and makes calls on it in a background thread, in order; failed calls are retried."""
 
     def __init__(self, open_run: "Callable[[], SeedRun]") -> None:
-        """Name what opens the run: it is called by the thread, for importing MLflow alone takes seconds."""
+        """Set the function that opens the run; the thread calls it, since importing MLflow alone takes seconds."""
         self._open_run = open_run
-        self._calls: SimpleQueue[Callable[[SeedRun], None] | None] = SimpleQueue()
+        self._queue: SimpleQueue[Callable[[SeedRun], None] | None] = SimpleQueue()
         self._warned = self._delivered = False
-        self._refusal: UserError | None = None
+        self._error: UserError | None = None
 
     def __enter__(self) -> Self:
         self._thread = Thread(target=self._deliver, daemon=True)
@@ -41,44 +41,44 @@ class Outbox:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Wait until everything is delivered, but not for ever; a block that did not end well closes the run."""
+        """Wait up to TIMEOUT_SECONDS for the queue to empty; after an error, close the run as failed or killed."""
         if kind:
             status = "KILLED" if kind in (KeyboardInterrupt, Interrupted) else "FAILED"
             self.put(lambda run: run.close(status))
-        self._calls.put(None)
+        self._queue.put(None)
         self._thread.join(TIMEOUT_SECONDS)
         if not self._delivered and not kind:
-            reason = f" ({self._refusal})" if self._refusal else ""
-            log.warning("MLflow did not take all of this run%s; cxr sync completes it", reason)
+            reason = f" ({self._error})" if self._error else ""
+            log.warning("this run is not completely logged to MLflow%s; complete it with: cxr sync", reason)
 
     def put(self, call: "Callable[[SeedRun], None]") -> None:
-        """Have `call` made on the run, after all that were put before."""
-        self._calls.put(call)
+        """Queue a call on the run."""
+        self._queue.put(call)
 
     def check(self) -> None:
-        """Raise what only a user can mend, such as a wrong password, once it is known."""
-        if self._refusal:
-            raise self._refusal
+        """Raise the error that stopped the thread, if only a user can correct it, such as a wrong password."""
+        if self._error:
+            raise self._error
 
     def _deliver(self) -> None:
         try:
             run = self._retry(self._open_run)
-        except UserError as refusal:
-            self._refusal = refusal
+        except UserError as error:
+            self._error = error
             return
-        while call := self._calls.get():
+        while call := self._queue.get():
             self._retry(partial(call, run))
         self._delivered = True
 
     def _retry(self, call: Callable[[], T]) -> T:
-        pauses = chain(RETRY_DELAYS, repeat(RETRY_DELAYS[-1]))
+        delays = chain(RETRY_DELAYS, repeat(RETRY_DELAYS[-1]))
         while True:
             try:
                 return call()
-            except Exception as error:  # whatever a store raises, training goes on
+            except Exception as error:  # training continues, whatever a store raises
                 if isinstance(error, UserError) and not isinstance(error, UnreachableError):
                     raise
                 if not self._warned:
-                    log.warning("MLflow does not answer (%s); training goes on and tells it later", first_line(error))
+                    log.warning("MLflow does not answer (%s); training continues, logging waits", first_line(error))
                     self._warned = True
-                time.sleep(next(pauses))
+                time.sleep(next(delays))

@@ -1,7 +1,7 @@
-"""The registered model of a profile: its versions, its champions from the first to the present one, and its aliases.
+"""The registered model of a profile: its versions, its aliases, and the history of its champions.
 
-MLflow keeps no history of an alias. So each change of champion is a tag of the registered model, and the alias follows
-the last of them.
+MLflow keeps no history of an alias. Every change of champion is therefore a tag of the registered model, and the alias
+`champion` is set to the last entry of that history.
 """
 
 import base64
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 from uuid import uuid4
 
@@ -32,21 +32,23 @@ from PIL import Image
 import pipeline
 from pipeline.core.errors import UserError, first_line
 from pipeline.inference import candidate
-from pipeline.tracking.store import Store
+from pipeline.tracking.store import Store, release_tag
 
-CONTENT_HASH = "identity"
+CONTENT_HASH = "content_hash"
 CHAMPION, CHALLENGER = "champion", "challenger"
-CHAMPION_TAG = "champion."  # the tags of the registered model that hold its champions, champion.0001.… and so on
-ARTIFACT = "candidate"  # of a version's artifacts, as it was called where it was assembled
+CHAMPION_TAG = "champion."  # prefix of the history's tags on the registered model: champion.0001.<random>, ...
+ARTIFACT = "candidate"  # name of the candidate's folder among the model's artifacts
+OLD_CONTENT_HASH = "identity"  # release 0.1
+OLD_RECORD_FIELDS = {"why": "reason", "over": "override_version"}  # release 0.1
 REQUIREMENTS = [
     "mlflow", "numpy", "pandas", "pillow", "pydicom", "safetensors", "scikit-learn", "simplejpeg", "timm", "torch",
     "torchvision",
 ]  # fmt: skip
-MAX_DESCRIPTION = 5000  # letters of a description in MLflow's database
-DESCRIPTION = """Tells COVID-19 positive chest radiographs from negative ones. For research and teaching, no diagnosis.
+MAX_DESCRIPTION = 5000  # characters, the limit of MLflow's database
+DESCRIPTION = """Classifies chest radiographs as COVID-19 positive or negative. For research and teaching only.
 
-`champion` is the version to use, `challenger` the best one of the last run. `cxr history` shows who was champion, from
-the tags `champion.0001.…` and so on; `cxr rollback` goes back.
+The alias `champion` is the version to use, `challenger` the best candidate of the last run. `cxr history` shows all
+champions and why each was promoted (stored in the tags `champion.0001.…`); `cxr rollback` restores the previous one.
 """
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(AnyType(), "image")]),
@@ -56,14 +58,14 @@ SIGNATURE = ModelSignature(
 
 @dataclass(frozen=True)
 class ChampionRecord:
-    """One version's time as champion, from `since` (ISO 8601, UTC) until the next reign begins.
+    """An entry of the champion history: `version` is champion from `since` (ISO 8601, UTC) until the next entry.
 
-    Of a reign that a person decided, `override_version` is the newest version that there was to decide over; else it is 0.
+    `override_version` is the newest version that existed when a person chose this champion, and 0 if the gate chose it.
     """
 
     version: str
     since: str
-    why: str
+    reason: str
     rollback: bool = False
     override_version: int = 0
 
@@ -71,60 +73,61 @@ class ChampionRecord:
 def register_candidate(
     store: Store, name: str, run_id: str, folder: Path, example: np.ndarray, tags: Mapping[str, str]
 ) -> ModelVersion:
-    """Return the version of the registered model `name` that holds this candidate; make it where it is missing.
+    """Return the version of a registered model that holds this candidate; create the version if it does not exist.
 
     Args:
-        store: where the run is.
-        name: of the registered model.
-        run_id: of the run that the model belongs to.
-        folder: as `candidate.assemble` writes it.
+        store: the store that has the run.
+        name: the registered model.
+        run_id: the run that the candidate belongs to.
+        folder: the candidate, as written by `candidate.assemble_candidate`.
         example: a radiograph for the input example, uint8 (S, S).
-        tags: of a new version.
+        tags: tags of a new version.
     """
-    mark = candidate.content_hash(folder)
+    content_hash = candidate.content_hash(folder)
     with store.lock:
         try:
             store.client.get_registered_model(name)
         except MlflowException as error:
-            _expect_missing(error)
+            _raise_unless_not_found(error)
             store.client.create_registered_model(name, description=DESCRIPTION)
-        known = store.client.search_model_versions(f"name = '{name}' AND tags.{CONTENT_HASH} = '{mark}'")
-        if known:
-            return known[0]
+        existing = store.client.search_model_versions(f"name = '{name}' AND tags.{CONTENT_HASH} = '{content_hash}'")
+        if existing:
+            return existing[0]
         model_id = _log_model(store, run_id, folder, example)
-        tags = {CONTENT_HASH: mark, **tags}
+        tags = {CONTENT_HASH: content_hash, **release_tag(), **tags}
         return store.client.create_model_version(name, f"models:/{model_id}", run_id, tags, model_id=model_id)
 
 
-def set_model_description(store: Store, name: str, card: str) -> None:
-    """Make the model card part of the description of the registered model."""
-    text = f"{DESCRIPTION}\n{card}"[:MAX_DESCRIPTION]
-    if store.client.get_registered_model(name).description != text:
-        store.client.update_registered_model(name, text)
+def set_model_description(store: Store, name: str, model_card: str) -> None:
+    """Append the model card to the description of the registered model."""
+    description = f"{DESCRIPTION}\n{model_card}"[:MAX_DESCRIPTION]
+    if store.client.get_registered_model(name).description != description:
+        store.client.update_registered_model(name, description)
 
 
-def get_version(store: Store, name: str, wanted: str) -> ModelVersion:
+def get_version(store: Store, name: str, alias_or_number: str) -> ModelVersion:
     """Return the version with this alias or number.
 
     Raises:
-        UserError: there is none.
+        UserError: no such version exists.
     """
     try:
-        if wanted.isdecimal():
-            return store.client.get_model_version(name, wanted)
-        return store.client.get_model_version_by_alias(name, wanted)
+        if alias_or_number.isdecimal():
+            return store.client.get_model_version(name, alias_or_number)
+        return store.client.get_model_version_by_alias(name, alias_or_number)
     except MlflowException as error:
-        _expect_missing(error)
-        known = [str(version.version) for version in list_versions(store, name)]
-        there = f"versions {', '.join(known)}" if known else "nothing is registered yet"
+        _raise_unless_not_found(error)
+        numbers = [str(version.version) for version in list_versions(store, name)]
+        available = f"versions {', '.join(numbers)}" if numbers else "nothing is registered yet"
         raise UserError(
-            f"{name} has no version or alias {wanted!r} ({there}); choose another, or run: dvc repro promote"
+            f"{name} has no version or alias {alias_or_number!r} ({available}); choose another, or run: "
+            "dvc repro promote"
         ) from None
 
 
 def list_versions(store: Store, name: str) -> list[ModelVersion]:
-    """Return all versions, the first one first."""
-    return sorted(store.client.search_model_versions(f"name = '{name}'"), key=lambda known: int(known.version))
+    """Return all versions, oldest first."""
+    return sorted(store.client.search_model_versions(f"name = '{name}'"), key=lambda version: int(version.version))
 
 
 def get_champion(store: Store, name: str) -> ModelVersion | None:
@@ -133,140 +136,156 @@ def get_champion(store: Store, name: str) -> ModelVersion | None:
 
 
 def champion_history(store: Store, name: str) -> list[ChampionRecord]:
-    """Return the reigns so far, the first one first."""
+    """Return all champions, oldest first.
+
+    Raises:
+        UserError: a tag of the history cannot be read.
+    """
     try:
         tags = store.client.get_registered_model(name).tags
     except MlflowException as error:
-        _expect_missing(error)
+        _raise_unless_not_found(error)
         return []
-    return [ChampionRecord(**json.loads(tags[key])) for key in sorted(tags) if key.startswith(CHAMPION_TAG)]
+    return [_parse_record(name, key, tags[key]) for key in sorted(tags) if key.startswith(CHAMPION_TAG)]
+
+
+def _parse_record(name: str, tag: str, value: str) -> ChampionRecord:
+    try:
+        fields = {OLD_RECORD_FIELDS.get(key, key): field for key, field in json.loads(value).items()}
+        return ChampionRecord(**fields)
+    except (ValueError, TypeError, AttributeError):
+        raise UserError(f"{name}: tag {tag} of the registered model cannot be read; delete it in MLflow") from None
 
 
 def set_champion(
-    store: Store, name: str, chosen: ModelVersion, why: str, *, by_hand: bool = False, rollback: bool = False
+    store: Store, name: str, version: ModelVersion, reason: str, *, manual: bool = False, rollback: bool = False
 ) -> None:
-    """Make a version champion, if its files are what they were when it was registered.
+    """Make a version champion after checking that its files still match their checksums.
 
     Args:
-        store: where it is.
-        name: of the registered model.
-        chosen: the version.
-        why: as `cxr history` tells it.
-        by_hand: whether a person decided.
-        rollback: whether that was to go back to an earlier champion.
+        store: the store of the registered model.
+        name: the registered model.
+        version: the new champion.
+        reason: why, shown by `cxr history`.
+        manual: whether a person chose it, not the gate.
+        rollback: whether this restores the previous champion.
 
     Raises:
-        UserError: they are not, and everything stays as it was.
+        UserError: the files are missing or changed; the champion stays as it was.
     """
-    load_version(chosen)
+    load_version(version)
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     with store.lock:
-        over = max(int(known.version) for known in list_versions(store, name)) if by_hand else 0
-        reign = json.dumps(asdict(ChampionRecord(str(chosen.version), now, why, rollback, over)))
+        override_version = max(int(other.version) for other in list_versions(store, name)) if manual else 0
+        record = ChampionRecord(str(version.version), now, reason, rollback, override_version)
         number = len(champion_history(store, name)) + 1
-        # Another machine may take this number at the same moment; what follows it keeps both.
-        store.client.set_registered_model_tag(name, f"{CHAMPION_TAG}{number:04}.{uuid4().hex[:8]}", reign)
+        # Another machine may take the same number at the same time; the random suffix keeps both entries.
+        key = f"{CHAMPION_TAG}{number:04}.{uuid4().hex[:8]}"
+        store.client.set_registered_model_tag(name, key, json.dumps(asdict(record)))
         reconcile_alias(store, name)
 
 
 def reconcile_alias(store: Store, name: str) -> None:
-    """Let the alias follow the history, until it does: another machine may be crowning at this moment."""
-    for pause in (0.1, 0.2, 0.4, 0.8, None):
-        last = _last(store, name)
+    """Set the alias to the last entry of the history; retry while another machine changes it."""
+    for delay in (0.1, 0.2, 0.4, 0.8, None):
+        last = _last_record(store, name)
         try:
             if last:
                 store.client.set_registered_model_alias(name, CHAMPION, last.version)
-            if _last(store, name) == last:
+            if _last_record(store, name) == last:
                 return
         except MlflowException:
-            if pause is None:
+            if delay is None:
                 raise
-        time.sleep(pause or 0)
+        time.sleep(delay or 0)
 
 
-def _last(store: Store, name: str) -> ChampionRecord | None:
-    """Return the last reign whose version was not deleted."""
-    there = _there(store, name)
-    return next((reign for reign in reversed(champion_history(store, name)) if reign.version in there), None)
+def _last_record(store: Store, name: str) -> ChampionRecord | None:
+    """Return the last entry of the history whose version still exists."""
+    existing = _version_numbers(store, name)
+    return next((record for record in reversed(champion_history(store, name)) if record.version in existing), None)
 
 
-def _there(store: Store, name: str) -> set[str]:
+def _version_numbers(store: Store, name: str) -> set[str]:
     return {str(version.version) for version in list_versions(store, name)}
 
 
 def rollback_target(store: Store, name: str) -> ChampionRecord:
-    """Return the reign that a rollback goes back to; a second one goes back further.
+    """Return the entry that a rollback restores; repeated rollbacks go back one champion each.
 
     Raises:
-        UserError: the first champion is still in place, or there is none.
+        UserError: there is no previous champion.
     """
-    standing: list[ChampionRecord] = []
-    for reign in champion_history(store, name):
-        if reign.rollback:
-            standing.pop()
+    stack: list[ChampionRecord] = []
+    for record in champion_history(store, name):
+        if record.rollback:
+            stack.pop()
         else:
-            standing.append(reign)
-    there = _there(store, name)
-    standing = [reign for reign in standing if reign.version in there]
-    if len(standing) < 2:
-        raise UserError("there is no champion to go back to; see: cxr history")
-    return standing[-2]
+            stack.append(record)
+    existing = _version_numbers(store, name)
+    stack = [record for record in stack if record.version in existing]
+    if len(stack) < 2:
+        raise UserError(f"{name} has no previous champion to roll back to; see: cxr history")
+    return stack[-2]
 
 
 def get_override_version(store: Store, name: str) -> int:
-    """Return the newest version that was there when a person chose the present champion; 0 where nobody did."""
-    last = _last(store, name)
+    """Return the newest version that existed when a person chose the champion, or 0 if the gate chose it."""
+    last = _last_record(store, name)
     return last.override_version if last else 0
 
 
-def load_version(known: ModelVersion) -> candidate.Candidate:
-    """Load a version, if its files are what was recorded when it was registered.
+def load_version(version: ModelVersion) -> candidate.Candidate:
+    """Load a version after checking that its files match the checksums recorded when it was registered.
 
     Raises:
-        UserError: they are missing, or are not those.
+        UserError: files are missing or changed.
     """
-    with download_version(known) as folder:
+    with download_version(version) as folder:
         try:
-            return candidate.load_candidate(
-                folder, torch.device("cpu")
-            )  # which compares the weights with their description
+            return candidate.load_candidate(folder, torch.device("cpu"))  # compares weights with their checksums
         except Exception as error:
-            raise _damaged(known, first_line(error)) from error
+            raise _damaged_error(version, first_line(error)) from error
 
 
 @contextmanager
-def download_version(known: ModelVersion) -> Iterator[Path]:
-    """Bring a version's candidate here while the block runs.
+def download_version(version: ModelVersion) -> Iterator[Path]:
+    """Download a version's candidate into a temporary folder and yield the folder.
 
     Raises:
-        UserError: its files are gone, were not logged by this pipeline, or are not those that were registered.
+        UserError: its files are missing or changed, or it was registered by an earlier release or other code.
     """
+    if OLD_CONTENT_HASH in version.tags and CONTENT_HASH not in version.tags:
+        raise UserError(
+            f"{version.name} version {version.version} was registered by an earlier release and cannot be loaded by "
+            "this one; train and register new versions with: dvc repro"
+        )
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            path = mlflow.artifacts.download_artifacts(f"models:/{known.name}/{known.version}", dst_path=scratch)
+            path = mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}", dst_path=scratch)
         except (MlflowException, OSError) as error:
-            raise _damaged(known, f"its files are missing: {first_line(error)}") from None
+            raise _damaged_error(version, f"its files are missing: {first_line(error)}") from None
         folder = Path(path, "artifacts", ARTIFACT)
         if not (folder / "candidate.json").is_file():
-            raise UserError(f"{known.name} version {known.version} is not a model of this pipeline; choose another")
+            raise UserError(f"{version.name} version {version.version} is not a model of this pipeline; choose another")
         try:
-            mark = candidate.content_hash(folder)
+            content_hash = candidate.content_hash(folder)
         except (OSError, ValueError, KeyError) as error:
-            raise _damaged(known, first_line(error)) from None
-        if mark != known.tags.get(CONTENT_HASH):
-            raise _damaged(known, "it does not hold the model that was registered")
+            raise _damaged_error(version, first_line(error)) from None
+        if content_hash != version.tags.get(CONTENT_HASH):
+            raise _damaged_error(version, f"its files do not match its tag {CONTENT_HASH}")
         yield folder
 
 
-def _damaged(known: ModelVersion, reason: str) -> UserError:
+def _damaged_error(version: ModelVersion, reason: str) -> UserError:
     return UserError(
-        f"{known.name} version {known.version} is damaged: {reason}; use another one, or delete it in MLflow and run: "
-        "cxr sync"
+        f"{version.name} version {version.version} is damaged: {reason}; use another version, or delete it in MLflow "
+        "and run: cxr sync"
     )
 
 
-def _expect_missing(error: MlflowException) -> None:
-    """Raise what does not say that something is not there: that MLflow failed must not look like that."""
+def _raise_unless_not_found(error: MlflowException) -> None:
+    """Raise any error but "not found": a failing server must not look like an empty one."""
     if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
         raise error
 
@@ -277,7 +296,7 @@ def _log_model(store: Store, run_id: str, folder: Path, example: np.ndarray) -> 
     Image.fromarray(example).save(stream, "PNG")
     run = store.client.get_run(run_id)
     with mlflow.start_run(run_id=run_id), warnings.catch_warnings():
-        # MLflow advises type hints, which cannot say "bytes or path", and warns that integers cannot be missing.
+        # MLflow advises type hints, which cannot express "bytes or path", and warns that integers cannot be missing.
         warnings.simplefilter("ignore", UserWarning)
         logging.getLogger("mlflow").setLevel(logging.ERROR)
         info = mlflow.pyfunc.log_model(
@@ -287,7 +306,7 @@ def _log_model(store: Store, run_id: str, folder: Path, example: np.ndarray) -> 
             code_paths=[str(Path(pipeline.__file__).parent)],
             signature=SIGNATURE,
             input_example={"image": [base64.b64encode(stream.getvalue()).decode()]},
-            pip_requirements=[f"{name}=={version(name)}" for name in REQUIREMENTS],
+            pip_requirements=[f"{name}=={metadata.version(name)}" for name in REQUIREMENTS],
         )
-    store.client.set_terminated(run_id, run.info.status, run.info.end_time)  # the run did not take longer for that
+    store.client.set_terminated(run_id, run.info.status, run.info.end_time)  # keep the run's own end time
     return str(info.model_id)

@@ -1,6 +1,6 @@
-"""One MLflow run per seed under one parent per experiment, found by fingerprint before anything is made.
+"""MLflow runs: one per seed under one parent run per set of seeds, looked up by fingerprint before they are created.
 
-A run is completed from what DVC holds, so a resumed, a repeated and a restored training are one run.
+A run is completed from the outs of its training, so a resumed, repeated or restored training is the same run.
 """
 
 import hashlib
@@ -31,37 +31,36 @@ from mlflow.utils.mlflow_tags import (
 from pipeline.core.config import Config
 from pipeline.core.files import md5_of_file, read_json, sha256_of_file
 from pipeline.data import manifest
-from pipeline.tracking import fingerprint
-from pipeline.tracking.store import Store
+from pipeline.tracking.fingerprint import parent_run_name, seed_run_name
+from pipeline.tracking.store import Store, release_tag
 from pipeline.tracking.tracking_uri import workspace_root
 
 FINGERPRINT = "fingerprint"
 DVC_EXPERIMENT = "dvc.experiment"
-WORKER = "worker"  # the machine and the process that trains
-WORKSPACE = "workspace"  # the machine and the folder whose DVC experiments a run may be of
+WORKER = "worker"  # host and process that train
+WORKSPACE = "workspace"  # host and folder of the DVC workspace
 MANIFEST = Path("data/manifest.csv")
 DATA_CARD = [Path("data/card.json"), Path("data/card.md")]
-CHECKPOINT = "checkpoint"  # where a run keeps its model's files
+CHECKPOINT = "checkpoint"  # artifact folder of a run's model
 SEED_FILES = ["model.safetensors", "model.json", "history.csv", "metrics.json"]
 
 
-def parent_run(store: Store, config: Config) -> Run:
-    """Return the run that gathers all seeds; it waits for them until `finish_parent` closes it."""
+def parent_run(store: Store, config: Config, fingerprint: str) -> Run:
+    """Return the parent run of all seeds; it stays scheduled until `finish_parent` closes it."""
     _close_killed(store)
-    mark = fingerprint.training_fingerprint(config)
-    run = _find_or_make(store, config, mark, fingerprint.parent_run_name(config, mark), {})
-    if run.info.status == "RUNNING":  # as which MLflow makes every run, but no process stands for this one
+    run = _find_or_create(store, config, fingerprint, parent_run_name(config, fingerprint), {})
+    if run.info.status == "RUNNING":  # MLflow's initial status; no process runs the parent itself
         store.client.update_run(run.info.run_id, status="SCHEDULED")
     return run
 
 
 class SeedRun:
-    """The MLflow run of one seed's training; what is already in it is not logged again."""
+    """The MLflow run of one seed's training; nothing is logged twice."""
 
-    def __init__(self, store: Store, config: Config, parent: Run, seed: int, mark: str) -> None:
-        worker = {WORKER: _worker(psutil.Process())}
-        of = {MLFLOW_PARENT_RUN_ID: parent.info.run_id}
-        run = _find_or_make(store, config, mark, fingerprint.seed_run_name(config, seed, mark), of | worker)
+    def __init__(self, store: Store, config: Config, parent: Run, seed: int, fingerprint: str) -> None:
+        worker = _worker(psutil.Process())
+        tags = {MLFLOW_PARENT_RUN_ID: parent.info.run_id, WORKER: worker}
+        run = _find_or_create(store, config, fingerprint, seed_run_name(config, seed, fingerprint), tags)
         self.run_id = run.info.run_id
         self.finished = run.info.status == "FINISHED"
         self._client = store.client
@@ -72,15 +71,15 @@ class SeedRun:
         self._last_epoch = max((metric.step for metric in history), default=0)
         params = {"seed": seed, "fold": config.active.split.validation_fold(seed), **config.active.train.model_dump()}
         self._client.log_batch(self.run_id, params=[Param(key, str(value)) for key, value in params.items()])
-        with store.lock:  # MLflow fails where two runs bring the same dataset at once
+        with store.lock:  # MLflow fails when two runs log the same dataset at once
             self._log_dataset()
-        self._client.set_tag(self.run_id, WORKER, worker[WORKER])
+        self._client.set_tag(self.run_id, WORKER, worker)
         self._client.update_run(self.run_id, status="RUNNING")
 
     def monitor_system_metrics(self) -> Self:
-        """Log how busy the machine is, until the run is closed."""
+        """Log CPU, memory and GPU use until the run is closed."""
         if not self.finished:
-            # Training may last less than MLflow's ten seconds between two looks.
+            # Training may take less than MLflow's default sampling interval of ten seconds.
             self._monitor = SystemMetricsMonitor(self.run_id, sampling_interval=2, resume_logging=True)
             self._monitor.start()
         return self
@@ -94,28 +93,28 @@ class SeedRun:
         self.finished = status == "FINISHED"
 
     def log_epoch(
-        self, row: Mapping[str, Any], ended: float | None = None, images_per_second: float | None = None
+        self, row: Mapping[str, Any], ended_at: float | None = None, images_per_second: float | None = None
     ) -> None:
-        """Log one row of `history.csv`; an epoch that is there already is left alone.
+        """Log one row of `history.csv`, unless the epoch has been logged before.
 
         Args:
-            row: the epoch and its figures.
-            ended: when, in seconds since 1970; by default now.
-            images_per_second: which no out of a training holds.
+            row: the epoch and its metrics.
+            ended_at: end of the epoch in seconds since 1970; by default now.
+            images_per_second: training throughput, which is not among the outs.
         """
         epoch = int(row["epoch"])
         if self.finished or epoch <= self._last_epoch:
             return
-        named = {f"validation/{key}": row[key] for key in row if key not in ("epoch", "train_loss", "lr")} | {
+        metrics = {f"validation/{key}": row[key] for key in row if key not in ("epoch", "train_loss", "lr")} | {
             "train/loss": row["train_loss"],
             "train/lr": row["lr"],
             "train/images_per_second": images_per_second,
         }
-        log_metrics(self._client, self.run_id, named, epoch, ended)
+        log_metrics(self._client, self.run_id, metrics, epoch, ended_at)
         self._last_epoch = epoch
 
     def upload_checkpoint(self, weights: Path) -> None:
-        """Store the best weights so far in place of the last ones."""
+        """Upload the best weights so far, replacing earlier ones."""
         if not self.finished:
             self._client.log_artifact(self.run_id, str(weights), CHECKPOINT)
 
@@ -130,17 +129,17 @@ class SeedRun:
         best = read_json(folder / "metrics.json")
         del best["run"]
         log_metrics(self._client, self.run_id, {f"best/{key}": value for key, value in best.items()}, best["epoch"])
-        figures = "".join(
+        rows = "".join(
             f"| {key.replace('_', ' ')} | {value:.4g} |\n" for key, value in best.items() if value is not None
         )
-        tags = {MLFLOW_RUN_NOTE: f"| best epoch | |\n| --- | ---: |\n{figures}"}
+        tags = {MLFLOW_RUN_NOTE: f"| metric | best epoch |\n| --- | ---: |\n{rows}"}
         for key, value in (tags | read_json(folder / "model.json")["environment"]).items():
             self._client.set_tag(self.run_id, key, value)
         self.close("FINISHED")
 
     def _log_dataset(self) -> None:
         with warnings.catch_warnings():
-            # MLflow warns of two equal kinds of source, and that integer columns cannot miss values.
+            # MLflow warns of ambiguous dataset sources, and that integer columns cannot hold missing values.
             warnings.simplefilter("ignore", UserWarning)
             dataset = from_pandas(
                 manifest.read_manifest(MANIFEST.parent),
@@ -154,19 +153,23 @@ class SeedRun:
 
 
 def log_metrics(
-    client: mlflow.MlflowClient, run_id: str, values: Mapping[str, Any], step: int = 0, when: float | None = None
+    client: mlflow.MlflowClient,
+    run_id: str,
+    metrics: Mapping[str, Any],
+    step: int = 0,
+    timestamp: float | None = None,
 ) -> None:
-    """Log what is a number, as of now or of `when` (seconds since 1970); MLflow would store a missing figure as 0."""
-    milliseconds = int((when or time.time()) * 1000)
-    metrics = [Metric(key, float(value), milliseconds, step) for key, value in values.items() if not pd.isna(value)]
-    client.log_batch(run_id, metrics=metrics)
+    """Log metrics as of now or of `timestamp` (seconds since 1970), except missing ones (MLflow stores NaN as 0)."""
+    milliseconds = int((timestamp or time.time()) * 1000)
+    batch = [Metric(key, float(value), milliseconds, step) for key, value in metrics.items() if not pd.isna(value)]
+    client.log_batch(run_id, metrics=batch)
 
 
 def finish_parent(store: Store, run: Run, report: Path, bag: Mapping[str, Any]) -> None:
-    """Give the parent run the table of all models as its description, the bag's figures, report and data card."""
-    marks = [sha256_of_file(report / name) for name in ("table.csv", "index.html")]
-    digest = hashlib.sha256(json.dumps([*marks, bag]).encode()).hexdigest()
-    if run.data.tags.get("report") == digest:
+    """Add the report, the data card, the bag's metrics and the table of all models to the parent run, and close it."""
+    hashes = [sha256_of_file(report / name) for name in ("table.csv", "index.html")]
+    digest = hashlib.sha256(json.dumps([*hashes, bag]).encode()).hexdigest()
+    if run.data.tags.get("report_sha256") == digest:
         return
     for file in sorted(path for path in report.iterdir() if path.is_file()):
         store.client.log_artifact(run.info.run_id, str(file), "report")
@@ -175,29 +178,34 @@ def finish_parent(store: Store, run: Run, report: Path, bag: Mapping[str, Any]) 
     log_metrics(store.client, run.info.run_id, {f"bag/{key}": value for key, value in bag.items()})
     store.client.set_tag(run.info.run_id, MLFLOW_RUN_NOTE, (report / "table.md").read_text(encoding="utf-8"))
     store.client.set_terminated(run.info.run_id, "FINISHED")
-    store.client.set_tag(run.info.run_id, "report", digest)  # last: from here on the run is complete
+    store.client.set_tag(run.info.run_id, "report_sha256", digest)  # last: marks the run as complete
 
 
-def find_run(store: Store, mark: str) -> Run | None:
+def find_run(store: Store, fingerprint: str) -> Run | None:
     """Return the run with this fingerprint."""
-    found = store.client.search_runs([store.experiment_id], f"tags.{FINGERPRINT} = '{mark}'", max_results=1)
-    return found[0] if found else None
+    runs = store.client.search_runs([store.experiment_id], f"tags.{FINGERPRINT} = '{fingerprint}'", max_results=1)
+    return runs[0] if runs else None
 
 
-def _find_or_make(store: Store, config: Config, mark: str, name: str, tags: dict[str, str]) -> Run:
+def _find_or_create(store: Store, config: Config, fingerprint: str, name: str, tags: Mapping[str, str]) -> Run:
     with store.lock:
-        found = find_run(store, mark)
-        if found:
-            return found
-        facts = {FINGERPRINT: mark, "profile": config.profile, "data": md5_of_file(MANIFEST), WORKSPACE: _workspace()}
-        tags = {**facts, **tags, **commit_and_experiment_tags()}
-        return store.client.create_run(store.experiment_id, tags=tags, run_name=name)
+        run = find_run(store, fingerprint)
+        if run:
+            return run
+        common = {
+            FINGERPRINT: fingerprint,
+            "profile": config.profile,
+            "data_md5": md5_of_file(MANIFEST),
+            WORKSPACE: _workspace(),
+        }
+        all_tags = {**common, **tags, **release_tag(), **commit_and_experiment_tags()}
+        return store.client.create_run(store.experiment_id, tags=all_tags, run_name=name)
 
 
 def commit_and_experiment_tags() -> dict[str, str]:
-    """Return as tags the commit that is checked out and, in `dvc exp run`, the experiment."""
+    """Return tags with the current git commit and, under `dvc exp run`, the name of the experiment."""
     tags = {}
-    with suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
+    with suppress(OSError, subprocess.CalledProcessError):  # git is missing, or this is no repository
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
         tags[MLFLOW_GIT_COMMIT] = commit.stdout.strip()
     if "DVC_EXP_NAME" in os.environ:
@@ -206,10 +214,11 @@ def commit_and_experiment_tags() -> dict[str, str]:
 
 
 def orphaned_runs(store: Store, experiments: Collection[str]) -> list[Run]:
-    """Return this workspace's runs of DVC experiments but `experiments` and those of which a run trains now."""
-    found = store.client.search_runs([store.experiment_id], f"tags.{WORKSPACE} = '{_workspace()}'", max_results=50_000)
-    kept = {"", *experiments, *(run.data.tags.get(DVC_EXPERIMENT, "") for run in found if run.info.status == "RUNNING")}
-    return [run for run in found if run.data.tags.get(DVC_EXPERIMENT, "") not in kept]
+    """Return this workspace's runs whose DVC experiment is neither in `experiments` nor training now."""
+    runs = store.client.search_runs([store.experiment_id], f"tags.{WORKSPACE} = '{_workspace()}'", max_results=50_000)
+    training = {run.data.tags.get(DVC_EXPERIMENT, "") for run in runs if run.info.status == "RUNNING"}
+    kept = {"", *experiments, *training}
+    return [run for run in runs if run.data.tags.get(DVC_EXPERIMENT, "") not in kept]
 
 
 def _workspace() -> str:
@@ -217,22 +226,22 @@ def _workspace() -> str:
 
 
 def _close_killed(store: Store) -> None:
-    """Mark as KILLED what says that it runs on this machine, but whose process is gone."""
+    """Set runs to KILLED that are marked as running on this machine but whose process has ended."""
     for run in store.client.search_runs([store.experiment_id], "attributes.status = 'RUNNING'"):
         host, _, process = run.data.tags.get(WORKER, "").rpartition(" ")
-        if host == socket.gethostname() and not _lives(process):
-            now = store.client.get_run(run.info.run_id)  # it may have ended well just before its process did
-            if now.info.status == "RUNNING":
+        if host == socket.gethostname() and not _is_alive(process):
+            current = store.client.get_run(run.info.run_id)  # it may have finished just before its process ended
+            if current.info.status == "RUNNING":
                 store.client.set_terminated(run.info.run_id, "KILLED")
 
 
 def _worker(process: psutil.Process) -> str:
-    # A process id is given again; together with the time of its birth it is not. Since the start of the machine, for
-    # the time of day may be put right meanwhile.
+    # Process ids are reused; together with the start time they are unique. The time is relative to the boot of the
+    # machine, since its clock may be corrected meanwhile.
     return f"{socket.gethostname()} {process.pid}@{process.create_time() - psutil.boot_time():.2f}"
 
 
-def _lives(process: str) -> bool:
+def _is_alive(process: str) -> bool:
     with suppress(psutil.NoSuchProcess):
         return _worker(psutil.Process(int(process.partition("@")[0]))).endswith(f" {process}")
     return False

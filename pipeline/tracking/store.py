@@ -1,8 +1,9 @@
-"""The tracking store, opened so that any number of processes may do it at once."""
+"""Opens the MLflow tracking store; safe when many processes do so at the same time."""
 
 import logging
 import os
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 from filelock import FileLock
@@ -14,27 +15,26 @@ from pipeline.core.errors import UserError, first_line, redact_credentials
 from pipeline.core.files import atomic_path
 from pipeline.tracking.tracking_uri import SQLITE, check_reachable, tracking_uri, unreachable_error, workspace_root
 
-EXPERIMENT_TAGS = {
-    "mlflow.experimentKind": "custom_model_development"
-}  # MLflow's UI shows training, not prompts and traces
+# MLflow's UI shows training runs for this kind of experiment, not prompts and traces.
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 
 
 @dataclass(frozen=True)
 class Store:
     client: MlflowClient
     experiment_id: str
-    lock: FileLock  # held while something is looked up and made where it was missing
+    lock: FileLock  # held between looking something up and creating it
 
 
-def connect(experiment: str) -> Store:
-    """Open the tracking store and the experiment; make both where they are missing.
+def connect(experiment_name: str) -> Store:
+    """Open the tracking store and the experiment; create both if they do not exist.
 
     Raises:
         UnreachableError: the store does not answer.
-        UserError: it wants another password, or the experiment was deleted.
+        UserError: the credentials are wrong, or the experiment was deleted.
     """
     uri = tracking_uri()
-    # MLflow announces every migration of a new store, that there is no GPU to watch, and each of its many tries.
+    # MLflow logs every migration of a new store, a missing GPU, and every retry.
     logging.getLogger("alembic").setLevel(logging.WARNING)
     for name in ("mlflow.store.db.utils", "mlflow.system_metrics", "urllib3"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -44,33 +44,39 @@ def connect(experiment: str) -> Store:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     check_reachable()
     set_tracking_uri(uri)
-    # A new sqlite store opened by two processes at once is corrupted, and an experiment made by two is lost to one.
+    # Two processes that open a new sqlite store at once corrupt it; of two that create an experiment, one fails.
     lock = FileLock(workspace_root() / "mlflow.db.lock")
     try:
         with lock:
-            _make_whole(uri)
+            _create_sqlite(uri)
             client = MlflowClient(uri)
-            found = client.get_experiment_by_name(experiment)
-            if found is None:
+            experiment = client.get_experiment_by_name(experiment_name)
+            if experiment is None:
                 artifacts = None if uri.startswith("http") else (workspace_root() / "mlartifacts").as_uri()
-                return Store(client, client.create_experiment(experiment, artifacts, EXPERIMENT_TAGS), lock)
-    except (MlflowException, SQLAlchemyError, ImportError) as error:  # a database may want a driver
+                return Store(client, client.create_experiment(experiment_name, artifacts, EXPERIMENT_TAGS), lock)
+    except (MlflowException, SQLAlchemyError, ImportError) as error:  # ImportError: a database driver is missing
         if isinstance(error, MlflowException) and error.get_http_status_code() in (401, 403):
             raise UserError(
-                f"MLflow at {redact_credentials(uri)} cannot be used: it wants another name and password; set "
+                f"MLflow at {redact_credentials(uri)} cannot be used: wrong username or password; set "
                 "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
             ) from None
         raise unreachable_error(first_line(error)) from error
-    if found.lifecycle_stage == "deleted":
+    if experiment.lifecycle_stage == "deleted":
         raise UserError(
-            f"MLflow experiment {experiment} is deleted; run: mlflow experiments restore -x {found.experiment_id}"
+            f"MLflow experiment {experiment_name} is deleted; run: mlflow experiments restore -x "
+            f"{experiment.experiment_id}"
         )
-    return Store(client, found.experiment_id, lock)
+    return Store(client, experiment.experiment_id, lock)
 
 
-def _make_whole(uri: str) -> None:
-    """Make a new sqlite store beside its place: making its tables takes seconds, in which the process may be killed."""
+def release_tag() -> dict[str, str]:
+    """Return the tag that records the installed version of this package."""
+    return {"covid-xray.version": metadata.version("covid-xray")}
+
+
+def _create_sqlite(uri: str) -> None:
+    """Create a new sqlite store under a temporary name: creating its tables takes seconds, and may be interrupted."""
     path = Path(uri.removeprefix(SQLITE))
     if uri.startswith(SQLITE) and not path.exists():
-        with atomic_path(path) as aside:
-            MlflowClient(f"{SQLITE}{aside}").search_experiments(max_results=1)
+        with atomic_path(path) as temporary:
+            MlflowClient(f"{SQLITE}{temporary}").search_experiments(max_results=1)
