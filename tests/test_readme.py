@@ -1,4 +1,4 @@
-"""Every command of the README does what the README says."""
+"""Every command of the README and the documentation does what they say."""
 
 import re
 import shlex
@@ -11,23 +11,34 @@ from pathlib import Path
 import browser
 import pandas as pd
 import pytest
-from conftest import ROOT, archive_members, copy, edit_params, enter, run, said, server, typed, write_zip
+from conftest import (
+    ROOT,
+    archive_members,
+    copy_project,
+    edit_params,
+    invoke,
+    output_of,
+    run,
+    run_server,
+    use_project,
+    write_zip,
+)
 from mlflow import MlflowClient
 
 pytestmark = pytest.mark.slow
 
 COMMANDS = [
     line.removeprefix("$ ")
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     for block in re.findall(r"```console\n(.*?)```", page.read_text(), re.DOTALL)
     for line in block.splitlines()
     if line.startswith("$ ")
 ]
 
 
-def as_read(built: Path, project: Path) -> Path:
-    """Copy the built project as its reader has it: with results committed, and an environment that is set up."""
-    copy(built, project)
+def copy_for_reader(demo_project: Path, project: Path) -> Path:
+    """Copy the demo project, commit its results, and mark its environment as set up."""
+    copy_project(demo_project, project)
     (project / ".venv").mkdir()
     (project / ".venv/bin").symlink_to(Path(sys.executable).parent)
     (project / ".venv/run").touch()
@@ -37,70 +48,72 @@ def as_read(built: Path, project: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def reader(built, tmp_path_factory) -> Path:
-    """A reader's project, which tests may add to but not spoil."""
-    return as_read(built, tmp_path_factory.mktemp("reader") / "project")
+def reader(demo_project, tmp_path_factory) -> Path:
+    """A reader's project; tests may add to it, but must leave its results as they are."""
+    return copy_for_reader(demo_project, tmp_path_factory.mktemp("reader") / "project")
 
 
-def test_each_command_of_the_documentation_is_run_by_a_test():
+def test_every_documented_command_is_run_by_a_test():
     tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
     assert COMMANDS
     assert [command for command in COMMANDS if command not in tests] == []
 
 
-def obey(project: Path, command: str, archive: Path | None = None) -> str:
-    """Run a command of the README, with the reader's archive in place of the example's."""
+def run_documented(project: Path, command: str, archive: Path | None = None) -> str:
+    """Run a documented command, with `archive` in place of the archive in the example, and return its output."""
     assert command in COMMANDS
-    ended = run(project, *shlex.split(re.sub(r"/data/\S+\.zip", str(archive), command)))
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    return ended.stdout
+    completed = run(project, *shlex.split(re.sub(r"/data/\S+\.zip", str(archive), command)))
+    assert completed.returncode == 0, completed.stdout + completed.stderr
+    return completed.stdout
 
 
-def test_make_run_ends_by_saying_where_everything_is(reader):
-    said = obey(reader, "make run")
-    assert "Data and pipelines are up to date." in said
-    assert (reader / "report/table.md").read_text() in said
-    for file in re.findall(r"(?:report|submissions)/[\w.]+", said):
+def test_make_run_prints_the_table_of_models_and_where_the_results_are(reader):
+    output = run_documented(reader, "make run")
+    assert "Data and pipelines are up to date." in output
+    assert (reader / "report/table.md").read_text() in output
+    for file in re.findall(r"(?:report|submissions)/[\w.]+", output):
         assert (reader / file).is_file()
 
 
-def test_mlflow_can_be_completed_at_any_time(reader):
-    assert "is champion" in obey(reader, "cxr sync")
+def test_sync_can_be_run_at_any_time(reader):
+    assert "is champion" in run_documented(reader, "cxr sync")
 
 
-def test_make_ui_shows_a_browser_the_runs_their_curves_their_comparison_and_the_champion(reader, port, tmp_path):
+def test_make_ui_shows_runs_curves_comparison_and_champion_in_a_browser(reader, port, tmp_path):
     assert "make ui" in COMMANDS
     uri, chromium = f"http://127.0.0.1:{port}", shutil.which("chromium")
-    with server(reader, "make", "ui", f"PORT={port}", answers_at=f"{uri}/health"):
+    with run_server(reader, "make", "ui", f"PORT={port}", health_url=f"{uri}/health"):
         assert MlflowClient(uri).get_model_version_by_alias("covid-xray-demo", "champion")
         if not chromium:
             pytest.skip("Chromium is not installed")
-        texts = browser.look(uri, tmp_path, chromium)
+        texts = browser.capture_mlflow(uri, tmp_path, chromium)
     for seed in ("seed-0", "seed-1"):
         assert all(f"{seed} · " in texts[page] for page in ("runs", "f1-by-epoch", "compare"))
     assert "validation/f1" in texts["f1-by-epoch"]
     assert "lr" in texts["compare"]
-    for text in ("champion", "challenger", "no diagnosis", "there was no champion"):
+    for text in ("champion", "challenger", "not for diagnosis", "there was no champion"):
         assert text in texts["model"]
 
 
 def test_dvc_shows_metrics_and_plots(reader):
-    assert "seed-1.f1" in obey(reader, "dvc metrics show")
-    obey(reader, "dvc plots show")
+    assert "seed-1.f1" in run_documented(reader, "dvc metrics show")
+    run_documented(reader, "dvc plots show")
     page = (reader / "dvc_plots/index.html").read_text()
     for name in ("history.csv", "bag_roc.csv", "bag_confusion.csv", "bag_precision_recall.csv", "roc.png", "table.png"):
         assert name in page
 
 
 @pytest.mark.long
-def test_an_experiment_names_its_runs_until_it_is_removed_and_they_are_pruned(built, tmp_path, monkeypatch):
-    reader = as_read(built, tmp_path / "project")
+def test_runs_have_the_name_of_their_dvc_experiment_and_are_pruned_after_its_removal(
+    demo_project, tmp_path, monkeypatch
+):
+    reader = copy_for_reader(demo_project, tmp_path / "project")
     client = MlflowClient(f"sqlite:///{reader / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("covid-xray-demo").experiment_id
-    before = len(client.search_runs([experiment]))
+    run_count = len(client.search_runs([experiment]))
     edit_params(reader, lambda params: params.update(seeds=[1]))
-    obey(reader, "dvc exp run -S demo.train.lr=3e-4")
-    assert "f1" in obey(reader, "dvc exp show")
+    run_documented(reader, "dvc exp run -S demo.train.lr=3e-4")
+    assert "f1" in run_documented(reader, "dvc exp show")
     table = run(reader, "dvc", "exp", "show", "--csv").stdout
     assert "models/seed-1/metrics.json:f1" in table
     (name,) = run(reader, "dvc", "exp", "list", "--name-only").stdout.split()
@@ -109,11 +122,11 @@ def test_an_experiment_names_its_runs_until_it_is_removed_and_they_are_pruned(bu
 
     for command in ("git checkout .", "dvc checkout", f"dvc exp remove {name}"):
         assert run(reader, *command.split()).returncode == 0
-    enter(reader, monkeypatch)
-    assert typed("cxr sync --prune").exit_code == 1  # nobody answers whether to delete
-    assert "2 runs are deleted" in said("cxr sync --prune --yes")
-    assert len(client.search_runs([experiment])) == before
-    assert "no run belongs to a removed experiment" in said("cxr sync --prune")
+    use_project(reader, monkeypatch)
+    assert invoke("cxr sync --prune").exit_code == 1  # no answer to the confirmation prompt
+    assert "2 runs deleted" in output_of("cxr sync --prune --yes")
+    assert len(client.search_runs([experiment])) == run_count
+    assert "no runs of removed experiments" in output_of("cxr sync --prune")
 
 
 @pytest.mark.long
@@ -124,17 +137,17 @@ def test_an_experiment_names_its_runs_until_it_is_removed_and_they_are_pruned(bu
         ("competition", "dvc exp run -S profile=competition"),
     ],
 )
-def test_the_other_profiles_run_through_every_stage_also_in_a_copy_of_the_workspace(built, tmp_path, profile, command):
-    reader = as_read(built, tmp_path / "project")
+def test_the_other_profiles_run_every_stage_also_in_a_temporary_workspace(demo_project, tmp_path, profile, command):
+    reader = copy_for_reader(demo_project, tmp_path / "project")
     archive = write_zip(tmp_path / "own.zip", archive_members(train=16, test=4, nested=profile == "competition"))
     edit_params(reader, lambda params: params.update(seeds=[0]))
-    if profile == "competition":  # the archive stands for Kaggle, which test_kaggle.py asks
+    if profile == "competition":  # an archive in place of Kaggle, which test_kaggle.py covers
         edit_params(reader, lambda params: params[profile].update(download={"source": "archive", "path": str(archive)}))
-        ended = run(reader, *command.split(), "--temp")
+        completed = run(reader, *command.split(), "--temp")
         run(reader, "git", "checkout", "params.yaml")
-        assert ended.returncode == 0, ended.stdout + ended.stderr
+        assert completed.returncode == 0, completed.stdout + completed.stderr
     else:
-        obey(reader, command, archive)
+        run_documented(reader, command, archive)
         assert list(pd.read_csv(reader / "submissions/bag.csv")["File"]) == [f"t{index:03}.jpg" for index in range(4)]
     client = MlflowClient(f"sqlite:///{reader / 'mlflow.db'}")
     experiment = client.get_experiment_by_name(f"covid-xray-{profile}").experiment_id
@@ -144,8 +157,8 @@ def test_the_other_profiles_run_through_every_stage_also_in_a_copy_of_the_worksp
     assert client.get_model_version_by_alias(f"covid-xray-{profile}", "champion")
 
 
-def test_ray_data_judges_a_folder_as_predict_does(built, tmp_path, monkeypatch):
-    reader = copy(built, tmp_path / "project")
+def test_batch_inference_with_ray_data_gives_the_same_predictions_as_cxr_predict(demo_project, tmp_path, monkeypatch):
+    reader = copy_project(demo_project, tmp_path / "project")
     (script,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/registry.md").read_text(), re.DOTALL)
     with zipfile.ZipFile(reader / "data/raw.zip") as archive:
         for name in archive.namelist():
@@ -153,16 +166,18 @@ def test_ray_data_judges_a_folder_as_predict_does(built, tmp_path, monkeypatch):
                 path = reader / "radiographs" / Path(name).name
                 path.parent.mkdir(exist_ok=True)
                 path.write_bytes(archive.read(name))
-    (reader / "judge.py").write_text(script.replace("http://127.0.0.1:5000", f"sqlite:///{reader / 'mlflow.db'}"))
-    with tempfile.TemporaryDirectory(prefix="ray-") as apart:  # from clusters that run here, or did
-        ended = run(reader, "python", "judge.py", RAY_TMPDIR=apart)
-    assert ended.returncode == 0, ended.stderr
-    judged = pd.concat(map(pd.read_csv, (reader / "judged").iterdir()))
-    judged["file"] = judged["file"].map(lambda path: Path(path).name)
-    enter(reader, monkeypatch)
-    said("cxr predict radiographs --csv judged.csv")
-    expected = pd.read_csv(reader / "judged.csv")
+    (reader / "batch_inference.py").write_text(
+        script.replace("http://127.0.0.1:5000", f"sqlite:///{reader / 'mlflow.db'}")
+    )
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # apart from other Ray clusters on this machine
+        completed = run(reader, "python", "batch_inference.py", RAY_TMPDIR=folder)
+    assert completed.returncode == 0, completed.stderr
+    predicted = pd.concat(map(pd.read_csv, (reader / "predicted").iterdir()))
+    predicted["file"] = predicted["file"].map(lambda path: Path(path).name)
+    use_project(reader, monkeypatch)
+    output_of("cxr predict radiographs --csv predicted.csv")
+    expected = pd.read_csv(reader / "predicted.csv")
     expected["file"] = expected["file"].map(lambda path: Path(path).name)
-    both = judged.merge(expected, on="file", suffixes=("", "_by_predict"), validate="one_to_one")
+    both = predicted.merge(expected, on="file", suffixes=("", "_by_predict"), validate="one_to_one")
     assert len(both) == len(expected) == 8
     assert both["probability"].to_numpy() == pytest.approx(both["probability_by_predict"].to_numpy(), abs=1e-6)
