@@ -1,6 +1,6 @@
-"""Decode N radiographs of 512×512 into the pack, against Pillow in a plain loop over the same zip.
+"""Decode N radiographs of 512×512 pixels into the pack; the baseline decodes the same zip with Pillow in a loop.
 
-python bench/prepare.py [N]    # the competition has 15264 + 400; TMPDIR=/dev/shm leaves the disk out of it
+python bench/prepare.py [N]    # the competition has 15264 + 400; TMPDIR=/dev/shm excludes the disk
 """
 
 import json
@@ -14,7 +14,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from common import DRAWN, radiographs
+from common import UNIQUE_IMAGES, radiographs
 from joblib import cpu_count
 from PIL import Image
 
@@ -36,10 +36,10 @@ def plain(raw: Path) -> None:
             stack[row] = np.asarray(Image.open(BytesIO(archive.read(name))).convert("L"))
 
 
-def costs(work: Callable[[Path], None], raw: Path) -> tuple[float, float]:
-    """Return how long the work takes, and how long its processes compute, in seconds."""
+def measure(decode: Callable[[Path], None], raw: Path) -> tuple[float, float]:
+    """Return the elapsed time and the CPU time of all processes, in seconds."""
     before = os.times()
-    work(raw)
+    decode(raw)
     after = os.times()
     return after.elapsed - before.elapsed, sum(after[:4]) - sum(before[:4])
 
@@ -50,24 +50,24 @@ def main(count: int, rounds: int = 3) -> None:
         raw = Path(folder, "raw.zip")
         with zipfile.ZipFile(raw, "w") as archive:
             for index in range(count):
-                archive.writestr(f"train/train/{index}.jpg", images[index % DRAWN])
+                archive.writestr(f"train/train/{index}.jpg", images[index % UNIQUE_IMAGES])
             archive.writestr("test/test/t.jpg", images[-1])
             archive.writestr("train_labels.csv", "File,Label\n" + "".join(f"{i}.jpg,{i % 2}\n" for i in range(count)))
             archive.writestr("sample_submission.csv", "File,Label\nt.jpg,0\n")
-        turns = [(costs(ours, raw), costs(plain, raw)) for _ in range(rounds)]
+        times = [(measure(ours, raw), measure(plain, raw)) for _ in range(rounds)]
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    (mine, mine_cpu), (theirs, theirs_cpu) = np.median(turns, axis=0)
-    figures = {
+    (our_time, our_cpu_time), (plain_time, plain_cpu_time) = np.median(times, axis=0)
+    results = {
         "images": count,
-        "seconds": round(mine, 1),
-        "plain_seconds": round(theirs, 1),
-        "ratio": round(theirs / mine, 2),
-        "cpu_seconds": round(mine_cpu, 1),
-        "plain_cpu_seconds": round(theirs_cpu, 1),
-        "ratio_on_free_cores": round(cpu_count() * theirs_cpu / mine_cpu, 2),
+        "seconds": round(our_time, 1),
+        "plain_seconds": round(plain_time, 1),
+        "ratio": round(plain_time / our_time, 2),
+        "cpu_seconds": round(our_cpu_time, 1),
+        "plain_cpu_seconds": round(plain_cpu_time, 1),
+        "ratio_on_idle_cores": round(cpu_count() * plain_cpu_time / our_cpu_time, 2),
         "peak_mb_of_a_worker": round(peak),
     }
-    print(json.dumps(figures))
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Decode damaged radiographs by the thousand, in a process that may use little memory and time.
+"""Decode thousands of damaged radiographs, with limits of memory and time.
 
-python tests/fuzzing.py COUNT SEED    # prints what became of them as one line of JSON
+python tests/fuzzing.py COUNT SEED    # prints the counts of the outcomes as one line of JSON
 """
 
 import faulthandler
@@ -16,55 +16,55 @@ from odd_files import formats
 
 from pipeline.data.images import UnusableError, decode_radiograph
 
-MEMORY = 2 * 2**30  # bytes of address space
-HANG = 10  # seconds for one file
-HEADER = 400  # bytes at the beginning, in which a change does most harm
+MEMORY_LIMIT = 2 * 2**30  # of the address space, bytes
+TIMEOUT = 10  # of one file, seconds
+HEADER_SIZE = 400  # bytes at the start, where changes have the largest effect
 
 
-def damaged(chance: random.Random, samples: list[bytes]) -> bytes:
-    """Cut, flip, overwrite, repeat or splice a sample."""
-    data = bytearray(chance.choice(samples))
-    for _ in range(chance.choice([1, 1, 2, 8])):
-        place = chance.randrange(min(len(data), chance.choice([40, HEADER, len(data)])) or 1)
-        match chance.randrange(6):
+def damage(rng: random.Random, samples: list[bytes]) -> bytes:
+    """Truncate, flip, overwrite, repeat or splice a sample."""
+    data = bytearray(rng.choice(samples))
+    for _ in range(rng.choice([1, 1, 2, 8])):
+        offset = rng.randrange(min(len(data), rng.choice([40, HEADER_SIZE, len(data)])) or 1)
+        match rng.randrange(6):
             case 0:
-                del data[place:]
+                del data[offset:]
             case 1:
-                data[place : place + 1] = [chance.randrange(256)]
+                data[offset : offset + 1] = [rng.randrange(256)]
             case 2:
-                data[place : place + 1] = [1 << chance.randrange(8) ^ (data[place] if place < len(data) else 0)]
+                data[offset : offset + 1] = [1 << rng.randrange(8) ^ (data[offset] if offset < len(data) else 0)]
             case 3:
-                data[place : place + 4] = chance.choice([b"\xff" * 4, b"\0" * 4, b"\x7f\xff\xff\xff", b"\0\0\xff\xff"])
+                data[offset : offset + 4] = rng.choice([b"\xff" * 4, b"\0" * 4, b"\x7f\xff\xff\xff", b"\0\0\xff\xff"])
             case 4:
-                data[place:place] = data[place : place + chance.randrange(1, 200)] * chance.choice([1, 1, 20])
+                data[offset:offset] = data[offset : offset + rng.randrange(1, 200)] * rng.choice([1, 1, 20])
             case 5:
-                other = chance.choice(samples)
-                cut = chance.randrange(len(other))
-                data[place : place + len(other) - cut] = other[cut:]
+                other = rng.choice(samples)
+                tail = rng.randrange(len(other))
+                data[offset : offset + len(other) - tail] = other[tail:]
     return bytes(data)
 
 
 def main(count: int, seed: int) -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     warnings.simplefilter("ignore")
-    chance, samples = random.Random(seed), list(formats(48).values())
-    became: Counter[str] = Counter()
+    rng, samples = random.Random(seed), list(formats(48).values())
+    outcomes: Counter[str] = Counter()
     slowest = 0.0
     for _ in range(count):
-        data = damaged(chance, samples)
-        faulthandler.dump_traceback_later(HANG, exit=True)
+        data = damage(rng, samples)
+        faulthandler.dump_traceback_later(TIMEOUT, exit=True)
         start = time.perf_counter()
         try:
-            pixels, _ = decode_radiograph(data, 32, chance.choice(["stretch", "pad"]))
+            pixels, _ = decode_radiograph(data, 32, rng.choice(["stretch", "pad"]))
             assert pixels.shape == (32, 32)
             assert pixels.dtype == "uint8"
-            became["decoded"] += 1
+            outcomes["decoded"] += 1
         except UnusableError as error:
-            became["unusable" if len(str(error).splitlines()) == 1 else "without a line"] += 1
+            outcomes["unusable" if len(str(error).splitlines()) == 1 else "reason of several lines"] += 1
         slowest = max(slowest, time.perf_counter() - start)
     faulthandler.cancel_dump_traceback_later()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({**became, "slowest": round(slowest, 3), "peak_mb": round(peak)}))
+    print(json.dumps({**outcomes, "slowest": round(slowest, 3), "peak_mb": round(peak)}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A server that speaks as much of Kaggle's API as the pipeline uses, and can be told to fail."""
+"""A fake Kaggle server with the part of the API that the pipeline uses, and injected faults."""
 
 import base64
 import hashlib
@@ -9,36 +9,37 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
 COMPETITION = "stat946winter2021"
-DATASET = "someone/radiographs"
+DATASET = "owner/radiographs"
+USERNAME = "user"
 TOKEN = "KGAT_0123456789abcdef"
 KEY = "fedcba9876543210"
-SIGNATURE = "signed-0a1b2c3d"  # stands in the addresses of files, which open them for whoever has it
-BASIC = "Basic " + base64.b64encode(f"somebody:{KEY}".encode()).decode()
+SIGNATURE = "signed-0a1b2c3d"  # of the signed URLs of files, which are secret
+BASIC = "Basic " + base64.b64encode(f"{USERNAME}:{KEY}".encode()).decode()
 
 
 class Kaggle:
-    """What the server has, what it was asked, and how the next requests fail.
+    """The state of the server, the requests it received, and the faults of the next requests.
 
-    `faults` are taken one by one by the requests whose path holds the name: a status, with a message if Kaggle gives
-    one; or `cut`, `wrong hash`, `no range`, `error page` or `lost` (done, but not answered) for what a network does.
+    Each request takes the next fault of the first name in `faults` that its path contains: an HTTP status, optionally
+    with a message; or `cut`, `wrong hash`, `no range`, `error page` or `lost` (processed, but not answered).
     """
 
     def __init__(self, archive: bytes) -> None:
         self.archive = archive
-        self.asked: list[tuple[str, dict[str, str]]] = []  # path and headers
+        self.requests: list[tuple[str, dict[str, str]]] = []  # path and headers
         self.faults: dict[str, list[int | str | tuple[int, str]]] = {}
-        self.length = len(archive)  # as the header tells it
-        self.hashed = True  # whether Kaggle's storage knows the hash
-        self.wanted: dict = {}  # the last question for a zip
-        self.announced: dict = {}  # of the file that was uploaded
+        self.length = len(archive)  # in the header Content-Length
+        self.hashed = True  # whether the storage sends a hash
+        self.download_request: dict = {}
+        self.upload_request: dict = {}
         self.uploaded = b""
         self.submissions: list[dict] = []
-        self.looks = 2  # at the list before a submission is scored
-        self.verdict = {"status": "COMPLETE", "publicScore": "0.96500"}
+        self.polls_until_scored = 2
+        self.result = {"status": "COMPLETE", "publicScore": "0.96500"}
         self.endpoint = self.storage = ""
 
     def count(self, name: str) -> int:
-        return sum(name in path for path, _ in self.asked)
+        return sum(name in path for path, _ in self.requests)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -47,16 +48,16 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_) -> None:
         pass
 
-    def fault(self) -> int | str | tuple[int, str] | None:
+    def next_fault(self) -> int | str | tuple[int, str] | None:
         kaggle = self.kaggle
-        kaggle.asked.append((self.path, dict(self.headers)))
-        waiting = next((faults for name, faults in kaggle.faults.items() if name in self.path and faults), None)
-        return waiting.pop(0) if waiting else None
+        kaggle.requests.append((self.path, dict(self.headers)))
+        queue = next((faults for name, faults in kaggle.faults.items() if name in self.path and faults), None)
+        return queue.pop(0) if queue else None
 
     def answer(self, status: int, content: dict | bytes = b"", **headers: str) -> None:
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
-        kind = "application/zip" if isinstance(content, bytes) else "application/json"
-        headers = {"Content_Type": kind, "Content_Length": str(len(body))} | headers
+        content_type = "application/zip" if isinstance(content, bytes) else "application/json"
+        headers = {"Content_Type": content_type, "Content_Length": str(len(body))} | headers
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
@@ -65,10 +66,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        fault, service = self.fault(), self.path.rpartition("/")[2]
+        fault, service = self.next_fault(), self.path.rpartition("/")[2]
         name = body.get("competitionName") or f"{body.get('ownerSlug')}/{body.get('datasetSlug')}"
         if isinstance(fault, int | tuple):
-            status, message = fault if isinstance(fault, tuple) else (fault, "as the test wants it")
+            status, message = fault if isinstance(fault, tuple) else (fault, "injected fault")
         elif self.headers["Authorization"] not in (f"Bearer {TOKEN}", BASIC):
             status, message = 401, "Unauthenticated"
         elif name not in (COMPETITION, DATASET):
@@ -81,12 +82,12 @@ class Handler(BaseHTTPRequestHandler):
         kaggle = self.kaggle
         match service:
             case "DownloadDataFiles" | "DownloadDataset":
-                kaggle.wanted = body
+                kaggle.download_request = body
                 self.answer(302, Location=f"{kaggle.storage}/archive.zip?X-Goog-Signature={SIGNATURE}")
             case "StartSubmissionUpload":
-                kaggle.announced = body
-                place = f"{kaggle.storage}/upload?X-Goog-Signature={SIGNATURE}"
-                self.answer(200, {"token": "blob-1", "createUrl": place})
+                kaggle.upload_request = body
+                url = f"{kaggle.storage}/upload?X-Goog-Signature={SIGNATURE}"
+                self.answer(200, {"token": "blob-1", "createUrl": url})
             case "CreateSubmission":
                 assert body["blobFileTokens"] == "blob-1"
                 new = {"ref": 41 + len(kaggle.submissions), "description": body["submissionDescription"]}
@@ -94,12 +95,12 @@ class Handler(BaseHTTPRequestHandler):
                 if fault != "lost":
                     self.answer(200, {"message": "Successfully submitted", "ref": new["ref"]})
             case "ListSubmissions":
-                if kaggle.count(service) > kaggle.looks:
-                    kaggle.submissions[0] |= kaggle.verdict
+                if kaggle.count(service) > kaggle.polls_until_scored:
+                    kaggle.submissions[0] |= kaggle.result
                 self.answer(200, {"submissions": [*kaggle.submissions, {"ref": 7, "status": "COMPLETE"}]})
 
     def do_GET(self) -> None:
-        kaggle, fault = self.kaggle, self.fault()
+        kaggle, fault = self.kaggle, self.next_fault()
         start = int(self.headers.get("Range", "bytes=0-")[len("bytes=") : -1])
         if fault == "no range":
             start = 0
@@ -107,12 +108,12 @@ class Handler(BaseHTTPRequestHandler):
         digest = hashlib.md5(kaggle.archive if fault != "wrong hash" else b"").digest()
         hashes = {"x_goog_hash": f"crc32c=AAAAAA==,md5={base64.b64encode(digest).decode()}"} if kaggle.hashed else {}
         length = str(kaggle.length - start if content == kaggle.archive[start:] else len(content))
-        sent = content[: len(content) // 2] if fault == "cut" else content
+        body = content[: len(content) // 2] if fault == "cut" else content
         status = fault if isinstance(fault, int) else 206 if start else 200
-        self.answer(status, sent, Accept_Ranges="bytes", Content_Length=length, **hashes)
+        self.answer(status, body, Accept_Ranges="bytes", Content_Length=length, **hashes)
 
     def do_PUT(self) -> None:
-        content, fault = self.rfile.read(int(self.headers["Content-Length"])), self.fault()
+        content, fault = self.rfile.read(int(self.headers["Content-Length"])), self.next_fault()
         if isinstance(fault, int):
             return self.answer(fault)
         self.kaggle.uploaded = content
@@ -121,7 +122,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serve(archive: bytes) -> Iterator[Kaggle]:
-    """Serve while the block runs; API and files are on hosts of different names, as Kaggle's are."""
+    """Run the server during the block; like Kaggle's, its API and its storage have different host names."""
     kaggle = Kaggle(archive)
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"kaggle": kaggle}))
     kaggle.endpoint, kaggle.storage = (f"http://{host}:{server.server_port}" for host in ("localhost", "127.0.0.1"))

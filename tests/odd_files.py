@@ -1,4 +1,4 @@
-"""Radiographs in every form in which they come, made small."""
+"""Small synthetic radiographs in all supported file formats."""
 
 import io
 
@@ -11,21 +11,21 @@ from pydicom.uid import JPEG2000, ComputedRadiographyImageStorage, ExplicitVRLit
 
 
 def chest(size: int = 64) -> np.ndarray:
-    """Draw two dark lungs on a bright body, uint8, from 0 to 255."""
+    """Draw two dark lungs in a bright body: uint8 (size, size), from 0 to 255."""
     row, column = np.mgrid[-1 : 1 : size * 1j, -1 : 1 : size * 1j]
     lungs = ((np.abs(column) - 0.45) / 0.3) ** 2 + (row / 0.7) ** 2 < 1
-    drawn = 1.5 + 0.6 * row - 0.9 * lungs - 0.4 * column**2
-    return np.rint((drawn - drawn.min()) * 255 / np.ptp(drawn)).astype(np.uint8)
+    brightness = 1.5 + 0.6 * row - 0.9 * lungs - 0.4 * column**2
+    return np.rint((brightness - brightness.min()) * 255 / np.ptp(brightness)).astype(np.uint8)
 
 
-def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+def encode(image: Image.Image, image_format: str = "PNG", **options) -> bytes:
     stream = io.BytesIO()
-    image.save(stream, kind, **options)
+    image.save(stream, image_format, **options)
     return stream.getvalue()
 
 
 def dicom(values: np.ndarray, syntax: str = ExplicitVRLittleEndian, data: bytes | None = None, **elements) -> bytes:
-    """Make a DICOM of the values, uint8 or uint16 (H, W), given encoded where the transfer syntax compresses."""
+    """Make a DICOM of uint8 or uint16 values (H, W); `data` is their encoded form for compressed transfer syntaxes."""
     file = Dataset()
     file.file_meta = FileMetaDataset()
     file.file_meta.TransferSyntaxUID = syntax
@@ -47,39 +47,39 @@ def dicom(values: np.ndarray, syntax: str = ExplicitVRLittleEndian, data: bytes 
 
 
 def formats(size: int = 64) -> dict[str, bytes]:
-    """Encode one chest in every format and mode; decoded, all look alike."""
+    """Encode one image in every format and mode; all decode to similar pixels."""
     gray = chest(size)
-    image, deep = Image.fromarray(gray), gray.astype(np.uint16) * 100 + 300
+    image, gray16 = Image.fromarray(gray), gray.astype(np.uint16) * 100 + 300
     alpha = Image.merge("LA", [image, Image.new("L", image.size, 255)])
     exif = Image.Exif()
     exif[0x0112] = 1
     return {
-        "gray.png": encoded(image, "PNG"),
-        "deep.png": encoded(Image.fromarray(deep)),
-        "rgb.png": encoded(image.convert("RGB")),
-        "rgba.png": encoded(alpha.convert("RGBA")),
-        "alpha.png": encoded(alpha),
-        "palette.png": encoded(image.convert("P")),
-        "gray.jpg": encoded(image, "JPEG", quality=90),
-        "rgb.jpg": encoded(image.convert("RGB"), "JPEG", quality=90),
-        "progressive.jpg": encoded(image.convert("RGB"), "JPEG", quality=90, progressive=True),
-        "turned.jpg": encoded(image.convert("RGB"), "JPEG", quality=90, exif=exif),
-        "cmyk.jpg": encoded(image.convert("RGB").convert("CMYK"), "JPEG", quality=95),
-        "lossless.webp": encoded(image.convert("RGB"), "WEBP", lossless=True),
-        "lossy.webp": encoded(image.convert("RGB"), "WEBP", quality=90),
-        "picture.avif": encoded(image.convert("RGB"), "AVIF", quality=90),
-        "gray.tiff": encoded(image, "TIFF"),
-        "deep.tiff": encoded(Image.fromarray(deep), "TIFF", compression="tiff_lzw"),
-        "float.tiff": encoded(Image.fromarray(gray.astype(np.float32) / 255), "TIFF"),
-        "gray.bmp": encoded(image, "BMP"),
-        "gray.gif": encoded(image, "GIF"),
-        "gray.pgm": encoded(image, "PPM"),
-        "deep.jp2": encoded(Image.fromarray(deep), "JPEG2000"),
-        "plain.dcm": dicom(gray),
-        "deep.dcm": dicom(deep),
-        "rle.dcm": dicom(deep, RLELossless),
-        "baseline.dcm": dicom(gray, JPEGBaseline8Bit, encoded(image, "JPEG", quality=90)),
-        "jpeg2000.dcm": dicom(deep, JPEG2000, encoded(Image.fromarray(deep), "JPEG2000", no_jp2=True)),
+        "gray.png": encode(image, "PNG"),
+        "gray16.png": encode(Image.fromarray(gray16)),
+        "rgb.png": encode(image.convert("RGB")),
+        "rgba.png": encode(alpha.convert("RGBA")),
+        "alpha.png": encode(alpha),
+        "palette.png": encode(image.convert("P")),
+        "gray.jpg": encode(image, "JPEG", quality=90),
+        "rgb.jpg": encode(image.convert("RGB"), "JPEG", quality=90),
+        "progressive.jpg": encode(image.convert("RGB"), "JPEG", quality=90, progressive=True),
+        "exif.jpg": encode(image.convert("RGB"), "JPEG", quality=90, exif=exif),
+        "cmyk.jpg": encode(image.convert("RGB").convert("CMYK"), "JPEG", quality=95),
+        "lossless.webp": encode(image.convert("RGB"), "WEBP", lossless=True),
+        "lossy.webp": encode(image.convert("RGB"), "WEBP", quality=90),
+        "lossy.avif": encode(image.convert("RGB"), "AVIF", quality=90),
+        "gray.tiff": encode(image, "TIFF"),
+        "gray16.tiff": encode(Image.fromarray(gray16), "TIFF", compression="tiff_lzw"),
+        "float.tiff": encode(Image.fromarray(gray.astype(np.float32) / 255), "TIFF"),
+        "gray.bmp": encode(image, "BMP"),
+        "gray.gif": encode(image, "GIF"),
+        "gray.pgm": encode(image, "PPM"),
+        "gray16.jp2": encode(Image.fromarray(gray16), "JPEG2000"),
+        "gray.dcm": dicom(gray),
+        "gray16.dcm": dicom(gray16),
+        "rle.dcm": dicom(gray16, RLELossless),
+        "baseline.dcm": dicom(gray, JPEGBaseline8Bit, encode(image, "JPEG", quality=90)),
+        "jpeg2000.dcm": dicom(gray16, JPEG2000, encode(Image.fromarray(gray16), "JPEG2000", no_jp2=True)),
         "inverted.dcm": dicom(255 - gray, PhotometricInterpretation="MONOCHROME1"),
-        "windowed.dcm": dicom(deep, WindowCenter=300 + 100 * 127.5, WindowWidth=100 * 255.0),
+        "windowed.dcm": dicom(gray16, WindowCenter=300 + 100 * 127.5, WindowWidth=100 * 255.0),
     }

@@ -1,47 +1,39 @@
-"""The competition's layout: what a zip must hold, read and checked in one place.
+"""The competition's layout of a zip, and the reading and validation of it.
 
 train/train/*.jpg or train/*.jpg     labeled images
-test/test/*.jpg or test/*.jpg        images to be judged
-train_labels.csv                     File,Label with Label 0 (negative) or 1 (COVID-19)
-sample_submission.csv                File,Label with the test images in the order of the submission
-metadata.csv                         optional: File,patient,source,view and, where known, license
+test/test/*.jpg or test/*.jpg        test images
+train_labels.csv                     File,Label; Label is 0 (negative) or 1 (COVID-19)
+sample_submission.csv                File,Label; lists the test images in the order of a submission
+metadata.csv                         optional: File,patient,source,view and optionally license
 """
 
 import io
 import stat
 import zipfile
-import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
 import pandas as pd
 
-from pipeline.core.errors import UserError, first_line
-from pipeline.core.files import read_text_table
+from pipeline.core.errors import UserError
+from pipeline.core.files import DamagedFileError, detect_damage, read_text_table
 
 METADATA = ["patient", "source", "view"]
-IGNORED_FILES = ("", ".DS_Store", "Thumbs.db")  # folders, and what file managers leave, as they do ._names
-LICENSE = "license"  # of the image, a column that metadata.csv need not have
-MAX_MEMBER_SIZE = 2**28  # bytes of a member once unpacked
-DAMAGED_ZIP_ERRORS = (
-    zipfile.BadZipFile,
-    zlib.error,
-    EOFError,
-    RuntimeError,
-    ValueError,
-)  # what zipfile raises on a broken zip
-ENCRYPTION_FLAGS = 0b1100001  # flags of a member: encrypted, strongly encrypted, a patch of another file
-MAX_COMPRESSION_RATIO = 200  # times what it is packed into, for what is above BOMB bytes; no radiograph comes near
-MIN_BOMB_SIZE = 2**20
+IGNORED_FILES = ("", ".DS_Store", "Thumbs.db")  # "" is a folder; file managers write the others, and names with ._
+LICENSE = "license"  # of the image; an optional column of metadata.csv
+MAX_MEMBER_SIZE = 2**28  # bytes, uncompressed
+ENCRYPTION_FLAGS = 0b1100001  # flag bits of a member: encryption, strong encryption, or patch data
+MAX_COMPRESSION_RATIO = 200  # of members above MIN_BOMB_SIZE; far above that of any radiograph
+MIN_BOMB_SIZE = 2**20  # bytes, uncompressed
 
 
 @dataclass(frozen=True)
 class Layout:
-    """`images` has one row per image, labeled ones first.
+    """The content of a zip: `images` with one row per image, labeled images first, and the sample submission.
 
-    Its columns are file, set (train or test), member (the name inside the zip, empty where a labeled image is
-    missing), label (0, 1 or missing for the test set), patient, source, view and license (empty where not known).
+    The columns of `images` are file, set (train or test), member (name inside the zip; empty if a labeled image is
+    missing), label (0, 1, or missing for the test set), patient, source, view and license (empty if unknown).
     """
 
     images: pd.DataFrame
@@ -49,38 +41,37 @@ class Layout:
 
 
 def read_layout(path: Path) -> Layout:
-    """Read the tables of the zip and match them with its images; no image is opened.
+    """Read the tables of the zip and match them with its images, without opening any image.
 
     Raises:
-        UserError: a table or a test image is missing, a label is not 0 or 1, or the zip has a member that no honest
-            archive of radiographs has.
+        UserError: a table or a test image is missing, a label is not 0 or 1, or a member of the zip is unsafe.
     """
     with _open(path) as archive:
-        labeled, judged = _members(archive, path, "train"), _members(archive, path, "test")
-        labels = _table(archive, path, "train_labels.csv", ["File", "Label"])
-        sample = _table(archive, path, "sample_submission.csv", ["File", "Label"])
-        known = "metadata.csv" in archive.namelist()
-        metadata = _table(archive, path, "metadata.csv", ["File", *METADATA], LICENSE) if known else None
-    wrong = labels[~labels["Label"].isin(["0", "1"])]
-    if len(wrong):
+        train_members, test_members = _members(archive, path, "train"), _members(archive, path, "test")
+        labels = _read_table(archive, path, "train_labels.csv", ["File", "Label"])
+        sample = _read_table(archive, path, "sample_submission.csv", ["File", "Label"])
+        has_metadata = "metadata.csv" in archive.namelist()
+        metadata = _read_table(archive, path, "metadata.csv", ["File", *METADATA], LICENSE) if has_metadata else None
+    invalid = labels[~labels["Label"].isin(["0", "1"])]
+    if len(invalid):
         raise UserError(
-            f"{path}: train_labels.csv line {wrong.index[0] + 2}: the label of {wrong['File'].iloc[0]} is "
-            f"{wrong['Label'].iloc[0]!r}; it must be 0 (negative) or 1 (COVID-19)"
+            f"{path}: train_labels.csv line {invalid.index[0] + 2}: the label of {invalid['File'].iloc[0]} is "
+            f"{invalid['Label'].iloc[0]!r}; it must be 0 (negative) or 1 (COVID-19)"
         )
-    train = _match(path, "train_labels.csv", labels["File"], labeled, "train")
-    test = _match(path, "sample_submission.csv", sample["File"], judged, "test")
-    absent = test[test["member"] == ""]
-    if len(absent):
+    train = _match(path, "train_labels.csv", labels["File"], train_members, "train")
+    test = _match(path, "sample_submission.csv", sample["File"], test_members, "test")
+    missing = test[test["member"] == ""]
+    if len(missing):
         raise UserError(
-            f"{path}: sample_submission.csv line {absent.index[0] + 2}: there is no image {absent['file'].iloc[0]} in "
-            f"test/ ({len(absent)} missing in all); a submission needs every test image, so add it"
+            f"{path}: sample_submission.csv line {missing.index[0] + 2}: image {missing['file'].iloc[0]} is not in "
+            f"test/ ({len(missing)} missing in total); add it: a submission needs every test image"
         )
-    # What has no ending, such as README or .gitkeep, is an image only where a table says so.
-    unlabeled = sorted(name for name in set(labeled) - set(labels["File"]) if "." in name.strip("."))
+    # A file without an extension, such as README or .gitkeep, counts as an image only if a table lists it.
+    unlabeled = sorted(name for name in set(train_members) - set(labels["File"]) if "." in name.strip("."))
     if unlabeled:
         raise UserError(
             f"{path}: {len(unlabeled)} training images have no label, the first is {unlabeled[0]}; "
-            "add them to train_labels.csv or take them out"
+            "add them to train_labels.csv or remove them"
         )
     images = pd.concat([train.assign(label=labels["Label"].astype(int).to_numpy()), test], ignore_index=True)
     images["label"] = images["label"].astype("Int64")
@@ -89,66 +80,72 @@ def read_layout(path: Path) -> Layout:
 
 def _open(path: Path) -> zipfile.ZipFile:
     try:
-        archive = zipfile.ZipFile(path)
-    except DAMAGED_ZIP_ERRORS as error:
-        raise UserError(f"{path}: a damaged zip ({first_line(error)}); fetch it again") from None
+        with detect_damage():
+            archive = zipfile.ZipFile(path)
+    except DamagedFileError as error:
+        raise UserError(f"{path}: damaged zip ({error}); download or copy it again") from None
     names, size = Counter(archive.namelist()), path.stat().st_size
     for member in archive.infolist():
-        wrong = "is in it twice" if names[member.filename] > 1 else _wrong(member, size)
-        if wrong:
-            raise UserError(f"{path}: {member.filename!r} {wrong}; make the zip anew without it")
+        problem = "occurs twice" if names[member.filename] > 1 else _find_problem(member, size)
+        if problem:
+            raise UserError(f"{path}: {member.filename!r} {problem}; create the zip again without it")
     return archive
 
 
-def _wrong(member: zipfile.ZipInfo, size: int) -> str:
-    """Say why an archive of `size` bytes with this member is not to be trusted; nothing where all is well."""
-    name, packed, unpacked = PureWindowsPath(member.filename), member.compress_size, member.file_size
+def _find_problem(member: zipfile.ZipInfo, archive_size: int) -> str:
+    """Return why the member makes an archive of `archive_size` bytes unsafe, or an empty string."""
+    name, compressed, size = PureWindowsPath(member.filename), member.compress_size, member.file_size
     checks = {
-        "has an absolute name": name.anchor != "",
-        "leads out of the archive": ".." in name.parts,
-        "lies outside of it": not 0 <= member.header_offset < size,
+        "has an absolute path": name.anchor != "",
+        "has a path outside of the zip": ".." in name.parts,
+        "has an offset beyond the end of the zip": not 0 <= member.header_offset < archive_size,
         "is a symbolic link": stat.S_ISLNK(member.external_attr >> 16),
         "is encrypted": member.flag_bits & ENCRYPTION_FLAGS,
         "is neither stored nor deflated": member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED),
-        f"is too large ({unpacked} bytes)": unpacked > MAX_MEMBER_SIZE,
-        f"is a decompression bomb ({packed} to {unpacked} bytes)": unpacked
-        > MIN_BOMB_SIZE + MAX_COMPRESSION_RATIO * packed,
+        f"is too large ({size} bytes)": size > MAX_MEMBER_SIZE,
+        f"is a decompression bomb ({compressed} to {size} bytes)": size
+        > MIN_BOMB_SIZE + MAX_COMPRESSION_RATIO * compressed,
     }
-    return next((fault for fault, found in checks.items() if found), "")
+    return next((problem for problem, is_present in checks.items() if is_present), "")
 
 
 def read_member(archive: zipfile.ZipFile, member: str) -> bytes:
-    """Read a member, but no more of it than the archive says there is, whatever it inflates to.
+    """Read a member, at most as many bytes as the zip's directory states, even if it decompresses to more.
 
     Raises:
-        one of DAMAGE: it is not as the archive says.
+        DamagedFileError: the member is damaged.
     """
-    with archive.open(member) as stream:
+    with detect_damage(), archive.open(member) as stream:
         return stream.read(archive.getinfo(member).file_size)
 
 
-def _table(archive: zipfile.ZipFile, path: Path, name: str, columns: list[str], optional: str = "") -> pd.DataFrame:
+def _read_table(
+    archive: zipfile.ZipFile, path: Path, name: str, columns: list[str], optional: str = ""
+) -> pd.DataFrame:
     try:
-        text = read_member(archive, name)
+        content = read_member(archive, name)
     except KeyError:
-        raise UserError(f"{path}: has no {name}; add it at the top of the zip") from None
-    except DAMAGED_ZIP_ERRORS as error:
-        raise UserError(f"{path}: {name} is damaged in the zip ({first_line(error)}); fetch it again") from None
-    table = read_text_table(io.BytesIO(text), f"{path}: {name}", columns)
-    twice = table["File"][table["File"].duplicated()]
-    if len(twice):
-        raise UserError(f"{path}: {name} line {twice.index[0] + 2}: {twice.iloc[0]} is listed twice; keep one line")
+        raise UserError(f"{path}: has no {name}; add it at the top level of the zip") from None
+    except DamagedFileError as error:
+        raise UserError(f"{path}: {name} is damaged ({error}); download or copy the zip again") from None
+    table = read_text_table(io.BytesIO(content), f"{path}: {name}", columns)
+    table = table.rename(columns={} if LICENSE in table else {"licence": LICENSE})  # the spelling of older versions
+    repeated = table["File"][table["File"].duplicated()]
+    if len(repeated):
+        raise UserError(
+            f"{path}: {name} line {repeated.index[0] + 2}: {repeated.iloc[0]} is listed twice; keep one line"
+        )
     return table[[*columns, *table.columns.intersection([optional])]]
 
 
 def _members(archive: zipfile.ZipFile, path: Path, folder: str) -> dict[str, str]:
-    """Map file names to names inside the zip, for both nestings."""
+    """Map file names to their paths in the zip, whether in `train` or in `train/train`."""
     members: dict[str, str] = {}
     for member in archive.namelist():
-        place, _, file = member.removeprefix("./").rpartition("/")
-        if place in (folder, f"{folder}/{folder}") and file not in IGNORED_FILES and not file.startswith("._"):
+        parent, _, file = member.removeprefix("./").rpartition("/")
+        if parent in (folder, f"{folder}/{folder}") and file not in IGNORED_FILES and not file.startswith("._"):
             if file in members:
-                raise UserError(f"{path}: {member!r} and {members[file]!r} have one name; leave one of them in it")
+                raise UserError(f"{path}: {member!r} and {members[file]!r} have the same name; keep one of them")
             members[file] = member
     return members
 
@@ -162,8 +159,8 @@ def _match(path: Path, table: str, files: pd.Series, members: dict[str, str], su
 def _with_metadata(path: Path, images: pd.DataFrame, metadata: pd.DataFrame | None) -> pd.DataFrame:
     if images["file"].duplicated().any():
         name = images["file"][images["file"].duplicated()].iloc[0]
-        raise UserError(f"{path}: {name} is in train and in test; give every image its own name")
+        raise UserError(f"{path}: {name} is in train and in test; give every image a unique name")
     if metadata is None:
         metadata = pd.DataFrame(columns=["File"])
-    known = metadata.set_index("File").reindex(index=images["file"], columns=[*METADATA, LICENSE], fill_value="")
-    return images.join(known.astype("str"), on="file")
+    by_file = metadata.set_index("File").reindex(index=images["file"], columns=[*METADATA, LICENSE], fill_value="")
+    return images.join(by_file.astype("str"), on="file")

@@ -1,4 +1,4 @@
-"""Which labeled images are trained on and which validate."""
+"""Grouped, stratified split of the labeled images into training and validation."""
 
 import warnings
 
@@ -11,38 +11,38 @@ from pipeline.core.config import SplitParams
 from pipeline.core.errors import UserError
 
 
-def split_dataset(manifest: pd.DataFrame, same: np.ndarray, params: SplitParams) -> pd.DataFrame:
-    """Assign every image of the manifest to train, validation or test, and every labeled one to a fold.
+def split_dataset(manifest: pd.DataFrame, duplicate_groups: np.ndarray, params: SplitParams) -> pd.DataFrame:
+    """Assign every image of the manifest to train, validation or test, and every labeled image to a fold.
 
-    All images of a group go the same way: those of a patient, and those of all patients who share a radiograph. Fold 0
-    validates. Both classes keep their share in the folds, which are those of scikit-learn's StratifiedGroupKFold; or
-    fold 0 is a source that is left out of training.
+    A group is never divided: it has all images of a patient, and of all patients that share a radiograph. Fold 0 is
+    the validation set. The folds are those of scikit-learn's StratifiedGroupKFold, which keeps the prevalence similar,
+    or fold 0 is one source, held out of training.
 
     Args:
         manifest: N rows.
-        same: (N,), what `duplicates.find` gave.
-        params: how many folds, the seed, and whether every fold must be fit to validate on, or one; or which source.
+        duplicate_groups: (N,), from `duplicates.find_duplicates`.
+        params: number of folds, seed, and whether all folds must have both classes; or the held-out source.
 
     Returns:
         Columns file, group, subset and fold (missing for the test set), in the order of the manifest.
 
     Raises:
-        UserError: a class has too few groups to be in both parts, or the source does not have both.
+        UserError: a class has too few groups for training and validation, or one of them would lack a class.
     """
-    group = _groups(manifest, same)
-    table = pd.DataFrame({"file": manifest["file"], "group": group, "subset": manifest["set"]})
+    all_groups = _name_groups(manifest, duplicate_groups)
+    table = pd.DataFrame({"file": manifest["file"], "group": all_groups, "subset": manifest["set"]})
     labeled = manifest["set"] == "train"
-    labels, groups = manifest.loc[labeled, "label"], group[labeled]
+    labels, groups = manifest.loc[labeled, "label"], all_groups[labeled]
     if params.held_out_source is None:
-        folds = _folds(labels, groups, params)
+        folds = _stratified_folds(labels, groups, params)
     else:
-        folds = _leave_out(labels, groups, manifest.loc[labeled, "source"], params)
+        folds = _hold_out_source(labels, groups, manifest.loc[labeled, "source"], params)
     table["fold"] = folds.astype("Int64").reindex(table.index)
     table.loc[table["fold"] == 0, "subset"] = "validation"
     return table
 
 
-def _folds(labels: pd.Series, groups: pd.Series, params: SplitParams) -> pd.Series:
+def _stratified_folds(labels: pd.Series, groups: pd.Series, params: SplitParams) -> pd.Series:
     for label in (0, 1):
         count = groups[labels == label].nunique()
         if count < 2:
@@ -51,66 +51,72 @@ def _folds(labels: pd.Series, groups: pd.Series, params: SplitParams) -> pd.Seri
                 "add images or patients"
             )
     folds = pd.Series(0, labels.index)
-    fit: list[bool] = []  # to validate on
-    if params.folds <= min(labels.value_counts().max(), groups.nunique()):  # scikit-learn makes no more
+    usable: list[bool] = []  # whether fold k and the other folds have both classes
+    if params.folds <= min(labels.value_counts().max(), groups.nunique()):  # scikit-learn's limit
         with warnings.catch_warnings():
-            # Fewer members than folds leaves some folds without the class; one that has both is chosen.
+            # A class with fewer groups than folds is missing in some folds; they are not used for validation.
             warnings.filterwarnings("ignore", "The least populated class", UserWarning)
-            folder = StratifiedGroupKFold(params.folds, shuffle=True, random_state=params.seed)
-            for fold, (_, rows) in enumerate(folder.split(labels, labels, groups)):
+            splitter = StratifiedGroupKFold(params.folds, shuffle=True, random_state=params.seed)
+            for fold, (_, rows) in enumerate(splitter.split(labels, labels, groups)):
                 folds.iloc[rows] = fold
-        fit = [bool(labels.groupby(folds == fold).nunique().eq(2).all()) for fold in range(params.folds)]
-    if not (all(fit) if params.cross_validate and fit else any(fit)):
-        which = "not every" if params.cross_validate else "no"
+        usable = [bool(labels.groupby(folds == fold).nunique().eq(2).all()) for fold in range(params.folds)]
+    if not (all(usable) if params.cross_validate and usable else any(usable)):
+        quantifier = "not every" if params.cross_validate else "no"
         raise UserError(
-            f"split.folds = {params.folds}: {which} fold has both classes with both left for training; "
+            f"split.folds = {params.folds}: {quantifier} fold has both classes and leaves both for training; "
             "lower it in params.yaml or add images"
         )
-    first = fit.index(True)
+    first = usable.index(True)
     order = sorted(range(params.folds), key=lambda fold: fold != first)
-    return folds.map({fold: place for place, fold in enumerate(order)})
+    return folds.map({fold: number for number, fold in enumerate(order)})
 
 
-def _leave_out(labels: pd.Series, groups: pd.Series, sources: pd.Series, params: SplitParams) -> pd.Series:
-    """Put every group that has an image of the source into fold 0, and the others into fold 1."""
+def _hold_out_source(labels: pd.Series, groups: pd.Series, sources: pd.Series, params: SplitParams) -> pd.Series:
+    """Assign every group with an image of the source to fold 0, and all others to fold 1."""
     held_out = groups.isin(groups[sources == params.held_out_source])
     if labels[held_out].nunique() < 2 or labels[~held_out].nunique() < 2:
-        inside, outside = (
-            f"{(part == 0).sum()} negative, {(part == 1).sum()} positive"
-            for part in (labels[held_out], labels[~held_out])
+        validation_counts, training_counts = (
+            f"{(subset == 0).sum()} negative, {(subset == 1).sum()} positive"
+            for subset in (labels[held_out], labels[~held_out])
         )
-        known = ", ".join(sorted(set(sources) - {""})) or "none"
+        names = ", ".join(sorted(set(sources) - {""})) or "none"
         raise UserError(
-            f"split.held_out_source = {params.held_out_source}: both parts need both classes, but it, with all of its "
-            f"patients, has {inside}, and the rest {outside}; the known sources are: {known}"
+            f"split.held_out_source = {params.held_out_source}: training and validation need both classes, but the "
+            f"patients of this source have {validation_counts}, and all others {training_counts}; choose another of "
+            f"the sources: {names}"
         )
     return pd.Series(np.where(held_out, 0, 1), labels.index)
 
 
-def check_split(manifest: pd.DataFrame, same: np.ndarray, table: pd.DataFrame) -> None:
-    """Prove that what is trained on and what validates share no patient, no radiograph and no group.
+def check_split(manifest: pd.DataFrame, duplicate_groups: np.ndarray, split: pd.DataFrame) -> None:
+    """Verify that the folds share no patient, no radiograph and no group.
+
+    Args:
+        manifest: N rows.
+        duplicate_groups: (N,), from `duplicates.find_duplicates`.
+        split: from `split_dataset`.
 
     Raises:
-        UserError: they do.
+        UserError: two folds share one.
     """
     patients = manifest["patient"].where(manifest["patient"] != "")
-    radiographs = pd.Series(manifest["file"].to_numpy()[same])
-    shared: dict[str, pd.Series] = {"patient": patients, "radiograph": radiographs, "group": table["group"]}
-    for kind, key in shared.items():
-        folds = table["fold"].groupby(key).nunique()
-        if (folds > 1).any():
+    radiographs = pd.Series(manifest["file"].to_numpy()[duplicate_groups])
+    keys: dict[str, pd.Series] = {"patient": patients, "radiograph": radiographs, "group": split["group"]}
+    for kind, key in keys.items():
+        fold_counts = split["fold"].groupby(key).nunique()
+        if (fold_counts > 1).any():
             raise UserError(
-                f"data/split.csv: the {kind} {folds.idxmax()} is in {folds.max()} folds, so that validation would see "
-                "what was trained on; do not use this split, run: dvc repro -f split"
+                f"data/split.csv: {kind} {fold_counts.idxmax()} is in {fold_counts.max()} folds, so training images "
+                "leak into validation; do not use this split, run: dvc repro -f split"
             )
 
 
-def _groups(manifest: pd.DataFrame, same: np.ndarray) -> pd.Series:
-    """Name for each image the first patient of its group; an image of no known patient is one by itself."""
-    patient = manifest["patient"].where(manifest["patient"] != "", "image:" + manifest["file"])
-    number, names = pd.factorize(patient)
-    # Patients are tied to the radiographs that they have, and so to one another.
-    tied = DisjointSet(range(len(names) + len(same)))
-    for one, radiograph in zip(number.tolist(), (len(names) + same).tolist(), strict=True):
-        tied.merge(one, radiograph)
-    return patient.groupby([tied[one] for one in number.tolist()]).transform("first")
+def _name_groups(manifest: pd.DataFrame, duplicate_groups: np.ndarray) -> pd.Series:
+    """Return for each image the first patient of its group; images of unknown patients count as one patient each."""
+    patients = manifest["patient"].where(manifest["patient"] != "", "image:" + manifest["file"])
+    indices, names = pd.factorize(patients)
+    # Groups are the connected components of the graph whose edges connect patients with their radiographs.
+    components = DisjointSet(range(len(names) + len(duplicate_groups)))
+    for patient, radiograph in zip(indices.tolist(), (len(names) + duplicate_groups).tolist(), strict=True):
+        components.merge(patient, radiograph)
+    return patients.groupby([components[patient] for patient in indices.tolist()]).transform("first")

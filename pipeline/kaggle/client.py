@@ -1,4 +1,4 @@
-"""Kaggle through its own client: credentials, patience, and one line for what went wrong, with nothing secret in it."""
+"""Access to Kaggle through its own client: credentials, retries, and error messages without secrets."""
 
 import logging
 import time
@@ -18,17 +18,17 @@ from pipeline.core.errors import UserError
 
 log = logging.getLogger(__name__)
 
-RETRY_DELAYS = (2, 4, 8, 16, 32)  # seconds before another try
-TIMEOUT = (10, 60)  # seconds to connect, and between two bytes
+RETRY_DELAYS = (2, 4, 8, 16, 32)  # seconds
+TIMEOUT = (10, 60)  # to connect, and between two bytes, seconds
 TOKEN_ADVICE = (
     "create a token at https://www.kaggle.com/settings and put it into KAGGLE_API_TOKEN or ~/.kaggle/access_token"  # noqa: S105
 )
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 
 class _TimeoutAdapter(HTTPAdapter):
-    """Gives a silent server up; kagglesdk sets no time limit and would wait for ever."""
+    """Sets a timeout for every request; kagglesdk sets none and could wait forever."""
 
     def send(self, request: PreparedRequest, *args: Any, **options: Any) -> Response:
         return super().send(request, *args, **{"timeout": TIMEOUT, **options})
@@ -36,106 +36,110 @@ class _TimeoutAdapter(HTTPAdapter):
 
 @contextmanager
 def open_client() -> Iterator[KaggleClient]:
-    """Yield a client with the credentials that kagglehub finds where Kaggle's tools keep them.
+    """Yield a client with the credentials that kagglehub finds in the places where Kaggle's tools store them.
 
     Raises:
-        UserError: there are none, or they cannot be used.
+        UserError: there are no credentials, or they are malformed.
     """
-    found = _credentials()
-    # kagglehub's own way to make one prints every header, credentials too, in one of Kaggle's environments.
-    made = KaggleClient(
-        username=found.username, password=found.key, api_token=found.api_key, user_agent=get_user_agent()
+    credentials = _load_credentials()
+    # Not kagglehub's own constructor, which in Kaggle's test environment prints every header, including credentials.
+    client = KaggleClient(
+        username=credentials.username,
+        password=credentials.key,
+        api_token=credentials.api_key,
+        user_agent=get_user_agent(),
     )
-    with made:
+    with client:
         for scheme in ("https://", "http://"):
-            made.http_client()._session.mount(scheme, _TimeoutAdapter())  # noqa: SLF001
-        yield made
+            client.http_client()._session.mount(scheme, _TimeoutAdapter())  # noqa: SLF001
+        yield client
 
 
 def page_url(params: KaggleParams) -> str:
-    """Return the address of the competition or the data set."""
+    """Return the URL of the competition or data set."""
     kind, name = ("competitions", params.competition) if params.competition else ("datasets", params.dataset)
     return f"https://www.kaggle.com/{kind}/{name}"
 
 
-def retry(call: Callable[[], Answer], params: KaggleParams, *, repeatable: bool = True) -> Answer:
-    """Make a call again, after longer and longer pauses, until Kaggle answers it.
+def retry(call: Callable[[], Result], params: KaggleParams, *, repeatable: bool = True) -> Result:
+    """Call Kaggle, and retry with increasing delays after transient errors.
 
     Args:
-        call: to Kaggle.
-        params: the competition or the data set that it is about.
-        repeatable: not so when it matters that Kaggle may have heard a call that broke.
+        call: request to Kaggle.
+        params: competition or data set that the request is about.
+        repeatable: whether the call may be repeated if Kaggle might have processed it.
+
+    Returns:
+        The result of the call.
 
     Raises:
-        UserError: Kaggle refuses, or does not answer.
+        UserError: Kaggle refuses or does not answer.
     """
-    for pause in (*RETRY_DELAYS, None):
-        ignored = False  # whether it is certain that nothing came of the call
+    for delay in (*RETRY_DELAYS, None):
+        not_processed = False  # whether it is certain that the call had no effect
         try:
             return call()
         except DataCorruptionError:
-            reason = "what came is not what Kaggle sent (size or hash differs)"
+            reason = "the download is corrupt (size or hash differs)"
         except RequestException as error:
-            answer = error.response
-            if answer is None:  # the error's text may hold a signed address or a proxy's password
+            response = error.response
+            if response is None:  # the text of the error is omitted: it may contain a signed URL or a proxy's password
                 reason = f"no connection to Kaggle ({type(error).__name__}); check the network and HTTPS_PROXY"
-            elif answer.status_code < 500 and answer.status_code != 429 and "ApiService/" in answer.url:
-                raise UserError(_refusal(answer, params)) from None
-            else:  # what Kaggle's storage refuses is an address that has run out; another try gets a new one
-                reason, ignored = f"Kaggle answers {answer.status_code}", answer.status_code == 429
-        if not (repeatable or ignored):
-            raise UserError(f"{reason}; Kaggle may have taken it all the same: look at {page_url(params)}/submissions")
-        if pause is not None:
-            log.warning("%s; another try in %s s", reason, pause)
-            time.sleep(pause)
-    raise UserError(f"{page_url(params)}: tried {len(RETRY_DELAYS) + 1} times: {reason}; run again later")
+            elif response.status_code < 500 and response.status_code != 429 and "ApiService/" in response.url:
+                raise UserError(_describe_refusal(response, params)) from None
+            else:  # also a 403 or 404 of Kaggle's storage: the signed URL expired, and a retry gets a new one
+                reason, not_processed = f"Kaggle answers {response.status_code}", response.status_code == 429
+        if not (repeatable or not_processed):
+            raise UserError(f"{reason}; Kaggle may have accepted it: check {page_url(params)}/submissions")
+        if delay is not None:
+            log.warning("%s; retrying in %s s", reason, delay)
+            time.sleep(delay)
+    raise UserError(f"{page_url(params)}: {len(RETRY_DELAYS) + 1} attempts failed: {reason}; run again later")
 
 
-def _credentials() -> KaggleApiCredentials:
+def _load_credentials() -> KaggleApiCredentials:
     try:
-        found = get_kaggle_credentials()
+        credentials = get_kaggle_credentials()
     except (OSError, ValueError) as error:
-        # An OSError names the file, and a token that is too long for a name was taken for one.
+        # str(OSError) contains the file name, which can be a token: kagglehub tries to open a token as a file first.
         reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"Kaggle: the credentials cannot be read ({reason}); {TOKEN_ADVICE}") from None
-    if found is None:
-        raise UserError(f"Kaggle: there are no credentials; {TOKEN_ADVICE}")
-    parts = [part for part in (found.username, found.key, found.api_key) if part]
-    if not all(part.isascii() and part.isprintable() for part in parts):
-        raise UserError(f"Kaggle: the credentials hold a line break or a letter that none can have; {TOKEN_ADVICE}")
-    return found
+        raise UserError(f"Kaggle: cannot read the credentials ({reason}); {TOKEN_ADVICE}") from None
+    if credentials is None:
+        raise UserError(f"Kaggle: no credentials found; {TOKEN_ADVICE}")
+    values = [value for value in (credentials.username, credentials.key, credentials.api_key) if value]
+    if not all(value.isascii() and value.isprintable() for value in values):
+        raise UserError(f"Kaggle: the credentials contain a line break or an invalid character; {TOKEN_ADVICE}")
+    return credentials
 
 
-def _refusal(response: Response, params: KaggleParams) -> str:
-    """Say what Kaggle's answer means and what to do."""
-    words = _words(response)
+def _describe_refusal(response: Response, params: KaggleParams) -> str:
+    """Explain Kaggle's response and what to do, in one line."""
+    message = _response_message(response)
     match response.status_code, params.competition:
         case 401, _:
-            return f"Kaggle does not accept these credentials (401{words}); {TOKEN_ADVICE}"
+            return f"Kaggle rejects these credentials (401{message}); {TOKEN_ADVICE}"
         case 403, None:
-            return (
-                f"{page_url(params)}: not open to this account (403{words}); ask its owner for access, then run again"
-            )
+            return f"{page_url(params)}: no access with this account (403{message}); ask the owner, then run again"
         case 403, _:
             return (
-                f"{params.competition} is not open to this account (403{words}); accept its rules, with the account of "
-                f"these credentials, at {page_url(params)}/rules and run again"
+                f"{params.competition}: no access with this account (403{message}); accept the rules with the account "
+                f"of these credentials at {page_url(params)}/rules and run again"
             )
         case 404, None:
-            return f"Kaggle knows no data set {params.dataset!r} (404{words}); correct download.dataset in params.yaml"
+            return f"Kaggle has no data set {params.dataset!r} (404{message}); correct download.dataset in params.yaml"
         case 404, name:
-            return f"Kaggle knows no competition {name!r} (404{words}); correct download.competition in params.yaml"
+            return f"Kaggle has no competition {name!r} (404{message}); correct download.competition in params.yaml"
         case status, _:
-            return f"{page_url(params)}: Kaggle answers {status}{words}"
+            return f"{page_url(params)}: Kaggle answers {status}{message}"
 
 
-def _words(response: Response) -> str:
-    """Return the message in Kaggle's answer, less any credentials it repeats."""
+def _response_message(response: Response) -> str:
+    """Return the message in Kaggle's response without any credentials that it repeats."""
     try:
-        words = " ".join(str(response.json()["message"]).split())
+        message = " ".join(str(response.json()["message"]).split())
     except (ValueError, KeyError, TypeError):
         return ""
-    found = _credentials()
-    for secret in filter(None, (found.key, found.api_key)):
-        words = words.replace(secret, "…")
-    return f": {words[:300]}"
+    credentials = _load_credentials()
+    for secret in filter(None, (credentials.key, credentials.api_key)):
+        message = message.replace(secret, "…")
+    return f": {message[:300]}"

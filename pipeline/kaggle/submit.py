@@ -1,4 +1,4 @@
-"""Sending a submission file to Kaggle, and what became of it."""
+"""Submission of files to Kaggle, their public scores, and the log of submissions."""
 
 import time
 from pathlib import Path
@@ -19,42 +19,44 @@ from pipeline.core.errors import UserError
 from pipeline.core.files import read_text_table, write_csv
 from pipeline.kaggle.client import TIMEOUT, page_url, retry
 
-SUBMISSION_LOG = Path("submissions.csv")  # not in submissions/, which DVC deletes whenever it writes it anew
+SUBMISSION_LOG = Path("submissions.csv")  # not in submissions/, which DVC deletes before it runs the stage
 COLUMNS = ["sent", "competition", "file", "model", "message", "sha256", "submission", "public_score"]
-POLL_SECONDS, TIMEOUT_SECONDS = 5, 900  # seconds between two looks at the score, and until nobody looks any more
+POLL_SECONDS = 5  # between two requests for the score
+TIMEOUT_SECONDS = 900  # of the wait for the score
 
 
 def target_competition(config: Config) -> KaggleParams:
-    """Return the competition that the active profile's data come from.
+    """Return the competition that the data of the active profile come from.
 
     Raises:
-        UserError: they come from elsewhere.
+        UserError: the data do not come from a competition.
     """
     params = config.active.download
     if not isinstance(params, KaggleParams) or params.competition is None:
         raise UserError(
-            f"params.yaml: {config.profile}.download: the data are no competition's, so there is none to send to; "
-            "set source: kaggle and competition, or another profile"
+            f"params.yaml: {config.profile}.download: the data do not come from a competition, so there is none to "
+            "submit to; set source: kaggle and competition, or use another profile"
         )
     return params
 
 
 def send_submission(client: KaggleClient, params: KaggleParams, file: Path, message: str) -> int:
-    """Upload the file, submit it once, and return the submission's number.
+    """Upload the file, create one submission, and return its number.
 
     Raises:
-        UserError: Kaggle refuses, or does not answer.
+        UserError: Kaggle refuses or does not answer.
     """
     api = client.competitions.competition_api_client
     content = file.read_bytes()
-    announced = ApiStartSubmissionUploadRequest()
-    announced.competition_name, announced.file_name = params.competition, file.name
-    announced.content_length, announced.last_modified_epoch_seconds = len(content), int(file.stat().st_mtime)
+    upload_request = ApiStartSubmissionUploadRequest()
+    upload_request.competition_name, upload_request.file_name = params.competition, file.name
+    upload_request.content_length = len(content)
+    upload_request.last_modified_epoch_seconds = int(file.stat().st_mtime)
 
     def upload() -> str:
-        place = api.start_submission_upload(announced)  # an address that is used once
-        requests.put(place.create_url, content, timeout=TIMEOUT).raise_for_status()
-        return str(place.token)
+        location = api.start_submission_upload(upload_request)  # its URL can be used only once
+        requests.put(location.create_url, content, timeout=TIMEOUT).raise_for_status()
+        return str(location.token)
 
     submission = ApiCreateSubmissionRequest()
     submission.competition_name, submission.submission_description = params.competition, message
@@ -66,29 +68,29 @@ def wait_for_public_score(client: KaggleClient, params: KaggleParams, number: in
     """Wait until Kaggle has scored the submission, and return its public score.
 
     Raises:
-        UserError: Kaggle cannot score it, or takes longer than `PATIENCE`.
+        UserError: Kaggle cannot score it, or has not after `TIMEOUT_SECONDS`.
     """
     api = client.competitions.competition_api_client
-    wanted = ApiListSubmissionsRequest()
-    wanted.competition_name = params.competition
-    where = f"{page_url(params)}/submissions: submission {number}"
+    request = ApiListSubmissionsRequest()
+    request.competition_name = params.competition
+    label = f"{page_url(params)}/submissions: submission {number}"
     end = time.monotonic() + TIMEOUT_SECONDS
     while time.monotonic() < end:
-        listed = retry(lambda: api.list_submissions(wanted), params).submissions or []
-        for found in listed:
-            if found.ref == number and found.status == SubmissionStatus.ERROR:
-                raise UserError(f"{where}: Kaggle cannot score it: {' '.join(found.error_description.split())}")
-            if found.ref == number and found.status == SubmissionStatus.COMPLETE and found.public_score:
-                return float(found.public_score)
+        submissions = retry(lambda: api.list_submissions(request), params).submissions or []
+        for submission in submissions:
+            if submission.ref == number and submission.status == SubmissionStatus.ERROR:
+                raise UserError(f"{label}: Kaggle cannot score it: {' '.join(submission.error_description.split())}")
+            if submission.ref == number and submission.status == SubmissionStatus.COMPLETE and submission.public_score:
+                return float(submission.public_score)
         time.sleep(POLL_SECONDS)
-    raise UserError(f"{where} has no score yet; look there, nothing sends it again")
+    raise UserError(f"{label} is not scored yet; see its score there, and do not send it again")
 
 
 def read_submission_log() -> pd.DataFrame:
-    """Return what was sent so far, a row of texts per submission.
+    """Read the log of submissions, one row per submission, all fields as text.
 
     Raises:
-        UserError: `LOG` is not as it was written.
+        UserError: `SUBMISSION_LOG` is not a table with the columns `COLUMNS`.
     """
     return (
         read_text_table(SUBMISSION_LOG, str(SUBMISSION_LOG), COLUMNS)
@@ -98,7 +100,7 @@ def read_submission_log() -> pd.DataFrame:
 
 
 def append_submission(row: dict[str, Any]) -> None:
-    """Append a row of `COLUMNS` to `LOG`, in place of an earlier one about the same submission."""
-    known = read_submission_log()
-    others = known[known["submission"] != str(row["submission"])]
+    """Append a row of `COLUMNS` to `SUBMISSION_LOG`; replace the row of the same submission."""
+    rows = read_submission_log()
+    others = rows[rows["submission"] != str(row["submission"])]
     write_csv(SUBMISSION_LOG, pd.concat([others, pd.DataFrame([row], dtype=object)]))

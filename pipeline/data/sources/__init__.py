@@ -1,45 +1,19 @@
-"""Every source writes one zip in the competition's layout, so that nothing after it knows where data came from.
+"""Data sources: each writes one zip in the competition's layout, so that later stages do not depend on the source.
 
-A new source is a module here, a section in `pipeline/core/config.py` and a case in `fetch`.
+To add a source, write a module here with a function `write_source(params, target)`, and add its parameters, whose
+`source` is the module's name, to `DownloadParams` in `pipeline/core/config.py`.
 """
 
+import importlib
 from pathlib import Path
 
-from pipeline.core.config import (
-    ArchiveParams,
-    CovidChestXrayParams,
-    CovidxParams,
-    DownloadParams,
-    KaggleParams,
-    PhantomParams,
-    TableParams,
-)
+from pipeline.core.config import DownloadParams
 
 
 def fetch_source(params: DownloadParams, target: Path) -> None:
-    """Write the source's images, labels and sample submission to the zip `target`."""
-    match params:
-        case PhantomParams():
-            from pipeline.data.sources import phantom
+    """Write images, labels and sample submission of the source named by `params.source` to the zip `target`.
 
-            phantom.write(params, target)
-        case ArchiveParams():
-            from pipeline.data.sources import archive
-
-            archive.write(params, target)
-        case KaggleParams():
-            from pipeline.data.sources import kaggle
-
-            kaggle.write(params, target)
-        case CovidxParams():
-            from pipeline.data.sources import covidx
-
-            covidx.write(params, target)
-        case CovidChestXrayParams():
-            from pipeline.data.sources import covid_chestxray
-
-            covid_chestxray.write(params, target)
-        case TableParams():
-            from pipeline.data.sources import table
-
-            table.write(params, target)
+    Raises:
+        UserError: see `write_source` of the source's module.
+    """
+    importlib.import_module(f"pipeline.data.sources.{params.source}").write_source(params, target)

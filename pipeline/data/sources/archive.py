@@ -1,4 +1,4 @@
-"""A zip or a folder that somebody already has, in the competition's layout."""
+"""Source: an existing zip or folder in the competition's layout."""
 
 import shutil
 import zipfile
@@ -6,38 +6,46 @@ from pathlib import Path
 
 from pipeline.core.config import ArchiveParams
 from pipeline.core.errors import UserError
+from pipeline.core.files import DamagedFileError, detect_damage
 from pipeline.data.sources.archive_writer import ZIP_TIMESTAMP
 
 
-def write(params: ArchiveParams, target: Path) -> None:
-    """Copy the zip as it is, or zip the folder in the order of its names.
+def write_source(params: ArchiveParams, target: Path) -> None:
+    """Copy the zip unchanged, or zip the folder with its files sorted by name.
 
     Raises:
-        UserError: no path is given, there is neither a zip nor a folder, or the folder has a link that leaves it, or
-            the target in it.
+        UserError: the path is not set, is neither a zip nor a folder, or is a folder that contains the target or a
+            symbolic link to a file outside of it.
     """
     if params.path is None:
         raise UserError(
-            "params.yaml: download.path: no archive is named; download the competition's zip "
-            "(https://www.kaggle.com/c/stat946winter2021/data) and put its path there"
+            "params.yaml: download.path: not set; download the competition's zip "
+            "(https://www.kaggle.com/c/stat946winter2021/data) and set download.path to it"
         )
     path = params.path.expanduser()
     if path.is_dir():
-        _zip(path, target)
-    elif zipfile.is_zipfile(path):
-        shutil.copyfile(path, target)
+        _zip_folder(path, target)
     elif path.exists():
-        raise UserError(f"{path}: not a zip; name a zip or a folder at download.path")
+        try:
+            with detect_damage():
+                zipfile.ZipFile(path).close()
+        except DamagedFileError as error:
+            raise UserError(
+                f"{path}: not a zip, or damaged ({error}); set download.path to a zip or a folder"
+            ) from None
+        shutil.copyfile(path, target)
     else:
-        raise UserError(f"{path}: not found; put a zip or a folder there, or change download.path in params.yaml")
+        raise UserError(f"{path}: not found; correct download.path in params.yaml")
 
 
-def _zip(folder: Path, target: Path) -> None:
+def _zip_folder(folder: Path, target: Path) -> None:
     if target.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{folder}: {target.parent}, where the zip is made, is in it; name the radiographs' own folder")
+        raise UserError(
+            f"{folder}: contains {target.parent}, the output folder; set download.path to a folder with only the images"
+        )
     for path in folder.rglob("*"):
         if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"{path}: a symbolic link that leaves {folder}; put the file itself there")
+            raise UserError(f"{path}: symbolic link to a file outside of {folder}; replace it with the file itself")
     with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
             member = zipfile.ZipInfo(file.relative_to(folder).as_posix(), ZIP_TIMESTAMP)

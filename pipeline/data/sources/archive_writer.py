@@ -1,4 +1,4 @@
-"""The zip in the competition's layout that every source ends in: the same rows and images give the same bytes."""
+"""Writing of the zip in the competition's layout; equal rows and images give equal bytes."""
 
 import hashlib
 import logging
@@ -15,101 +15,111 @@ from pipeline.data.layout import LICENSE, METADATA
 
 log = logging.getLogger(__name__)
 
-ZIP_TIMESTAMP = (1980, 1, 1, 0, 0, 0)  # the oldest time a zip can hold
+ZIP_TIMESTAMP = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip can store
 
 
 def write_zip(rows: pd.DataFrame, images: Iterable[bytes | None], target: Path) -> None:
     """Write images, labels, sample submission and metadata.
 
     Args:
-        rows: one per image, with columns file (its name), label (0 or 1, missing for the test set), patient, source,
-            view and, if any is known, license.
-        images: the encoded images, in the order of the rows; none where a label has no image.
+        rows: one per image, with the columns file (name), label (0 or 1, missing for the test set), patient, source,
+            view and optionally license.
+        images: content of the image files in the order of the rows; None if the image of a label is missing.
         target: the zip.
     """
-    named, labeled = rows.rename(columns={"file": "File", "label": "Label"}), rows["label"].notna()
-    known = [LICENSE] if LICENSE in rows and (rows[LICENSE] != "").any() else []
+    table, labeled = rows.rename(columns={"file": "File", "label": "Label"}), rows["label"].notna()
+    optional = [LICENSE] if LICENSE in rows and (rows[LICENSE] != "").any() else []
     tables = {
-        "train_labels.csv": named.loc[labeled, ["File", "Label"]],
-        "sample_submission.csv": named.loc[~labeled, ["File"]].assign(Label=0),
-        "metadata.csv": named[["File", *METADATA, *known]],
+        "train_labels.csv": table.loc[labeled, ["File", "Label"]],
+        "sample_submission.csv": table.loc[~labeled, ["File"]].assign(Label=0),
+        "metadata.csv": table[["File", *METADATA, *optional]],
     }
     with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
-        for name, table in tables.items():
-            archive.writestr(_entry(name), table.to_csv(index=False, lineterminator="\n"))
-        for file, trained, image in zip(rows["file"], labeled, images, strict=True):
-            folder = "train/train" if trained else "test/test"
+        for name, content in tables.items():
+            archive.writestr(_zip_info(name), content.to_csv(index=False, lineterminator="\n"))
+        for file, is_labeled, image in zip(rows["file"], labeled, images, strict=True):
+            folder = "train/train" if is_labeled else "test/test"
             if image is not None:
-                archive.writestr(_entry(f"{folder}/{file}"), image)
+                archive.writestr(_zip_info(f"{folder}/{file}"), image)
 
 
 def write_zip_of_files(rows: pd.DataFrame, target: Path) -> None:
-    """Write what `write` does, of images on disk, whose names are in the column path.
+    """Write the zip as `write_zip` does, with the images read from the paths in the column path.
 
-    A label whose image is not there is kept: `prepare` puts it into quarantine.
+    A label whose image is missing is kept; `prepare` lists it in quarantine.csv.
 
     Raises:
-        UserError: a test image is not there, two have one name, or there is nothing to train on or to test.
+        UserError: a test image is missing, two images have the same name, or the training or test set is empty.
     """
-    there = rows["path"].map(Path.is_file)
-    absent = rows["path"][~there & rows["label"].isna()]
-    if len(absent):
+    exists = rows["path"].map(Path.is_file)
+    missing_test = rows["path"][~exists & rows["label"].isna()]
+    if len(missing_test):
         raise UserError(
-            f"{absent.iloc[0]}: not found ({len(absent)} missing in all); a submission needs every test image, so "
-            "fetch them again"
+            f"{missing_test.iloc[0]}: not found ({len(missing_test)} missing in total); add it: a submission needs "
+            "every test image"
         )
-    if not there.all():
-        first = rows["path"][~there].iloc[0]
-        log.warning("%s: not found (%s labeled images in all); once mended: dvc repro -f download", first, sum(~there))
-    twice = rows["file"][rows["file"].duplicated()]
-    if len(twice):
-        raise UserError(f"{twice.iloc[0]}: {len(twice) + 1} images of this name are listed; give each its own")
+    if not exists.all():
+        first = rows["path"][~exists].iloc[0]
+        log.warning(
+            "%s: not found (%s labeled images in total); when it is added, run: dvc repro -f download",
+            first,
+            sum(~exists),
+        )
+    repeated = rows["file"][rows["file"].duplicated()]
+    if len(repeated):
+        raise UserError(f"{repeated.iloc[0]}: {len(repeated) + 1} images have this name; give each a unique name")
     if rows["label"].isna().all() or rows["label"].notna().all():
-        raise UserError(f"of {len(rows)} images, all would be on one side of training and test; add some")
-    images = (path.read_bytes() if found else None for path, found in zip(rows["path"], there, strict=True))
+        subset = "test" if rows["label"].isna().all() else "training"
+        raise UserError(f"all {len(rows)} images are in the {subset} set; add images or patients to the other set")
+    images = (path.read_bytes() if is_file else None for path, is_file in zip(rows["path"], exists, strict=True))
     write_zip(rows, track_progress(images, "packing", len(rows)), target)
 
 
 def draw_test_set(patient: pd.Series, file: pd.Series, share: float) -> pd.Series:
-    """Choose test images where a source has no test set: a patient's hash decides, or the file's if it is not known.
+    """Choose the test images of a source without a test set, by a hash of the patient, or of the file if unknown.
 
-    So a patient stays on his side when images are added.
+    Whether a patient is in the test set therefore does not change when images are added.
+
+    Args:
+        patient: names, empty if unknown, (N,).
+        file: names, (N,).
+        share: expected share of the patients in the test set, 0 to 1.
 
     Returns:
-        bool (N,).
+        bool (N,): whether the image is in the test set.
     """
-    decides = patient.where(patient != "", file)
-    return decides.map(lambda name: int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) < share * 2**32).astype(bool)
+    keys = patient.where(patient != "", file)
+    return keys.map(lambda name: int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) < share * 2**32).astype(bool)
 
 
-def source_folder(path: Path | None, what: str) -> Path:
-    """Return the folder that `download.path` names.
+def source_folder(path: Path | None, content: str) -> Path:
+    """Return `download.path` with ~ expanded; `content` describes the folder in error messages.
 
     Raises:
-        UserError: it names none.
+        UserError: it is not set, or not a folder.
     """
     if path is None:
-        raise UserError(f"params.yaml: download.path: no folder is named; put the path of {what} there")
+        raise UserError(f"params.yaml: download.path: not set; set it to {content}")
     path = path.expanduser()
     if not path.is_dir():
-        raise UserError(f"{path}: no such folder; put the path of {what} at download.path in params.yaml")
+        raise UserError(f"{path}: no such folder; set download.path in params.yaml to {content}")
     return path
 
 
 def read_source_table(path: Path, columns: Collection[str]) -> pd.DataFrame:
-    """Read a table of texts that has these columns.
+    """Read a CSV with the given columns, all fields as text.
 
     Raises:
-        UserError: it is not there, or no such table.
+        UserError: the file is missing, is not a CSV table, or lacks a column.
     """
     try:
         return read_text_table(path, str(path), columns)
     except FileNotFoundError:
-        raise UserError(f"{path}: not found; it says what the images are") from None
+        raise UserError(f"{path}: not found; add this table, which describes the images") from None
 
 
-def _entry(name: str) -> zipfile.ZipInfo:
-    entry = zipfile.ZipInfo(name, ZIP_TIMESTAMP)
-    entry.external_attr = 0o644 << 16
-    entry.create_system = 3  # Unix, whatever system writes it
-    return entry
+def _zip_info(name: str) -> zipfile.ZipInfo:
+    info = zipfile.ZipInfo(name, ZIP_TIMESTAMP)
+    info.external_attr = 0o644 << 16
+    info.create_system = 3  # Unix, so that every operating system writes the same bytes
+    return info

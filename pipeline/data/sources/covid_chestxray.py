@@ -1,4 +1,4 @@
-"""Frontal radiographs of github.com/ieee8023/covid-chestxray-dataset (Cohen et al. 2020, arXiv:2006.11988)."""
+"""Source: frontal radiographs of github.com/ieee8023/covid-chestxray-dataset (Cohen et al. 2020, arXiv:2006.11988)."""
 
 from pathlib import Path
 
@@ -6,14 +6,14 @@ from pipeline.core.config import CovidChestXrayParams
 from pipeline.data.sources import archive_writer
 
 FRONTAL = ["PA", "AP", "AP Supine", "AP semi erect", "AP erect"]
-UNLABELED = ["", "todo", "unknown"]  # findings of images that nobody has labeled yet
+UNLABELED = ["", "todo", "unknown"]  # values of the column finding, lower case
 COLUMNS = ["patientid", "finding", "view", "folder", "filename"]
 
 
-def write(params: CovidChestXrayParams, target: Path) -> None:
-    """Write the layout's zip from a checkout of the repository; positive is every finding with COVID-19.
+def write_source(params: CovidChestXrayParams, target: Path) -> None:
+    """Write the zip from a checkout of the repository; every finding that contains COVID-19 is positive.
 
-    Lateral views, CT, and images without a finding are left out; `test_share` of the patients are the test set.
+    Lateral views, CT and images without a finding are excluded; `test_share` of the patients are the test set.
 
     Raises:
         UserError: metadata.csv or an image is missing.
@@ -29,6 +29,6 @@ def write(params: CovidChestXrayParams, target: Path) -> None:
         patient=table["patientid"],
         source="cohen",
         license=table.get("license", ""),
-        path=[folder / place / file for place, file in zip(table["folder"], table["filename"], strict=True)],
+        path=[folder / parent / file for parent, file in zip(table["folder"], table["filename"], strict=True)],
     )
     archive_writer.write_zip_of_files(rows, target)

@@ -1,4 +1,4 @@
-"""Any folder of images with a CSV that says what they are; its columns are named by parameters."""
+"""Source: any folder of images with a CSV, whose columns are named by parameters."""
 
 from pathlib import Path, PurePosixPath
 
@@ -9,41 +9,44 @@ from pipeline.core.errors import UserError
 from pipeline.data.sources import archive_writer
 
 
-def write(params: TableParams, target: Path) -> None:
-    """Write the layout's zip from the images that the CSV lists.
+def write_source(params: TableParams, target: Path) -> None:
+    """Write the zip from the images that the CSV lists.
 
-    An image in a subfolder gets the folder in its name: `a/1.png` becomes `a_1.png`. Where no column says which images
-    are the test set, `test_share` of the patients are.
+    The name of an image in a subfolder includes the folder: `a/1.png` becomes `a_1.png`. Without a column for the set,
+    `test_share` of the patients are the test set.
 
     Raises:
-        UserError: the CSV, a column or an image is missing, or an image has no label.
+        UserError: the CSV, a column or a test image is missing, or an image has no label.
     """
     folder = archive_writer.source_folder(params.path, "the folder of images")
-    path, names = folder / params.labels, params.columns
-    given = {key: column for key, column in names.model_dump().items() if column is not None}
-    table = archive_writer.read_source_table(path, given.values())
-    known = pd.DataFrame({key: table[given[key]] if key in given else "" for key in names.model_dump()})
-    if names.set is not None:
-        wrong = known[~known["set"].isin(["train", "test"])]
-        if len(wrong):
+    path, columns = folder / params.labels, params.columns
+    column_names = {key: column for key, column in columns.model_dump().items() if column is not None}
+    table = archive_writer.read_source_table(path, column_names.values())
+    rows = pd.DataFrame({key: table[column_names[key]] if key in column_names else "" for key in columns.model_dump()})
+    if columns.set is not None:
+        invalid = rows[~rows["set"].isin(["train", "test"])]
+        if len(invalid):
             raise UserError(
-                f"{path} line {wrong.index[0] + 2}: {names.set} is {wrong['set'].iloc[0]!r}, not train or test"
+                f"{path} line {invalid.index[0] + 2}: {columns.set} is {invalid['set'].iloc[0]!r}; it must be train or "
+                "test"
             )
-        test = known["set"] == "test"
+        is_test = rows["set"] == "test"
     else:
-        test = archive_writer.draw_test_set(known["patient"], known["file"], params.test_share)
-    unnamed = known[known["file"] == ""]
+        is_test = archive_writer.draw_test_set(rows["patient"], rows["file"], params.test_share)
+    unnamed = rows[rows["file"] == ""]
     if len(unnamed):
-        raise UserError(f"{path} line {unnamed.index[0] + 2}: {names.file} is empty; name the image or delete the line")
-    unlabeled = known[~test & ~known["label"].isin([*params.positive, *params.negative])]
+        raise UserError(
+            f"{path} line {unnamed.index[0] + 2}: {columns.file} is empty; name the image or delete the line"
+        )
+    unlabeled = rows[~is_test & ~rows["label"].isin([*params.positive, *params.negative])]
     if len(unlabeled):
         raise UserError(
-            f"{path} line {unlabeled.index[0] + 2}: {names.label} is {unlabeled['label'].iloc[0]!r}, which is in "
+            f"{path} line {unlabeled.index[0] + 2}: {columns.label} is {unlabeled['label'].iloc[0]!r}, which is in "
             "neither download.positive nor download.negative; add it to one of them"
         )
-    rows = known.assign(
-        label=known["label"].isin(params.positive).astype("Int64").mask(test),
-        path=[folder / file for file in known["file"]],
-        file=[str(PurePosixPath(file)).replace("/", "_") for file in known["file"]],
+    rows = rows.assign(
+        label=rows["label"].isin(params.positive).astype("Int64").mask(is_test),
+        path=[folder / file for file in rows["file"]],
+        file=[str(PurePosixPath(file)).replace("/", "_") for file in rows["file"]],
     )
     archive_writer.write_zip_of_files(rows, target)
