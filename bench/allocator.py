@@ -1,8 +1,8 @@
-"""Images per second of EfficientNet-Lite0 at 160 px on the CPU, with freed memory kept, against the C library as it is.
+"""Images per second of EfficientNet-Lite0 at 160 px on the CPU, with freed memory retained or with default settings.
 
 python bench/allocator.py [BATCHES] [ROUNDS]
 
-Each figure is of a process of its own, for what the C library was told once it goes on doing.
+Each measurement runs in its own process, because the settings of the C library cannot be undone.
 """
 
 import json
@@ -13,7 +13,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
-import timm  # noqa: F401  # here, and not in each process that is forked
+import timm  # noqa: F401  # once, instead of in every forked process
 import torch
 from torch.nn.functional import cross_entropy
 
@@ -25,33 +25,36 @@ SIZE, BATCH = 160, 32
 
 
 def main(batches: int = 10, rounds: int = 5) -> None:
-    kept, plain = zip(*([rates(batches, keep) for keep in (True, False)] for _ in range(rounds)), strict=True)
-    for work in WORK:
-        ours, theirs = (statistics.median(one[work.__name__] for one in side) for side in (kept, plain))
-        figures = {"images_per_second": round(ours, 1), "plain": round(theirs, 1), "ratio": round(ours / theirs, 2)}
-        print(json.dumps({"work": work.__name__} | figures))
+    retained, plain = zip(*([measure(batches, retain) for retain in (True, False)] for _ in range(rounds)), strict=True)
+    for task in TASKS:
+        our_rate, plain_rate = (
+            statistics.median(rates[task.__name__] for rates in results) for results in (retained, plain)
+        )
+        rates = {"images_per_second": round(our_rate, 1), "plain": round(plain_rate, 1)}
+        print(json.dumps({"task": task.__name__, **rates, "ratio": round(our_rate / plain_rate, 2)}))
 
 
-def rates(batches: int, keep: bool) -> dict[str, float]:
+def measure(batches: int, retain: bool) -> dict[str, float]:
+    """Return images per second of each task, measured in a new process."""
     with ProcessPoolExecutor(1, get_context("fork")) as process:
-        return process.submit(measure, batches, keep).result()
+        return process.submit(measure_here, batches, retain).result()
 
 
-def measure(batches: int, keep: bool) -> dict[str, float]:
+def measure_here(batches: int, retain: bool) -> dict[str, float]:
     determinism.make_deterministic(len(os.sched_getaffinity(0)))
-    if keep:
+    if retain:
         memory.retain_freed_memory()
     architecture = Architecture("timm/tf_efficientnet_lite0", [], 0, SIZE, "imagenet", SIZE, "stretch")
     network = Classifier(architecture).to(memory_format=torch.channels_last)
     images = torch.rand(BATCH, 3, SIZE, SIZE).contiguous(memory_format=torch.channels_last)
-    found = {}
-    for work in WORK:
-        work(network, images)  # the first time, kernels are chosen and memory is fetched
+    rates = {}
+    for task in TASKS:
+        task(network, images)  # warm up: select kernels, allocate memory
         start = time.perf_counter()
         for _ in range(batches):
-            work(network, images)
-        found[work.__name__] = batches * BATCH / (time.perf_counter() - start)
-    return found
+            task(network, images)
+        rates[task.__name__] = batches * BATCH / (time.perf_counter() - start)
+    return rates
 
 
 def train(network: Classifier, images: torch.Tensor) -> None:
@@ -59,11 +62,11 @@ def train(network: Classifier, images: torch.Tensor) -> None:
 
 
 @torch.inference_mode()
-def judge(network: Classifier, images: torch.Tensor) -> None:
+def predict(network: Classifier, images: torch.Tensor) -> None:
     network.eval()(images)
 
 
-WORK = [train, judge]
+TASKS = [train, predict]
 
 if __name__ == "__main__":
     main(*map(int, sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the same radiographs for both sides, and turns taken in one run."""
+"""Shared by the benchmarks: the same radiographs for all implementations, and alternating timing."""
 
 import statistics
 import time
@@ -17,26 +17,33 @@ from pipeline.core import config
 from pipeline.core.config import PhantomParams, TrainParams
 from pipeline.data.sources import phantom
 
-DRAWN = 64  # different radiographs; the rest are copies under other names
+UNIQUE_IMAGES = 64  # the other radiographs are copies with other names
 ROOT = Path(__file__).parents[1]
 
 
 def radiographs() -> list[bytes]:
-    """Draw JPEGs of 512×512 pixels, as the demo does."""
+    """Generate synthetic JPEGs of 512×512 pixels, as in the demo."""
     params = PhantomParams(
-        source="phantom", train=DRAWN, test=1, prevalence=0.1, test_prevalence=0.5, strength=1, confounding=0, seed=1
+        source="phantom",
+        train=UNIQUE_IMAGES,
+        test=1,
+        prevalence=0.1,
+        test_prevalence=0.5,
+        strength=1,
+        confounding=0,
+        seed=1,
     )
-    return [phantom._jpeg(case) for case in phantom.draw_cases(params)]  # noqa: SLF001
+    return [phantom._encode_jpeg(case) for case in phantom.draw_cases(params)]  # noqa: SLF001
 
 
 def write_folder_and_pack(folder: Path, count: int, size: int) -> pd.DataFrame:
-    """Write the images as files for ImageFolder and, at `size` pixels, as a pack; return the pack's table."""
+    """Write the images as files for ImageFolder and as a pack with edge `size`; return the table of the pack."""
     jpegs = radiographs()
     images = np.empty((count, size, size), np.uint8)
     for index in range(count):
         path = folder / "images" / str(index % 2) / f"{index}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(jpegs[index % DRAWN])
+        path.write_bytes(jpegs[index % UNIQUE_IMAGES])
         images[index] = np.asarray(Image.open(path).convert("L").resize((size, size), Image.Resampling.BILINEAR))
     np.save(folder / "images.npy", images)
     (folder / "images.json").write_text('{"resize": "stretch"}')
@@ -46,17 +53,18 @@ def write_folder_and_pack(folder: Path, count: int, size: int) -> pd.DataFrame:
 
 
 def loader(folder: Path, size: int, batch_size: int, workers: int) -> DataLoader:
-    """Load the plain way: a file per image, decoded and transformed one by one, as the recipe does it."""
-    steps = [v2.RandomHorizontalFlip(), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+    """Return the baseline loader: one file per image, decoded and transformed one at a time."""
+    transforms = [v2.RandomHorizontalFlip(), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
     if size != 512:
-        steps.insert(0, v2.Resize((size, size)))
-    return DataLoader(ImageFolder(folder / "images", v2.Compose(steps)), batch_size, shuffle=True, num_workers=workers)
+        transforms.insert(0, v2.Resize((size, size)))
+    dataset = ImageFolder(folder / "images", v2.Compose(transforms))
+    return DataLoader(dataset, batch_size, shuffle=True, num_workers=workers)
 
 
 def recipe(**changes: object) -> TrainParams:
-    """Return the training section of the competition's profile, changed."""
-    shipped = config.load_config(ROOT / "params.yaml").profiles["competition"].train
-    return TrainParams.model_validate({**shipped.model_dump(), **changes})
+    """Return the training parameters of the competition profile, with changes."""
+    defaults = config.load_config(ROOT / "params.yaml").profiles["competition"].train
+    return TrainParams.model_validate({**defaults.model_dump(), **changes})
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -65,7 +73,7 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def alternate(*sides: Callable[[], float], rounds: int = 5) -> list[float]:
-    """Let the sides take turns, and return the median of what each returns."""
-    figures = [[side() for side in sides] for _ in range(rounds)]
-    return [statistics.median(of_one) for of_one in zip(*figures, strict=True)]
+def alternate(*measurements: Callable[[], float], rounds: int = 5) -> list[float]:
+    """Run the measurements alternately, and return the median of each."""
+    results = [[measure() for measure in measurements] for _ in range(rounds)]
+    return [statistics.median(values) for values in zip(*results, strict=True)]

@@ -1,9 +1,9 @@
-"""Images per second on one core: batches from the pack, against ImageFolder and DataLoader on the same radiographs.
+"""Images per second and core: batches from the pack, compared with ImageFolder and DataLoader.
 
 python bench/input.py [SIZE] [IMAGES]
 
-`float` is a batch ready for the network, (B, 3, SIZE, SIZE) and flipped; `uint8` is what the host does when the
-device takes bytes and does the rest.
+`float` is a batch ready for the network, (B, 3, SIZE, SIZE), flipped and normalized; `uint8` is a batch of bytes that
+the device converts.
 """
 
 import json
@@ -25,7 +25,7 @@ BATCH = 8
 
 def main(size: int = 512, count: int = 512) -> None:
     torch.set_num_threads(1)
-    params = recipe(size=size)  # mixup comes after, on both sides
+    params = recipe(size=size)  # without mixup, which both would do in the same way
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_folder_and_pack(folder, count, size)
@@ -33,23 +33,23 @@ def main(size: int = 512, count: int = 512) -> None:
         network = Classifier(Architecture("squeezenet1_1", [], 0, size, "none", size, "stretch"))
         batches = torch.randperm(count, generator=make_generator(0, "order")).split(BATCH)
 
-        def packed() -> None:
+        def read_uint8() -> None:
             for _ in pack.batches(batches):
                 pass
 
-        def ready() -> None:
+        def read_float() -> None:
             for step, (_, pixels) in enumerate(pack.batches(batches)):
                 network.normalize(augment(network.resize(pixels), params, make_generator(0, step, "augment")))
 
-        def plain() -> None:
+        def read_plain() -> None:
             for _ in loader(folder, size, BATCH, 0):
                 pass
 
-        sides = [partial(seconds, side) for side in (packed, ready, plain)]
-        uint8, floats, theirs = (count / taken for taken in alternate(*sides))
-    figures = {"uint8": uint8, "float": floats, "plain": theirs}
-    ratios = {"ratio_uint8": round(uint8 / theirs, 1), "ratio_float": round(floats / theirs, 1)}
-    print(json.dumps({"size": size} | {key: round(value) for key, value in figures.items()} | ratios))
+        measurements = [partial(seconds, read) for read in (read_uint8, read_float, read_plain)]
+        uint8, floats, plain = (count / duration for duration in alternate(*measurements))
+    rates = {"uint8": round(uint8), "float": round(floats), "plain": round(plain)}
+    ratios = {"ratio_uint8": round(uint8 / plain, 1), "ratio_float": round(floats / plain, 1)}
+    print(json.dumps({"size": size} | rates | ratios))
 
 
 if __name__ == "__main__":

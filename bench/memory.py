@@ -1,4 +1,4 @@
-"""Peak private memory while one epoch trains on a small pack, and on one of the competition's size.
+"""Peak private memory of one epoch of training, on a small pack and on one of the competition's size.
 
 python bench/memory.py [SMALL] [LARGE]
 """
@@ -40,31 +40,31 @@ def train(count: int) -> None:
     params = recipe(backbone="squeezenet1_1", size=64, batch_size=32, epochs=1, frozen_epochs=1, mixup_alpha=0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        # A file of nothing but zeros, which takes no place on the disk, but is read like any other.
+        # A sparse file: only zeros, which take no space on the disk.
         np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, (count, 512, 512))
         (folder / "images.json").write_text('{"resize": "stretch"}')
         (folder / "origin.json").write_text('{"source": "none"}')
         subset = ["validation"] * 100 + ["train"] * (count - 100)
         table = pd.DataFrame({"label": [index % 2 for index in range(count)], "subset": subset})
         pack = PackedImages(folder / "images.npy", torch.device("cpu"))
-        peak = Peak()
+        monitor = MemoryMonitor()
         checkpoint = Checkpoint(folder, uuid.uuid4().hex)
         loop.Trainer(params, 0, table, pack, folder, ProcessGroup()).run(checkpoint, lambda *_: None, lambda: 0)
-        print(peak.megabytes)
+        print(monitor.peak_mb)
 
 
-class Peak:
-    """The highest private memory of this process, looked at ten times a second."""
+class MemoryMonitor:
+    """Measures the peak private memory of this process, ten times a second."""
 
     def __init__(self) -> None:
-        self.megabytes = 0
+        self.peak_mb = 0
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
         while True:
             status = Path("/proc/self/status").read_text()
-            now = int(status.split("RssAnon:")[1].split()[0]) // 1024
-            self.megabytes = max(self.megabytes, now)
+            current_mb = int(status.split("RssAnon:")[1].split()[0]) // 1024
+            self.peak_mb = max(self.peak_mb, current_mb)
             time.sleep(0.1)
 
 

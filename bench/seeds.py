@@ -1,4 +1,4 @@
-"""All seeds by `cxr train-all --jobs JOBS`, against `dvc repro` one after another, in two clones of the project.
+"""Time to train all seeds by `cxr train-all --jobs JOBS`, compared with sequential `dvc repro`, in two clones.
 
 python bench/seeds.py [JOBS] [PROJECT]
 """
@@ -19,17 +19,17 @@ from pipeline.core import config
 def main(jobs: str = "2", project: str = str(ROOT)) -> None:
     trainings = [f"train@{seed}" for seed in config.load_config(Path(project, "params.yaml")).seeds]
     with tempfile.TemporaryDirectory() as folder:
-        clones = [Path(folder, side) for side in ("ours", "plain")]
-        clone_ready(Path(project), clones[0])
+        clones = [Path(folder, name) for name in ("ours", "plain")]
+        clone_and_prepare(Path(project), clones[0])
         shutil.copytree(*clones, symlinks=True)
-        ours = seconds(lambda: run(clones[0], "cxr", "train-all", "--jobs", jobs))
-        theirs = seconds(lambda: run(clones[1], "dvc", "repro", *trainings))
-    figures = {"seeds": len(trainings), "jobs": int(jobs), "seconds": round(ours, 1), "plain_seconds": round(theirs, 1)}
-    print(json.dumps(figures | {"ratio": round(theirs / ours, 2)}))
+        our_time = seconds(lambda: run(clones[0], "cxr", "train-all", "--jobs", jobs))
+        plain_time = seconds(lambda: run(clones[1], "dvc", "repro", *trainings))
+    times = {"seconds": round(our_time, 1), "plain_seconds": round(plain_time, 1)}
+    print(json.dumps({"seeds": len(trainings), "jobs": int(jobs), **times, "ratio": round(plain_time / our_time, 2)}))
 
 
-def clone_ready(project: Path, clone: Path) -> None:
-    """Clone the project and run what comes before training."""
+def clone_and_prepare(project: Path, clone: Path) -> None:
+    """Clone the project and run the stages before training."""
     run(project, "git", "clone", "--quiet", ".", str(clone))
     run(clone, "dvc", "repro", "weights", "split")
 

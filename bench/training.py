@@ -1,9 +1,9 @@
-"""Images per second of an epoch of training: this project, against a plain torch loop on ImageFolder and DataLoader.
+"""Images per second over an epoch of training, compared with a plain PyTorch loop with ImageFolder and DataLoader.
 
 python bench/training.py [IMAGES] [ROUNDS]
 
-Both sides train the same network on the same radiographs with the same number of threads. `overhead` is the share of
-our epoch that is not forward, backward and optimizer: the epoch against the same steps on a batch that is ready.
+Both train the same network on the same radiographs with the same number of threads. `overhead` is the share of this
+project's epoch outside forward, backward and optimizer, measured by the same steps on one batch in memory.
 """
 
 import json
@@ -30,10 +30,11 @@ from pipeline.training.schedule import build_optimizer
 CASES = {
     "alexnet": {"backbone": "alexnet", "size": 224, "batch_size": 8},
     "efficientnet-lite0": {
-        "backbone": "timm/tf_efficientnet_lite0", "size": 160, "batch_size": 32, "head_hidden": [], "channels_last": True,
+        "backbone": "timm/tf_efficientnet_lite0", "size": 160, "batch_size": 32, "head_hidden": [],
+        "channels_last": True,
     },
 }  # fmt: skip
-WORKERS = [0, 2]  # of the plain loader; the better of the two counts
+WORKERS = [0, 2]  # of the baseline loader; the better result counts
 
 
 def main(count: int = 192, rounds: int = 5) -> None:
@@ -51,51 +52,51 @@ def compare(params: TrainParams, folder: Path, count: int, rounds: int) -> dict[
 
     def ours() -> float:
         checkpoint = Checkpoint(folder, uuid.uuid4().hex)
-        training = loop.Trainer(params, 0, table, pack, folder, ProcessGroup())
-        trained = training.run(checkpoint, lambda *_: None, lambda: 0)
-        return trained.history[0].images_per_second
+        trainer = loop.Trainer(params, 0, table, pack, folder, ProcessGroup())
+        result = trainer.run(checkpoint, lambda *_: None, lambda: 0)
+        return result.history[0].images_per_second
 
     def plain(workers: int) -> float:
-        network = new(params).train()
-        steps = build_optimizer(network.parameters(), params)
-        start, seen = time.perf_counter(), 0
+        network = build_classifier(params).train()
+        optimizer = build_optimizer(network.parameters(), params)
+        start, image_count = time.perf_counter(), 0
         for images, labels in loader(folder, params.size, params.batch_size, workers):
-            step(network, steps, images, labels)
-            seen += len(images)
-        return seen / (time.perf_counter() - start)
+            step(network, optimizer, images, labels)
+            image_count += len(images)
+        return image_count / (time.perf_counter() - start)
 
-    def ready() -> float:
-        """Only forward, backward and optimizer, on one batch again and again."""
+    def steps_only() -> float:
+        """Run forward, backward and optimizer repeatedly on one batch."""
         memory_format = torch.channels_last if params.channels_last else torch.contiguous_format
-        network = new(params).train().to(memory_format=memory_format)
-        steps = build_optimizer(network.parameters(), params)
+        network = build_classifier(params).train().to(memory_format=memory_format)
+        optimizer = build_optimizer(network.parameters(), params)
         images = torch.rand(params.batch_size, 3, params.size, params.size).contiguous(memory_format=memory_format)
         labels = torch.arange(params.batch_size) % 2
         start = time.perf_counter()
         for _ in range(count // params.batch_size):
-            step(network, steps, images, labels)
+            step(network, optimizer, images, labels)
         return count / (time.perf_counter() - start)
 
-    plainly = [partial(plain, workers) for workers in WORKERS]
-    mine, *theirs, bare = alternate(ours, *plainly, ready, rounds=rounds)
+    baselines = [partial(plain, workers) for workers in WORKERS]
+    our_rate, *plain_rates, step_rate = alternate(ours, *baselines, steps_only, rounds=rounds)
     return {
-        "images_per_second": round(mine, 1),
-        "plain": round(max(theirs), 1),
-        "ratio": round(mine / max(theirs), 2),
-        "overhead": round(1 - mine / bare, 3),
+        "images_per_second": round(our_rate, 1),
+        "plain": round(max(plain_rates), 1),
+        "ratio": round(our_rate / max(plain_rates), 2),
+        "overhead": round(1 - our_rate / step_rate, 3),
     }
 
 
-def new(params: TrainParams) -> Classifier:
+def build_classifier(params: TrainParams) -> Classifier:
     return Classifier(
         Architecture(params.backbone, params.head_hidden, 0, params.size, params.normalization, params.size, "stretch")
     )
 
 
-def step(network: Classifier, optimizer_: torch.optim.Optimizer, images: torch.Tensor, labels: torch.Tensor) -> None:
-    optimizer_.zero_grad()
+def step(network: Classifier, optimizer: torch.optim.Optimizer, images: torch.Tensor, labels: torch.Tensor) -> None:
+    optimizer.zero_grad()
     cross_entropy(network(images), labels).backward()
-    optimizer_.step()
+    optimizer.step()
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 @stage
-@click.option("--seed", type=int, required=True, help="K, the origin of all random numbers.")
+@click.option("--seed", type=int, required=True, help="The seed K, from which all random numbers derive.")
 def train(seed: int) -> None:
-    """Write models/seed-K/, and log to MLflow while it trains; go on where an interrupted training stopped."""
+    """Train one seed, or resume its interrupted training: write models/seed-K/ and log to MLflow."""
     import pandas as pd
 
     from pipeline.core import memory
@@ -31,6 +31,7 @@ def train(seed: int) -> None:
     from pipeline.training import determinism, distributed
     from pipeline.training.checkpoint import Checkpoint
     from pipeline.training.loop import Trainer
+    from pipeline.training.progress import progress_path
     from pipeline.training.signals import SignalHandler
 
     config = load_config()
@@ -38,15 +39,16 @@ def train(seed: int) -> None:
     params = config.active.train
     determinism.make_deterministic(params.cpu_threads, compiled=params.compile)
     memory.retain_freed_memory()
-    with SignalHandler() as stop, distributed.init_distributed() as processes:
+    with SignalHandler() as stop, distributed.init_distributed() as group:
         pack = PackedImages(data / "images.npy", determinism.select_device())
-        environment = determinism.describe_environment(processes.count)
-        mark = fingerprint.training_fingerprint(config, seed=seed, environment=environment)
-        checkpoint = Checkpoint(tracking_uri.workspace_root() / "checkpoints", mark)
+        environment = determinism.describe_environment(group.count)
+        parent_fingerprint = fingerprint.training_fingerprint(config)
+        run_fingerprint = fingerprint.training_fingerprint(config, seed=seed, environment=environment)
+        checkpoint = Checkpoint(tracking_uri.workspace_root() / "checkpoints", run_fingerprint)
         table = read_split(data, config.active.split.validation_fold(seed))
-        training = Trainer(params, seed, table, pack, data / "weights", processes)
-        if not processes.is_main_process:
-            training.run(checkpoint, lambda *_: None, stop)
+        trainer = Trainer(params, seed, table, pack, data / "weights", group)
+        if not group.is_main_process:
+            trainer.run(checkpoint, lambda *_: None, stop)
             return
 
         def open_run() -> "SeedRun":
@@ -54,28 +56,34 @@ def train(seed: int) -> None:
             from pipeline.tracking.store import connect
 
             store = connect(config.model_name)
-            return SeedRun(store, config, parent_run(store, config), seed, mark).monitor_system_metrics()
+            parent = parent_run(store, config, parent_fingerprint)
+            return SeedRun(store, config, parent, seed, run_fingerprint).monitor_system_metrics()
 
         tracking_uri.check_reachable()
         with checkpoint.exclusive(), tempfile.TemporaryDirectory() as scratch, Outbox(open_run) as outbox:
 
-            def asked_to_stop() -> int:
+            def check_outbox_and_signals() -> int:
                 outbox.check()
                 return stop()
 
-            def log(epoch: "EpochMetrics", best: "Classifier | None") -> None:
+            def log_epoch(epoch: "EpochMetrics", best: "Classifier | None") -> None:
                 outbox.put(lambda run: run.log_epoch(epoch.row(), epoch.ended_at, epoch.images_per_second))
                 if best:
-                    classifier.save_weights(best, Path(scratch))  # while MLflow is away, over what it has not yet taken
+                    # If MLflow has not uploaded the last best weights yet, the better ones replace them.
+                    classifier.save_weights(best, Path(scratch))
                     outbox.put(lambda run: run.upload_checkpoint(Path(scratch, classifier.WEIGHTS_FILE)))
 
-            trained = training.run(checkpoint, log, asked_to_stop)
-            facts = {"fingerprint": mark, "environment": environment}
-            classifier.save_weights(trained.network, folder)
-            classifier.save_description(trained.network, folder, facts)
-            write_csv(folder / "history.csv", pd.DataFrame([epoch.row() for epoch in trained.history]))
-            name = fingerprint.seed_run_name(config, seed, mark)  # by which DVC's figures name the MLflow run
-            write_json(folder / "metrics.json", {"run": name, "epoch": trained.best.epoch, **trained.best.scores})
+            result = trainer.run(checkpoint, log_epoch, check_outbox_and_signals, progress_path(seed))
+            metadata = {
+                "fingerprint": run_fingerprint,
+                "parent_fingerprint": parent_fingerprint,
+                "environment": environment,
+            }
+            classifier.save_weights(result.network, folder)
+            classifier.save_description(result.network, folder, metadata)
+            write_csv(folder / "history.csv", pd.DataFrame([epoch.row() for epoch in result.history]))
+            name = fingerprint.seed_run_name(config, seed, run_fingerprint)  # links DVC's metrics to the MLflow run
+            write_json(folder / "metrics.json", {"run": name, "epoch": result.best.epoch, **result.best.scores})
             outbox.put(lambda run: run.finish(folder))
         checkpoint.remove()
 

@@ -1,7 +1,6 @@
 """Train all seeds, several at once."""
 
 import os
-import re
 import signal
 import subprocess
 import time
@@ -17,74 +16,75 @@ from stages.common import stage
 if TYPE_CHECKING:
     from rich.table import Table
 
-# As the training loop prints them, and as DVC says that it has nothing to do.
-EPOCH = re.compile(r"epoch (\d+/\d+) .* F1 ([\d.]+) +(\d+) images/s")
-UP_TO_DATE = re.compile(r"didn't change, skipping|is cached - skipping")
+    from pipeline.training.progress import TrainingProgress
 
 
 @dataclass
-class Seed:
-    """One seed's `dvc repro` and its log."""
+class SeedProcess:
+    """The `dvc repro` of one seed, with its log and the progress file that the training writes."""
 
-    number: int
+    seed: int
     log: Path
     process: subprocess.Popen[bytes] | None = None
 
     def start(self, device: str) -> None:
-        """Run in a session of its own, so that Ctrl-C reaches it through `stop` alone."""
-        # Idle threads give their core away, which changes no result but the pace where seeds share cores.
-        own = {"OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": device}
-        command = ["dvc", "--wait-for-lock", "repro", "-s", f"train@{self.number}"]
+        """Start in a session of its own, so that Ctrl-C reaches it only through `stop`."""
+        from pipeline.training.progress import progress_path
+
+        progress_path(self.seed).unlink(missing_ok=True)  # of an earlier training
+        # Idle threads yield their core to other seeds; the results do not change.
+        changes = {"OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": device}
+        command = ["dvc", "--wait-for-lock", "repro", "-s", f"train@{self.seed}"]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                command, env=os.environ | own, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                command, env=os.environ | changes, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
 
     def stop(self) -> None:
-        """Ask the training, not DVC, to stop: DVC does not heed this signal while a stage runs."""
+        """Interrupt the training; DVC itself ignores the signal while a stage runs."""
         if self.process and self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGINT)
 
     @property
-    def runs(self) -> bool:
+    def is_running(self) -> bool:
         return self.process is not None and self.process.poll() is None
 
     @property
-    def failed(self) -> bool:
+    def has_failed(self) -> bool:
         return self.process is not None and self.process.poll() not in (None, 0)
 
-    @property
-    def state(self) -> str:
+    def failure_reason(self) -> str:
+        """Return the first error line of the log, which is the stage's or DVC's."""
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        prefix = "error: "
+        errors = [line[len(prefix) :] for line in lines if line.lower().startswith(prefix)]
+        return errors[0] if errors else "no error message"
+
+    def progress(self) -> "TrainingProgress | None":
+        """Return the progress of the training, or None if no training has begun since the start."""
+        from pipeline.training.progress import read_progress
+
+        return read_progress(self.seed) if self.process else None
+
+    def status(self) -> str:
         if self.process is None:
-            return "waits"
-        if self.runs:
-            return "trains"
-        if self.failed:
-            return "failed"
-        return "up to date" if UP_TO_DATE.search(self._text()) else "done"
-
-    def last_epoch(self) -> tuple[str, ...]:
-        """Return epoch, F1 and images per second as they were printed last."""
-        found = EPOCH.findall(self._text())
-        return tuple(found[-1]) if found else ("–", "–", "–")
-
-    def reason(self) -> str:
-        """Return the one line with which the stage failed, or DVC's."""
-        lines = [line for line in self._text().splitlines() if line.lower().startswith("error: ")]
-        return lines[0][len("error: ") :] if lines else "it ended without a word"
-
-    def _text(self) -> str:
-        return self.log.read_text(encoding="utf-8", errors="replace") if self.process else ""
+            return "waiting"
+        if self.is_running:
+            return "training"
+        progress = self.progress()
+        if self.has_failed:
+            return "interrupted" if progress and progress.state == "interrupted" else "failed"
+        return "done" if progress else "up to date"  # DVC skipped the training or restored its results
 
 
 @stage
 @click.option("--jobs", type=click.IntRange(1), help="How many seeds train at once on this machine.")
 @click.option("--ray", metavar="ADDRESS", help="Train on this Ray cluster instead.")
 def train_all(jobs: int | None, ray: str | None) -> None:
-    """Train every seed of params.yaml that is due, by a `dvc repro` each; afterwards `dvc repro` trains none.
+    """Train every seed of params.yaml that has changed, with one `dvc repro` each; a later `dvc repro` trains none.
 
-    On this machine the seeds get its GPUs in turn. On a Ray cluster each works in a clone of its own, and the results
-    come back with `dvc repro --pull`.
+    On this machine, the GPUs are assigned to the seeds in turn. On a Ray cluster, each seed trains in its own clone,
+    and `dvc repro --pull` fetches the results.
     """
     from pipeline.core.config import load_config
     from pipeline.core.errors import UserError
@@ -92,25 +92,25 @@ def train_all(jobs: int | None, ray: str | None) -> None:
     if (jobs is None) == (ray is None):
         raise click.UsageError("give either --jobs N or --ray ADDRESS")
     config = load_config()
-    ended = subprocess.run(["dvc", "--wait-for-lock", "repro", "weights", "split"], check=False)
-    if ended.returncode:
-        raise UserError("what comes before training failed, as dvc repro says above")
+    upstream = subprocess.run(["dvc", "--wait-for-lock", "repro", "weights", "split"], check=False)
+    if upstream.returncode:
+        raise UserError("a stage before training failed; see the output of dvc repro above")
     if ray:
         try:
             from stages import ray_backend
         except ModuleNotFoundError:
             raise UserError("Ray is not installed; run: pip install -c constraints.txt -e '.[ray]'") from None
-        failed = ray_backend.train(ray, config)
+        failures = ray_backend.train(ray, config)
     else:
-        failed = _train_here(config.seeds, jobs or 1)
-    if failed:
-        reasons = "; ".join(f"seed {seed}: {reason}" for seed, reason in failed.items())
-        raise UserError(f"{len(failed)} of {len(config.seeds)} seeds failed: {reasons}")
+        failures = _train_locally(config.seeds, jobs or 1)
+    if failures:
+        reasons = "; ".join(f"seed {seed}: {reason}" for seed, reason in failures.items())
+        raise UserError(f"{len(failures)} of {len(config.seeds)} seeds failed: {reasons}")
     click.echo(f"{len(config.seeds)} seeds are trained; next: dvc repro{' --pull' if ray else ''}")
 
 
-def _train_here(numbers: list[int], jobs: int) -> dict[int, str]:
-    """Train on this machine, and return why the seeds that failed did so."""
+def _train_locally(seeds: list[int], jobs: int) -> dict[int, str]:
+    """Train on this machine, and return the reason of failure for each seed that failed."""
     from rich.live import Live
 
     from pipeline.core.errors import Interrupted
@@ -118,44 +118,52 @@ def _train_here(numbers: list[int], jobs: int) -> dict[int, str]:
 
     logs = Path("logs")
     logs.mkdir(exist_ok=True)
-    seeds = [Seed(number, logs / f"seed-{number}.log") for number in numbers]
-    waiting, devices = deque(seeds), _devices()
-    places: list[Seed | None] = [None] * jobs
-    with SignalHandler() as stop, Live(_table(seeds)) as live:
+    processes = [SeedProcess(seed, logs / f"seed-{seed}.log") for seed in seeds]
+    waiting, devices = deque(processes), _devices()
+    slots: list[SeedProcess | None] = [None] * jobs
+    with SignalHandler() as stop, Live(_progress_table(processes)) as live:
         try:
-            while not stop() and (waiting or any(seed.runs for seed in seeds)):
-                for place, there in enumerate(places):
-                    if waiting and not (there and there.runs):
-                        places[place] = seed = waiting.popleft()
-                        seed.start(devices[place % len(devices)])
-                live.update(_table(seeds))
+            while not stop() and (waiting or any(process.is_running for process in processes)):
+                for slot, current in enumerate(slots):
+                    if waiting and not (current and current.is_running):
+                        slots[slot] = process = waiting.popleft()
+                        process.start(devices[slot % len(devices)])
+                live.update(_progress_table(processes))
                 time.sleep(0.2)
         finally:
-            for seed in seeds:
-                seed.stop()
-            for seed in seeds:
-                if seed.process:
-                    seed.process.wait()
-        live.update(_table(seeds))
+            for process in processes:
+                process.stop()
+            for process in processes:
+                if process.process:
+                    process.process.wait()
+        live.update(_progress_table(processes))
     if stop():
-        raise Interrupted(stop(), "the seeds that were training are stopped")
-    return {seed.number: f"{seed.reason()} (see {seed.log})" for seed in seeds if seed.failed}
+        raise Interrupted(stop(), "all running trainings are stopped")
+    failures = [process for process in processes if process.has_failed]
+    return {process.seed: f"{process.failure_reason()} (see {process.log})" for process in failures}
 
 
 def _devices() -> list[str]:
-    """Return the GPUs by what CUDA_VISIBLE_DEVICES calls them; one empty name where there is none."""
+    """Return the GPUs as CUDA_VISIBLE_DEVICES names them; without a GPU, one empty name."""
     import torch
 
-    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    return named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())] or [""]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())] or [""]
 
 
-def _table(seeds: list[Seed]) -> "Table":
+def _progress_table(processes: list[SeedProcess]) -> "Table":
     from rich.table import Table
 
-    table = Table("seed", "state", "epoch", "validation F1", "images/s")
-    for seed in seeds:
-        table.add_row(str(seed.number), seed.state, *seed.last_epoch())
+    table = Table("seed", "status", "epoch", "validation F1", "images/s")
+    for process in processes:
+        progress, cells = process.progress(), ["–"] * 3
+        if progress:
+            cells[0] = f"{progress.epoch}/{progress.epochs}"
+            if progress.f1 is not None:
+                cells[1] = f"{progress.f1:.3f}"
+            if progress.images_per_second is not None:
+                cells[2] = f"{progress.images_per_second:.0f}"
+        table.add_row(str(process.seed), process.status(), *cells)
     return table
 
 

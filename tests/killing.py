@@ -1,11 +1,11 @@
-"""Trains seed 0 of the project in the working directory, again and again, in children that are killed on the way.
+"""Train seed 0 of the project in the working directory in child processes that are killed, until one finishes.
 
     python killing.py FAULTS
 
-FAULTS is a JSON list of [where, count]: the child kills itself with SIGKILL as it comes to `where` for the count-th
-time. `where` is a key of FAULTS below, or "seconds", and the child is killed after so many. A last child runs to the
-end. Prints the exit status of each as a JSON list. The children are forked from one process that has imported
-everything, which saves them the imports.
+FAULTS is a JSON list of [point, count]: the child kills itself with SIGKILL when it reaches `point` for the count-th
+time. `point` is a key of FAULTS below, or "seconds": then the child is killed after `count` seconds. A last child runs
+to the end. Prints the exit status of each child as a JSON list. The children are forked from one process that has
+imported everything already.
 """
 
 import json
@@ -32,61 +32,61 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def half_of_a_checkpoint(real, state, out):
-    real(state, out)
+def truncate_checkpoint(original, state, out):
+    original(state, out)
     out.flush()
     out.truncate(out.tell() // 2)
     die()
 
 
-def half_of_the_weights(real, path, data):
-    real(path, data[: len(data) // 2])
+def write_half_of_the_weights(original, path, data):
+    original(path, data[: len(data) // 2])
     die()
 
 
-def after(real, *arguments, **options):
-    real(*arguments, **options)
+def die_after(original, *arguments, **options):
+    original(*arguments, **options)
     die()
 
 
-def before(real, *arguments, **options):
+def die_before(original, *arguments, **options):
     die()
 
 
 FAULTS = {
-    "in the middle of an epoch": (AdamW, "step", after),
-    "in the middle of a checkpoint": (torch, "save", half_of_a_checkpoint),
-    "before a checkpoint has its name": (os, "fsync", before),
-    "after a checkpoint": (Checkpoint, "save", after),
-    "before an epoch is logged": (SeedRun, "log_epoch", before),
-    "after an epoch is logged": (SeedRun, "log_epoch", after),
-    "in the middle of an epoch's log": (mlflow.MlflowClient, "log_batch", after),
-    "in the middle of the model": (Path, "write_bytes", half_of_the_weights),
-    "between the model and its description": (classifier, "describe", before),
-    "before the run is closed": (SeedRun, "finish", before),
-    "after the run is closed": (SeedRun, "finish", after),
+    "in the middle of an epoch": (AdamW, "step", die_after),
+    "while a checkpoint is written": (torch, "save", truncate_checkpoint),
+    "before a checkpoint is renamed": (os, "fsync", die_before),
+    "after a checkpoint": (Checkpoint, "save", die_after),
+    "before an epoch is logged": (SeedRun, "log_epoch", die_before),
+    "after an epoch is logged": (SeedRun, "log_epoch", die_after),
+    "while an epoch is logged": (mlflow.MlflowClient, "log_batch", die_after),
+    "while the weights are written": (Path, "write_bytes", write_half_of_the_weights),
+    "between the weights and the description": (classifier, "save_description", die_before),
+    "before the run is finished": (SeedRun, "finish", die_before),
+    "after the run is finished": (SeedRun, "finish", die_after),
 }
 
 
-def install(where: str, count: int) -> None:
-    owner, name, fault = FAULTS[where]
-    real, left = getattr(owner, name), [count]
+def install_fault(point: str, count: int) -> None:
+    owner, name, fault = FAULTS[point]
+    original, remaining = getattr(owner, name), [count]
 
-    def maybe(*arguments, **options):
-        left[0] -= 1
-        return real(*arguments, **options) if left[0] else fault(real, *arguments, **options)
+    def call(*arguments, **options):
+        remaining[0] -= 1
+        return original(*arguments, **options) if remaining[0] else fault(original, *arguments, **options)
 
-    setattr(owner, name, maybe)
+    setattr(owner, name, call)
 
 
-def child(where: str, count: float) -> int:
-    """Train in a child and return how it ended: 0, or less the number of the signal that killed it."""
+def train_in_child(point: str, count: float) -> int:
+    """Train in a child process and return its exit code: 0, or minus the number of the signal that killed it."""
     process = os.fork()
     if not process:
-        if where in FAULTS:
-            install(where, int(count))
+        if point in FAULTS:
+            install_fault(point, int(count))
         train.main(["--seed", "0"])  # ends the process
-    if where == "seconds":
+    if point == "seconds":
         time.sleep(count)
         os.kill(process, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
@@ -94,4 +94,4 @@ def child(where: str, count: float) -> int:
 
 if __name__ == "__main__":
     torch.set_deterministic_debug_mode("error")
-    print(json.dumps([child(where, count) for where, count in [*json.loads(sys.argv[1]), ["", 0]]]))
+    print(json.dumps([train_in_child(point, count) for point, count in [*json.loads(sys.argv[1]), ["", 0]]]))

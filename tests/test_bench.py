@@ -1,4 +1,4 @@
-"""The benchmarks run, and each prints one line of figures; what the figures are is said in docs/performance.md."""
+"""Every benchmark runs and prints its results as JSON lines."""
 
 import json
 import shutil
@@ -27,19 +27,21 @@ pytestmark = pytest.mark.slow
         ("python bench/predict.py", ["1", "squeezenet1_1", "64"], 1),
     ],
 )
-def test_a_benchmark_prints_its_figures(command, arguments, lines):
-    figures = measured(command, *arguments)
-    assert len(figures) == lines
-    assert all(value > 0 for line in figures for key, value in line.items() if key.startswith(("ratio", "peak")))
+def test_a_benchmark_prints_its_results(command, arguments, lines):
+    results = run_benchmark(command, *arguments)
+    assert len(results) == lines
+    assert all(value > 0 for line in results for key, value in line.items() if key.startswith(("ratio", "peak")))
 
 
-def test_the_benchmark_of_the_start_prints_its_figure(built):
-    (line,) = measured("python bench/startup.py", str(built), "1")
+def test_the_benchmark_of_the_startup_time_prints_its_result(demo_project):
+    (line,) = run_benchmark("python bench/startup.py", str(demo_project), "1")
     assert line["seconds"] > 0
 
 
-def changed(project: Path, target: Path, name: str, change: Callable[[pd.Series, pd.Series], pd.Series]) -> Path:
-    """Copy what a benchmark reads of the project, with other predictions of one table."""
+def copy_with_changed_predictions(
+    project: Path, target: Path, name: str, change: Callable[[pd.Series, pd.Series], pd.Series]
+) -> Path:
+    """Copy the files that a benchmark reads, with copy_with_changed_predictions predictions in one table."""
     shutil.copytree(project / "data", target / "data", ignore=shutil.ignore_patterns("*.zip", "*.npy", "weights"))
     shutil.copytree(project / "predictions", target / "predictions")
     path = target / f"predictions/{name}.csv"
@@ -50,37 +52,41 @@ def changed(project: Path, target: Path, name: str, change: Callable[[pd.Series,
     return target
 
 
-def test_an_ablation_says_which_of_two_recipes_is_better(built, tmp_path):
-    better = changed(built, tmp_path / "better", "validation", lambda _, label: 0.1 + 0.8 * label)
-    worse = changed(built, tmp_path / "worse", "validation", lambda _, label: 0.9 - 0.8 * label)
-    lines = {line["metric"]: line for line in measured("python bench/ablation.py", str(better), str(worse))}
+def test_an_ablation_finds_the_better_of_two_recipes(demo_project, tmp_path):
+    better = copy_with_changed_predictions(
+        demo_project, tmp_path / "better", "validation", lambda _, label: 0.1 + 0.8 * label
+    )
+    worse = copy_with_changed_predictions(
+        demo_project, tmp_path / "worse", "validation", lambda _, label: 0.9 - 0.8 * label
+    )
+    lines = {line["metric"]: line for line in run_benchmark("python bench/ablation.py", str(better), str(worse))}
     assert list(lines) == ["loss", "calibrated_loss", "auroc", "average_precision", "f1"]
     assert lines["loss"]["difference"] < 0 < lines["auroc"]["difference"]
     assert {line["better"] for metric, line in lines.items() if metric != "calibrated_loss"} == {"2 of 2"}
-    ended = run(ROOT, "python", "bench/ablation.py", str(better), str(built.parent))
-    assert ended.returncode
+    result = run(ROOT, "python", "bench/ablation.py", str(better), str(demo_project.parent))
+    assert result.returncode
 
 
-def test_what_adaptation_gains_is_measured_on_the_labels_of_the_test_set(built, tmp_path):
+def test_adaptation_is_evaluated_with_the_labels_of_the_test_set(demo_project, tmp_path):
     rng = np.random.default_rng(0)
-    odds = {0: -1.5, 1: 0.5}  # a positive is too faint for a threshold chosen where positives are rare
+    log_odds = {0: -1.5, 1: 0.5}  # too low for the positives, as at a threshold chosen at a low prevalence
 
-    def drawn(given: pd.Series, label: pd.Series) -> pd.Series:
-        return pd.Series(expit(rng.normal(label.map(odds), 1)), given.index)
+    def draw(probabilities: pd.Series, label: pd.Series) -> pd.Series:
+        return pd.Series(expit(rng.normal(label.map(log_odds), 1)), probabilities.index)
 
-    project = changed(built, tmp_path / "first", "validation", drawn)
-    project = changed(project, tmp_path / "second", "test", drawn)
+    project = copy_with_changed_predictions(demo_project, tmp_path / "first", "validation", draw)
+    project = copy_with_changed_predictions(project, tmp_path / "second", "test", draw)
     test = pd.read_csv(project / "predictions/test.csv")
     labels = tmp_path / "labels.csv"
     pd.DataFrame({"File": test["file"], "Label": ([0, 1] * len(test))[: len(test)]}).to_csv(labels)
-    *ways, found = measured("python bench/adaptation.py", str(project), str(labels))
-    assert [line["way"] for line in ways] == ["plain", "calibrated", "adapted"]
-    assert ways[2]["over calibrated"][0] == pytest.approx(ways[2]["accuracy"] - ways[1]["accuracy"], abs=2e-3)
-    assert found["prevalence"] == 0.5
-    assert found["estimated"] > pd.read_csv(project / "predictions/validation.csv")["label"].mean()
+    *rows, estimate = run_benchmark("python bench/adaptation.py", str(project), str(labels))
+    assert [line["predictions"] for line in rows] == ["plain", "calibrated", "adapted"]
+    assert rows[2]["over calibrated"][0] == pytest.approx(rows[2]["accuracy"] - rows[1]["accuracy"], abs=2e-3)
+    assert estimate["prevalence"] == 0.5
+    assert estimate["estimated"] > pd.read_csv(project / "predictions/validation.csv")["label"].mean()
 
 
-def measured(command: str, *arguments: str) -> list[dict]:
-    ended = run(ROOT, *command.split(), *arguments)
-    assert ended.returncode == 0, ended.stderr
-    return [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("{")]
+def run_benchmark(command: str, *arguments: str) -> list[dict]:
+    result = run(ROOT, *command.split(), *arguments)
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]

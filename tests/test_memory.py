@@ -1,4 +1,4 @@
-"""What training and judging free stays with the process, ready for the next step."""
+"""Retention of freed memory, and detection of out-of-memory errors."""
 
 import platform
 import subprocess
@@ -9,7 +9,7 @@ import torch
 
 from pipeline.core import memory
 
-MEASURE = """
+SCRIPT = """
 from pathlib import Path
 from resource import getpagesize
 from pipeline.core import memory
@@ -17,7 +17,7 @@ from pipeline.core import memory
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * getpagesize() >> 20
 
-{first}
+{setup}
 before = resident()
 block = b"x" * (100 << 20)
 del block
@@ -26,16 +26,16 @@ print(resident() - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
-def test_freed_memory_is_kept_once_asked_for():
-    kept, plain = (
-        int(subprocess.check_output([sys.executable, "-c", MEASURE.format(first=first)]))
-        for first in ("memory.retain_freed_memory()", "")
+def test_freed_memory_stays_with_the_process():
+    retained, default = (
+        int(subprocess.check_output([sys.executable, "-c", SCRIPT.format(setup=setup)]))
+        for setup in ("memory.retain_freed_memory()", "")
     )
-    assert kept > 90
-    assert plain < 10
+    assert retained > 90
+    assert default < 10
 
 
-def test_an_allocation_that_fails_is_known_from_other_errors():
+def test_out_of_memory_errors_are_distinguished_from_others():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
     assert memory.is_out_of_memory(caught.value)

@@ -14,7 +14,7 @@ import mlflow
 import pandas as pd
 import pytest
 import yaml
-from conftest import copy, run, seed_runs, server, store
+from conftest import copy_project, mlflow_client, run, run_server, seed_runs
 
 pytestmark = pytest.mark.slow
 
@@ -33,11 +33,11 @@ def locked(project: Path) -> dict[str, str]:
     return {
         f"{name}: {file['path']}": file["md5"]
         for name, stage in stages.items()
-        for file in stage["deps"] + stage["outs"]
+        for file in stage.get("deps", []) + stage["outs"]
     }
 
 
-def test_every_stage_leaves_its_files_with_their_columns(built):
+def test_every_stage_leaves_its_files_with_their_columns(demo_project):
     columns = {
         "data/manifest.csv": [
             *("file", "set", "label", "patient", "source", "view", "license", "width", "height", "bytes"),
@@ -51,47 +51,47 @@ def test_every_stage_leaves_its_files_with_their_columns(built):
         "predictions/shortcuts.csv": ["file", "label", "source", "file_metadata", "thumbnail", "border"],
         "predictions/bag.csv": ["subset", "file", "label", "votes", "vote", "mean", "logits", "greedy"],
         "predictions/adapted.csv": ["file", "best", "bag"],
-        "metrics/intervals.csv": ["model", "measured", "metric", "value", "low", "high", "method", "reason"],
+        "metrics/intervals.csv": ["model", "estimate_type", "metric", "value", "low", "high", "method", "reason"],
         "report/table.csv": ["metric", "seed-0", "seed-1", "bag (vote)", "bag (mean)"],
         "submissions/best.csv": ["File", "Label"],
         "submissions/bag.csv": ["File", "Label"],
         "submissions/seed-1.csv": ["File", "Label"],
     }
-    assert {path: list(pd.read_csv(built / path)) for path in columns} == columns
+    assert {path: list(pd.read_csv(demo_project / path)) for path in columns} == columns
 
 
-def test_submissions_list_the_files_of_the_sample_in_its_order(built):
-    with zipfile.ZipFile(built / "data/raw.zip") as archive, archive.open("sample_submission.csv") as stream:
+def test_submissions_list_the_files_of_the_sample_in_its_order(demo_project):
+    with zipfile.ZipFile(demo_project / "data/raw.zip") as archive, archive.open("sample_submission.csv") as stream:
         sample = pd.read_csv(stream)
-    for path in (built / "submissions").iterdir():
+    for path in (demo_project / "submissions").iterdir():
         submission = pd.read_csv(path)
         assert submission["File"].equals(sample["File"])
         assert submission["Label"].isin([0, 1]).all()
 
 
-def test_no_out_names_a_run_a_host_a_folder_or_a_time(built, tmp_path_factory):
-    names = [run.info.run_id for run in seed_runs(built)]
+def test_no_out_names_a_run_a_host_a_folder_or_a_time(demo_project, tmp_path_factory):
+    names = [run.info.run_id for run in seed_runs(demo_project)]
     names += [socket.gethostname(), str(tmp_path_factory.getbasetemp().parent)]
     for folder in ("models", "metrics", "predictions", "report", "plots", "submissions"):
-        for path in (built / folder).rglob("*"):
+        for path in (demo_project / folder).rglob("*"):
             content = path.read_bytes() if path.suffix in (".json", ".csv", ".md", ".html") else b""
             content = re.sub(rb'base64,[^"]*', b"", content)  # pictures may spell anything
             assert not [name for name in names if name.encode() in content], path
 
 
-def test_a_second_repro_has_nothing_to_do(built):
-    assert "Data and pipelines are up to date." in repro(built)
+def test_a_second_repro_has_nothing_to_do(demo_project):
+    assert "Data and pipelines are up to date." in repro(demo_project)
 
 
-def test_mlflow_shows_one_parent_and_a_child_per_seed(built):
-    client = store(built)
-    children = seed_runs(built)
+def test_mlflow_shows_one_parent_and_a_child_per_seed(demo_project):
+    client = mlflow_client(demo_project)
+    children = seed_runs(demo_project)
     assert [run.data.params["seed"] for run in children] == ["0", "1"]
     (parent_id,) = {run.data.tags["mlflow.parentRunId"] for run in children}
     parent = client.get_run(parent_id)
     assert {run.info.status for run in [parent, *children]} == {"FINISHED"}
     assert children[0].info.end_time < children[1].info.start_time  # registering its model does not prolong a run
-    assert parent.data.tags["mlflow.note.content"] == (built / "report/table.md").read_text()
+    assert parent.data.tags["mlflow.note.content"] == (demo_project / "report/table.md").read_text()
     assert "bag/f1" in parent.data.metrics
     assert {"report/index.html", "report/table.png"} <= {
         file.path for file in client.list_artifacts(parent_id, "report")
@@ -99,40 +99,40 @@ def test_mlflow_shows_one_parent_and_a_child_per_seed(built):
     assert [file.path for file in client.list_artifacts(parent_id, "data")] == ["data/card.json", "data/card.md"]
 
 
-def test_a_childs_metrics_are_those_of_its_history_file(built):
-    client = store(built)
-    for run_ in seed_runs(built):
-        history = pd.read_csv(built / f"models/seed-{run_.data.params['seed']}/history.csv")
+def test_a_childs_metrics_are_those_of_its_history_file(demo_project):
+    client = mlflow_client(demo_project)
+    for run_ in seed_runs(demo_project):
+        history = pd.read_csv(demo_project / f"models/seed-{run_.data.params['seed']}/history.csv")
         logged = client.get_metric_history(run_.info.run_id, "validation/f1")
         assert [metric.step for metric in logged] == list(history["epoch"])
         assert [metric.value for metric in logged] == pytest.approx(list(history["f1"]))
 
 
-def test_a_child_holds_parameters_data_and_its_checkpoint(built):
-    client = store(built)
-    run_ = seed_runs(built)[1]
+def test_a_child_holds_parameters_data_and_its_checkpoint(demo_project):
+    client = mlflow_client(demo_project)
+    run_ = seed_runs(demo_project)[1]
     assert run_.data.params["lr"] == "0.002"
     (data,) = run_.inputs.dataset_inputs
-    assert data.dataset.digest == locked(built)["prepare: data/manifest.csv"]
+    assert data.dataset.digest == locked(demo_project)["prepare: data/manifest.csv"]
     stored = client.download_artifacts(run_.info.run_id, "checkpoint/model.safetensors")
-    assert Path(stored).read_bytes() == (built / "models/seed-1/model.safetensors").read_bytes()
+    assert Path(stored).read_bytes() == (demo_project / "models/seed-1/model.safetensors").read_bytes()
 
 
-def test_the_best_seed_is_champion_and_challenger(built):
-    client = store(built)
-    metrics = json.loads((built / "metrics/evaluate.json").read_text())
+def test_the_best_seed_is_champion_and_challenger(demo_project):
+    client = mlflow_client(demo_project)
+    metrics = json.loads((demo_project / "metrics/evaluate.json").read_text())
     version = client.get_model_version_by_alias(NAME, "champion")
     assert version.version == client.get_model_version_by_alias(NAME, "challenger").version
     assert float(version.tags["validation_f1"]) == max(scores["f1"] for scores in metrics.values())
     assert "there was no champion" in version.tags["decision"]
 
 
-def test_the_champion_predicts_as_evaluate_did_from_bytes_base64_and_paths(built, tmp_path, monkeypatch):
+def test_the_champion_predicts_as_evaluate_did_from_bytes_base64_and_paths(demo_project, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
-    store(built)
-    best = json.loads((built / "metrics/promotion.json").read_text())["candidate"]
-    expected = pd.read_csv(built / "predictions/test.csv")
-    with zipfile.ZipFile(built / "data/raw.zip") as archive:
+    mlflow_client(demo_project)
+    best = json.loads((demo_project / "metrics/promotion.json").read_text())["candidate"]
+    expected = pd.read_csv(demo_project / "predictions/test.csv")
+    with zipfile.ZipFile(demo_project / "data/raw.zip") as archive:
         images = [archive.read(f"test/test/{name}") for name in expected["file"]]
     for name, image in zip(expected["file"], images, strict=True):
         (tmp_path / name).write_bytes(image)
@@ -143,15 +143,15 @@ def test_the_champion_predicts_as_evaluate_did_from_bytes_base64_and_paths(built
         assert list(found["label"]) == list((expected[best] >= 0.5).astype(int))
 
 
-def test_the_logged_model_holds_no_pickle_and_names_its_requirements(built):
-    client = store(built)
+def test_the_logged_model_holds_no_pickle_and_names_its_requirements(demo_project):
+    client = mlflow_client(demo_project)
     version = client.get_model_version_by_alias(NAME, "champion")
     folder = Path(mlflow.artifacts.download_artifacts(f"models:/{NAME}/{version.version}"))
     assert not [path for path in folder.rglob("*") if path.suffix in (".pkl", ".pickle", ".pth", ".pt")]
     assert f"torch=={__import__('torch').__version__.split('+')[0]}" in (folder / "requirements.txt").read_text()
 
 
-def test_a_served_champion_answers_and_survives_a_bad_image(built, port):
+def test_a_served_champion_answers_and_survives_a_bad_image(demo_project, port):
     def ask(image: str) -> dict:
         body = json.dumps({"dataframe_records": [{"image": image}]}).encode()
         request = urllib.request.Request(
@@ -160,12 +160,12 @@ def test_a_served_champion_answers_and_survives_a_bad_image(built, port):
         with urllib.request.urlopen(request, timeout=60) as answer:
             return json.load(answer)["predictions"][0]
 
-    best = json.loads((built / "metrics/promotion.json").read_text())["candidate"]
-    expected = pd.read_csv(built / "predictions/test.csv").iloc[0]
-    with zipfile.ZipFile(built / "data/raw.zip") as archive:
+    best = json.loads((demo_project / "metrics/promotion.json").read_text())["candidate"]
+    expected = pd.read_csv(demo_project / "predictions/test.csv").iloc[0]
+    with zipfile.ZipFile(demo_project / "data/raw.zip") as archive:
         image = base64.b64encode(archive.read(f"test/test/{expected['file']}")).decode()
     command = "mlflow models serve -m models:/covid-xray-demo@champion --env-manager local"
-    with server(built, *command.split(), "--port", str(port), answers_at=f"http://127.0.0.1:{port}/ping"):
+    with run_server(demo_project, *command.split(), "--port", str(port), health_url=f"http://127.0.0.1:{port}/ping"):
         with pytest.raises(urllib.error.HTTPError) as refused:
             ask(base64.b64encode(b"no radiograph").decode())
         assert refused.value.code == 400
@@ -178,9 +178,9 @@ def promote_again(project: Path) -> None:
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
-def test_promoting_again_changes_nothing(built):
+def test_promoting_again_changes_nothing(demo_project):
     def state() -> list:
-        client = store(built)
+        client = mlflow_client(demo_project)
         (experiment,) = [found for found in client.search_experiments() if found.name == NAME]
         runs = client.search_runs([experiment.experiment_id])
         points = [
@@ -192,25 +192,25 @@ def test_promoting_again_changes_nothing(built):
             points,
             [(version.version, version.tags) for version in versions],
             client.get_registered_model(NAME).aliases,
-            (built / "metrics/promotion.json").read_text(),
+            (demo_project / "metrics/promotion.json").read_text(),
         ]
 
     before = state()
-    promote_again(built)
+    promote_again(demo_project)
     assert state() == before
 
 
-def test_a_lost_tracking_store_is_completed_from_the_outs_without_training(built, tmp_path):
-    before = {run_.data.params["seed"]: run_ for run_ in seed_runs(built)}
-    version = store(built).get_model_version_by_alias(NAME, "champion")
-    project = copy(built, tmp_path / "project")
+def test_a_lost_tracking_store_is_completed_from_the_outs_without_training(demo_project, tmp_path):
+    before = {run_.data.params["seed"]: run_ for run_ in seed_runs(demo_project)}
+    version = mlflow_client(demo_project).get_model_version_by_alias(NAME, "champion")
+    project = copy_project(demo_project, tmp_path / "project")
     shutil.rmtree(project / "mlartifacts")
     for path in project.glob("mlflow.db*"):
         path.unlink()
 
     promote_again(project)
 
-    client = store(project)
+    client = mlflow_client(project)
     restored = seed_runs(project)
     assert len(restored) == len(before)
     for run_ in restored:
@@ -219,11 +219,11 @@ def test_a_lost_tracking_store_is_completed_from_the_outs_without_training(built
         assert run_.data.tags["fingerprint"] == old.data.tags["fingerprint"]
         for key in ("best/f1", "validation/loss", "train/loss"):
             assert run_.data.metrics[key] == pytest.approx(old.data.metrics[key], rel=1e-6)
-    assert client.get_model_version_by_alias(NAME, "champion").tags["identity"] == version.tags["identity"]
+    assert client.get_model_version_by_alias(NAME, "champion").tags["content_hash"] == version.tags["content_hash"]
 
 
-def test_a_clone_with_the_outs_but_no_tracking_store_fills_its_own(built, tmp_path):
-    clone = copy(built, tmp_path / "clone")
+def test_a_clone_with_the_outs_but_no_tracking_store_fills_its_own(demo_project, tmp_path):
+    clone = copy_project(demo_project, tmp_path / "clone")
     shutil.rmtree(clone / "mlartifacts")
     for path in [*clone.glob("mlflow.db*"), clone / "metrics/promotion.json"]:
         path.unlink()
@@ -234,8 +234,8 @@ def test_a_clone_with_the_outs_but_no_tracking_store_fills_its_own(built, tmp_pa
 
 
 @pytest.mark.long
-def test_two_runs_from_nothing_give_the_same_lock(built, project):
+def test_two_runs_from_nothing_give_the_same_lock(demo_project, project):
     repro(project)
-    first, again = locked(built), locked(project)
+    first, again = locked(demo_project), locked(project)
     assert {path: md5 for path, md5 in again.items() if md5 != first.get(path)} == {}
     assert again.keys() == first.keys()

@@ -1,8 +1,12 @@
-"""Files are written beside their place and renamed, so that a name never stands for half a file."""
+"""Reading and writing of tables and JSON, and atomic replacement of files."""
 
+import errno
 import functools
 import hashlib
 import json
+import struct
+import zipfile
+import zlib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,24 +14,24 @@ from typing import IO, Any
 
 import pandas as pd
 
-from pipeline.core.errors import UserError
+from pipeline.core.errors import UserError, first_line
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a name beside `path` to write to; it takes the place of `path` only when the block ends well."""
+    """Yield a temporary path in the same folder; rename it to `path` only if the block raises no exception."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")  # what a killed process leaves, the next one takes over
+    temporary = path.with_name(f".{path.name}.part")  # a fixed name: the next run overwrites what a killed run left
     try:
-        yield aside
-        aside.replace(path)
+        yield temporary
+        temporary.replace(path)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:
-    with atomic_path(path) as aside:
-        aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:
@@ -35,21 +39,26 @@ def read_json(path: Path) -> Any:
 
 
 def write_csv(path: Path, table: pd.DataFrame) -> None:
-    """Write without an index; floats keep the nine digits that tell any two float32 apart."""
-    with atomic_path(path) as aside:
-        table.to_csv(aside, index=False, float_format="%.9g", lineterminator="\n")
+    """Write the table without its index; floats with nine significant digits, which distinguish any two float32."""
+    with atomic_path(path) as temporary:
+        table.to_csv(temporary, index=False, float_format="%.9g", lineterminator="\n")
 
 
 def read_csv(path: Path) -> pd.DataFrame:
-    """Read a table, in which the names of files are texts, also 0001 and NA, and only an empty field is missing."""
+    """Read a table: the column `file` is text, also for names such as 0001 and NA; only empty fields are missing."""
     return pd.read_csv(path, dtype={"file": str}, keep_default_na=False, na_values=[""])
 
 
 def read_text_table(source: Path | IO[bytes], name: str, columns: Collection[str]) -> pd.DataFrame:
-    """Read a table that a person made: every field a text as it stands, and a row for every line, also a blank one.
+    """Read a user's CSV: every field as unconverted text, one row per line, blank lines included.
+
+    Args:
+        source: path or stream of the CSV.
+        name: of the table in error messages.
+        columns: that the table must have.
 
     Raises:
-        UserError: it is no table, or lacks one of the columns; `name` says in the message which.
+        UserError: the file is not a CSV table in UTF-8, or lacks one of the columns.
     """
     try:
         table = pd.read_csv(source, dtype=str, keep_default_na=False, skip_blank_lines=False)
@@ -57,8 +66,7 @@ def read_text_table(source: Path | IO[bytes], name: str, columns: Collection[str
         raise UserError(f"{name} is not a CSV table: {' '.join(str(error).split())}; save it as CSV in UTF-8") from None
     if not isinstance(table.index, pd.RangeIndex):
         raise UserError(
-            f"{name}: the lines have more fields than the header; name every column there, or take away the commas at "
-            "their ends"
+            f"{name}: the lines have more fields than the header; name every column or delete the trailing commas"
         )
     for column in columns:
         if column not in table:
@@ -67,12 +75,49 @@ def read_text_table(source: Path | IO[bytes], name: str, columns: Collection[str
     return table
 
 
+class DamagedFileError(Exception):
+    """The content of a file breaks its format, and reading it again would not help; the message is one line."""
+
+
+@contextmanager
+def detect_damage() -> Iterator[None]:
+    """Raise `DamagedFileError` for what zipfile and torch raise on a damaged file; let errors of the disk through."""
+    try:
+        yield
+    except OSError as error:
+        if not _is_bad_seek(error):
+            raise
+        raise DamagedFileError("an offset points outside of the file") from error
+    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, ValueError, OverflowError) as error:
+        # zipfile reports every OSError at the end of the file as BadZipFile.
+        if isinstance(error.__context__, OSError) and not _is_bad_seek(error.__context__):
+            raise error.__context__ from None
+        raise DamagedFileError("unexpected end of file" if type(error) is EOFError else first_line(error)) from error
+
+
+def _is_bad_seek(error: OSError) -> bool:
+    """Tell whether a program asked for a negative offset; a file that cannot be opened has its name in the error."""
+    return error.errno == errno.EINVAL and error.filename is None
+
+
+def check_zip(path: Path) -> None:
+    """Read the whole zip and compare the checksum of every member.
+
+    Raises:
+        DamagedFileError: it is not a zip, or a member is damaged.
+        OSError: the file cannot be read.
+    """
+    with detect_damage(), zipfile.ZipFile(path) as archive:
+        if member := archive.testzip():
+            raise DamagedFileError(f"{member} is damaged")
+
+
 def sha256_of_file(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def md5_of_file(path: Path) -> str:
-    """Return the md5 that dvc.lock holds for the file."""
+    """Return the MD5 of the file, as dvc.lock records it."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, functools.partial(hashlib.md5, usedforsecurity=False)).hexdigest()

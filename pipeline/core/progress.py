@@ -1,4 +1,4 @@
-"""How far a loop is, shown where somebody looks."""
+"""Progress bars for loops."""
 
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -9,7 +9,7 @@ from rich.progress import track
 Item = TypeVar("Item")
 
 
-def track_progress(items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
-    """Hand the items on, with a bar on stderr if that is a terminal: stdout is for what was asked for."""
+def track_progress(items: Iterable[Item], description: str, total: int) -> Iterator[Item]:
+    """Yield the items, with a progress bar on stderr if that is a terminal; stdout is for results."""
     console = Console(stderr=True)
-    yield from track(items, what, total, console=console, disable=not console.is_terminal)
+    yield from track(items, description, total, console=console, disable=not console.is_terminal)

@@ -1,4 +1,4 @@
-"""The pack as a tensor, and batches of rows on the device."""
+"""The packed images as a tensor, and batches of them on the device."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -14,11 +14,11 @@ from pipeline.core.files import read_json
 
 
 class PackedImages:
-    """All images, uint8 (N, S, S): on the CUDA device when half its free memory holds them, else mapped from disk."""
+    """All images, uint8 (N, S, S): on the CUDA device if they fit in half of its free memory, else memory-mapped."""
 
     def __init__(self, path: Path, device: torch.device) -> None:
         self._path = path
-        # Copy-on-write gives torch the writable array it asks for; nothing is ever written.
+        # torch requires a writable array; copy-on-write provides one, and it is never written to.
         self.images = torch.from_numpy(np.load(path, mmap_mode="c"))
         self.device = device
         if device.type == "cuda" and 2 * self.images.nbytes < torch.cuda.mem_get_info(device)[0]:
@@ -31,25 +31,25 @@ class PackedImages:
 
     @property
     def resize(self) -> Resize:
-        """How the images became square."""
-        how: Resize = read_json(self._path.with_suffix(".json"))["resize"]
-        return how
+        """The method that made the images square."""
+        method: Resize = read_json(self._path.with_suffix(".json"))["resize"]
+        return method
 
     def pixels(self, rows: Tensor) -> Tensor:
-        """Gather the given rows (B,) on the device: uint8 (B, S, S)."""
+        """Return the images at `rows` (B,) on the device: uint8 (B, S, S)."""
         if self.images.device.type == "cpu":
-            # NumPy gathers in the thread that asks; torch would give each such thread a team of its own.
+            # NumPy gathers in the calling thread; torch would start a thread pool per calling thread.
             return torch.from_numpy(self.images.numpy()[rows.numpy()]).to(self.device, non_blocking=True)
         return self.images[rows.to(self.images.device)]
 
-    def batches(self, parts: Sequence[Tensor], threads: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield each part's rows (B,) and pixels, in order; threads gather the next ones from disk meanwhile."""
+    def batches(self, row_batches: Sequence[Tensor], threads: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the rows (B,) and pixels of each batch, in order; threads prefetch the next ones from disk."""
         with ThreadPoolExecutor(threads) as pool:
-            ahead: deque[tuple[Tensor, Future[Tensor]]] = deque()
-            for rows in parts:
-                ahead.append((rows, pool.submit(self.pixels, rows)))
-                if len(ahead) > threads:
-                    rows_of_first, pixels = ahead.popleft()
-                    yield rows_of_first, pixels.result()
-            for rows, pixels in ahead:
+            prefetched: deque[tuple[Tensor, Future[Tensor]]] = deque()
+            for rows in row_batches:
+                prefetched.append((rows, pool.submit(self.pixels, rows)))
+                if len(prefetched) > threads:
+                    first_rows, pixels = prefetched.popleft()
+                    yield first_rows, pixels.result()
+            for rows, pixels in prefetched:
                 yield rows, pixels.result()

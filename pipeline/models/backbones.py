@@ -1,4 +1,4 @@
-"""Backbones by name, from torchvision and timm, without the classifier they came with."""
+"""Backbones by name, from torchvision and timm, without their classifier."""
 
 import difflib
 import warnings
@@ -15,66 +15,66 @@ if TYPE_CHECKING:
 
 
 def build_network(name: str) -> nn.Module:
-    """Build the whole network with its 1000-class classifier and random weights, as ImageNet weights expect it.
+    """Build the whole network, with its 1000-class classifier and random weights, so that ImageNet weights fit.
 
     Args:
-        name: one of torchvision's classifiers, or `timm/<name>`.
+        name: a torchvision classifier, or `timm/<name>`.
 
     Raises:
-        UserError: there is no such backbone; the nearest names are listed.
+        UserError: the backbone does not exist; the message lists similar names.
     """
     if name.startswith("timm/"):
         import timm
 
         if name.removeprefix("timm/") not in timm.list_models():
-            raise _unknown(name, [f"timm/{known}" for known in timm.list_models()])
+            raise _unknown_backbone_error(name, [f"timm/{known}" for known in timm.list_models()])
         return timm.create_model(name.removeprefix("timm/"))
     from torchvision import models
 
     if name not in models.list_models(module=models):
-        raise _unknown(name, models.list_models(module=models))
+        raise _unknown_backbone_error(name, models.list_models(module=models))
     with warnings.catch_warnings():
-        # GoogLeNet and Inception announce a change of their initialization, which loaded weights overwrite.
+        # GoogLeNet and Inception warn that their initialization will change; loaded weights overwrite it.
         warnings.simplefilter("ignore", FutureWarning)
         network: nn.Module = models.get_model(name, weights=None)
     return network
 
 
 def build_backbone(name: str) -> nn.Module:
-    """Build a backbone that maps (B, 3, S, S) to features of any shape, flattened by the head.
+    """Build a backbone that maps (B, 3, S, S) to features, which the classifier flattens.
 
-    Its state keeps the names of the whole network's, so that ImageNet weights load by name.
+    Its state dict keeps the names of the whole network, so that ImageNet weights load by name.
 
     Raises:
-        UserError: there is no such backbone.
+        UserError: the backbone does not exist.
     """
     network = build_network(name)
     if name.startswith("timm/"):
         network.reset_classifier(0)  # type: ignore[operator]
     else:
-        for auxiliary in ("aux1", "aux2", "AuxLogits"):  # heads of GoogLeNet and Inception for training from scratch
+        for auxiliary in ("aux1", "aux2", "AuxLogits"):  # GoogLeNet and Inception: only for training from scratch
             if hasattr(network, auxiliary):
                 setattr(network, auxiliary, None)
                 network.aux_logits = False  # type: ignore[assignment]
         if hasattr(network, "transform_input"):
             network.transform_input = True  # type: ignore[assignment]  # as their ImageNet weights expect
-        name_of_last, last = list(network.named_children())[-1]
-        layers = list(last.children()) if isinstance(last, nn.Sequential) else [last]
+        classifier_name, classifier = list(network.named_children())[-1]
+        layers = list(classifier.children()) if isinstance(classifier, nn.Sequential) else [classifier]
         first = next(index for index, layer in enumerate(layers) if isinstance(layer, nn.Linear | nn.Conv2d))
-        # What stands before the classifier's first weights, such as ConvNeXt's norm, is the backbone's.
-        kept = [layer for layer in layers[:first] if not isinstance(layer, nn.Dropout)]
+        # Layers before the classifier's first weights, such as ConvNeXt's norm, belong to the backbone.
+        backbone_layers = [layer for layer in layers[:first] if not isinstance(layer, nn.Dropout)]
         if isinstance(layers[first], nn.Conv2d):
-            kept.append(nn.AdaptiveAvgPool2d(1))  # SqueezeNet classifies each place of the map before it pools
-        setattr(network, name_of_last, nn.Sequential(*kept))
+            backbone_layers.append(nn.AdaptiveAvgPool2d(1))  # SqueezeNet classifies every position, then pools
+        setattr(network, classifier_name, nn.Sequential(*backbone_layers))
     replace_adaptive_pooling(network)
     return network
 
 
 def feature_count(network: nn.Module, size: int) -> int:
-    """Return how many features per image the backbone gives for images of `size` pixels.
+    """Return the number of features that the backbone computes for an image of `size` pixels.
 
     Raises:
-        UserError: the images are too small for it.
+        UserError: the images are too small for the backbone.
     """
     network.eval()
     try:
@@ -83,11 +83,11 @@ def feature_count(network: nn.Module, size: int) -> int:
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = first_line(error)
         raise UserError(
-            f"train.size = {size}: the backbone cannot take images of that size ({reason}); change it"
+            f"train.size = {size}: the backbone does not accept images of that size ({reason}); change train.size"
         ) from None
 
 
-def _unknown(name: str, known: "Iterable[str]") -> UserError:
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"near names: {', '.join(near)}" if near else "name a torchvision classifier, or timm/<name>"
-    return UserError(f"params.yaml: train.backbone: there is no {name!r}; {hint}")
+def _unknown_backbone_error(name: str, names: "Iterable[str]") -> UserError:
+    similar = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    hint = f"similar names: {', '.join(similar)}" if similar else "use a torchvision classifier, or timm/<name>"
+    return UserError(f"params.yaml: train.backbone: unknown backbone {name!r}; {hint}")

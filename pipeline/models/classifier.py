@@ -1,4 +1,4 @@
-"""Backbone and head in one module that owns its preprocessing, and its way to disk and back without pickles."""
+"""The classifier, a backbone and a head with their preprocessing, and its storage as safetensors."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,21 +18,21 @@ from pipeline.core.files import atomic_path, read_json, sha256_of_file, write_js
 from pipeline.models import backbones
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-WEIGHTS_FILE, DESCRIPTION_FILE = "model.safetensors", "model.json"  # what a saved model's folder holds
+WEIGHTS_FILE, DESCRIPTION_FILE = "model.safetensors", "model.json"  # in the folder of a saved model
 POSITIVE_CLASS = 1  # index of the COVID-19 class in the logits
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What it takes, beside the weights, to build a classifier and to feed it."""
+    """Everything besides the weights that is needed to build a classifier and to preprocess its inputs."""
 
     backbone: str
     head_hidden: list[int]
     dropout: float
-    size: int  # edge of the images the backbone sees, pixels
+    size: int  # edge of the backbone's input images, pixels
     normalization: str
-    packed_size: int  # edge of the images in the pack, which come first when a file is read
-    resize: Resize  # how a file's image becomes as square as they are
+    packed_size: int  # edge of the images in the pack, to which a file's image is resized first, pixels
+    resize: Resize  # the method that makes a file's image square
 
 
 class Classifier(nn.Module):
@@ -53,9 +53,9 @@ class Classifier(nn.Module):
         self.register_buffer("shift", -255 * scale * torch.tensor(mean).view(3, 1, 1), persistent=False)
 
     def resize(self, pixels: Tensor) -> Tensor:
-        """Bring gray images (B, H, W), uint8, to the backbone's size: (B, 1, size, size), 0 to 255.
+        """Resize gray images (B, H, W), uint8, to the backbone's input size: (B, 1, size, size), 0 to 255.
 
-        They stay uint8 where they have that size, and become float32 where not.
+        The result is uint8 if the images already have that size, else float32.
         """
         images, size = pixels.unsqueeze(1), self.architecture.size
         if images.shape[-1] == size:
@@ -63,27 +63,27 @@ class Classifier(nn.Module):
         return interpolate(images.float(), (size, size), mode="bilinear", antialias=True)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Turn what `resize` gives into what the backbone takes: (B, 3, size, size), float32."""
+        """Convert the output of `resize` to the backbone's input: (B, 3, size, size), float32."""
         scaled = images.float() * self.scale
         return scaled if self.architecture.normalization == "none" else scaled.add_(self.shift)
 
     def forward(self, images: Tensor, masks: Sequence[Tensor] = ()) -> Tensor:
-        """Give logits (B, 2), negative first, for images from `normalize` and masks from the head."""
+        """Compute logits (B, 2), negative class first, for images from `normalize` and masks from `dropout_masks`."""
         logits: Tensor = self.head(self.backbone(images).flatten(1), masks)
         return logits
 
     @torch.inference_mode()
     def predict_proba(self, pixels: Tensor) -> Tensor:
-        """Give P(positive), float32 of shape (B,), for gray images (B, H, W), uint8, on the model's device."""
+        """Predict P(positive), float32 (B,), for gray images (B, H, W), uint8, on the model's device."""
         logits: Tensor = self(self.normalize(self.resize(pixels)))
         return logits.float().softmax(1)[:, POSITIVE_CLASS]
 
 
 class Head(nn.Module):
-    """Dropout, the hidden layers, dropout and two logits.
+    """Dropout, hidden layers, dropout and two logits.
 
-    A ReLU follows the first hidden layer and every further one but the last, which is how the recipe with
-    hidden = [256, 128] is drawn: the 128 are a linear bottleneck.
+    A ReLU follows every hidden layer except the last one of several: with hidden = [256, 128], as in the competition's
+    recipe, the 128 features are a linear bottleneck.
     """
 
     def __init__(self, features: int, hidden: list[int], dropout: float) -> None:
@@ -92,18 +92,21 @@ class Head(nn.Module):
         self.hidden = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(widths))
         self.logits = nn.Linear(widths[-1], 2)
         self._dropout = dropout
-        self._dropped = [features, widths[-1]] if hidden else [features]
+        self._dropout_widths = [features, widths[-1]] if hidden else [features]
 
     def dropout_masks(self, rows: int, generator: Generator) -> list[Tensor]:
-        """Draw what dropout does to a batch: factors of 0 or 1 / (1 - dropout), (rows, width) per dropout layer.
+        """Draw the dropout masks of a batch: 0 or 1 / (1 - dropout), (rows, width) for each dropout layer.
 
-        They are drawn apart from `forward`, so that a part of a batch gets the masks it would have in the whole.
+        They are not drawn in `forward`, so that they do not depend on how the batch is split.
         """
         keep = 1 - self._dropout
-        return [torch.bernoulli(torch.full((rows, width), keep), generator=generator) / keep for width in self._dropped]
+        return [
+            torch.bernoulli(torch.full((rows, width), keep), generator=generator) / keep
+            for width in self._dropout_widths
+        ]
 
     def forward(self, features: Tensor, masks: Sequence[Tensor] = ()) -> Tensor:
-        """Give logits (B, 2) for features (B, width); without masks nothing is dropped."""
+        """Compute logits (B, 2) for features (B, width); without masks there is no dropout."""
         if masks:
             features = features * masks[0].to(features)
         for index, layer in enumerate(self.hidden):
@@ -117,48 +120,48 @@ class Head(nn.Module):
 
 
 def load_pretrained(network: Classifier, folder: Path) -> None:
-    """Load the backbone's first weights as the weights stage left them in `folder`.
+    """Load the pretrained weights of the backbone that the stage `weights` wrote to `folder`.
 
     Raises:
-        FileNotFoundError: they are missing.
-        UserError: they are another backbone's.
+        FileNotFoundError: a file is missing.
+        UserError: the weights belong to another backbone.
     """
     if read_json(folder / "origin.json")["source"] == "none":
         return
     state = load_file(folder / "backbone.safetensors")
-    wanted = network.backbone.state_dict()
-    foreign = [name for name in wanted if name not in state or state[name].shape != wanted[name].shape]
-    if foreign:
+    expected = network.backbone.state_dict()
+    mismatches = [name for name in expected if name not in state or state[name].shape != expected[name].shape]
+    if mismatches:
         raise UserError(
-            f"{folder}: the weights are not those of {network.architecture.backbone} ({foreign[0]} does not fit); "
+            f"{folder}: not the weights of {network.architecture.backbone} ({mismatches[0]} does not fit); "
             "run: dvc repro weights"
         )
-    network.backbone.load_state_dict({name: state[name] for name in wanted})
+    network.backbone.load_state_dict({name: state[name] for name in expected})
 
 
 def save_weights(network: Classifier, folder: Path) -> None:
-    """Write the weights alone, as safetensors, into the folder."""
-    with atomic_path(folder / WEIGHTS_FILE) as aside:
-        # Writing by ourselves says so when the disk is full.
-        aside.write_bytes(save_tensors({name: value.contiguous() for name, value in network.state_dict().items()}))
+    """Write the weights to the folder, as safetensors."""
+    with atomic_path(folder / WEIGHTS_FILE) as temporary:
+        # safetensors' save_file does not report a full disk.
+        temporary.write_bytes(save_tensors({name: value.contiguous() for name, value in network.state_dict().items()}))
 
 
-def save_description(network: Classifier, folder: Path, facts: dict[str, Any]) -> None:
-    """Write, as JSON, what `load` needs beside the weights, and `facts` about the model."""
+def save_description(network: Classifier, folder: Path, metadata: dict[str, Any]) -> None:
+    """Write the architecture, the checksum of the weights and `metadata` to the folder, as JSON."""
     digest = sha256_of_file(folder / WEIGHTS_FILE)
-    write_json(folder / DESCRIPTION_FILE, {**asdict(network.architecture), "weights_sha256": digest, **facts})
+    write_json(folder / DESCRIPTION_FILE, {**asdict(network.architecture), "weights_sha256": digest, **metadata})
 
 
 def load_classifier(folder: Path, device: torch.device) -> Classifier:
-    """Load a model that was saved and described in the folder, ready to predict; nothing in the files is executed.
+    """Load a saved model in evaluation mode; no code in the files is executed.
 
     Raises:
         FileNotFoundError: a file is missing.
-        UserError: the weights are not the ones the description names.
+        UserError: the checksum of the weights is not the one in the description.
     """
-    facts, weights = read_json(folder / DESCRIPTION_FILE), folder / WEIGHTS_FILE
-    if sha256_of_file(weights) != facts["weights_sha256"]:
+    description, weights = read_json(folder / DESCRIPTION_FILE), folder / WEIGHTS_FILE
+    if sha256_of_file(weights) != description["weights_sha256"]:
         raise UserError(f"{weights}: not the weights that {DESCRIPTION_FILE} describes; run: dvc checkout {weights}")
-    network = Classifier(Architecture(**{name: facts[name] for name in Architecture.__dataclass_fields__}))
+    network = Classifier(Architecture(**{name: description[name] for name in Architecture.__dataclass_fields__}))
     network.load_state_dict(load_file(weights))
     return network.to(device).eval()

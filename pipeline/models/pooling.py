@@ -5,19 +5,19 @@ from torch import Tensor, nn
 
 
 def pooling_matrix(size: int, bins: int) -> Tensor:
-    """Return the (bins, size) matrix whose row i averages what bin i of adaptive pooling covers.
+    """Return the (bins, size) matrix whose row i averages the pixels in bin i of adaptive pooling.
 
-    Bin i covers the pixels from floor(i * size / bins) up to, not including, ceil((i + 1) * size / bins).
+    Bin i contains the pixels from floor(i * size / bins) to ceil((i + 1) * size / bins), exclusive.
     """
     edge = torch.arange(bins)
     start, end = edge * size // bins, -((edge + 1) * size // -bins)
     pixel = torch.arange(size)
-    covered = (pixel >= start[:, None]) & (pixel < end[:, None])
-    return covered / covered.sum(1, keepdim=True)
+    in_bin = (pixel >= start[:, None]) & (pixel < end[:, None])
+    return in_bin / in_bin.sum(1, keepdim=True)
 
 
 class FixedAveragePool2d(nn.Module):
-    """`nn.AdaptiveAvgPool2d` as two matrix products: the same values, and the same bits on every run."""
+    """`nn.AdaptiveAvgPool2d` as two matrix products, whose gradients are deterministic on CUDA."""
 
     def __init__(self, bins: tuple[int, int]) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class FixedAveragePool2d(nn.Module):
 
 
 def replace_adaptive_pooling(module: nn.Module) -> None:
-    """Put `FixedAveragePool2d` in place of every `nn.AdaptiveAvgPool2d` below `module`."""
+    """Replace every `nn.AdaptiveAvgPool2d` in `module` by `FixedAveragePool2d`."""
     for name, child in module.named_children():
         if isinstance(child, nn.AdaptiveAvgPool2d):
             bins = child.output_size if isinstance(child.output_size, tuple) else (child.output_size,) * 2

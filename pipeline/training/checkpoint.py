@@ -1,8 +1,7 @@
-"""What is on disk of a training that is not at its end."""
+"""The checkpoint of an unfinished training."""
 
 import logging
 import os
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,13 +12,13 @@ from filelock import FileLock, Timeout
 
 from pipeline.core import memory
 from pipeline.core.errors import first_line
-from pipeline.core.files import atomic_path
+from pipeline.core.files import atomic_path, check_zip, detect_damage
 
 log = logging.getLogger(__name__)
 
 
 class Checkpoint:
-    """The one file, named by the run's fingerprint, from which a training can be taken up again."""
+    """The file, named by the run's fingerprint, from which an interrupted training resumes."""
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
         self.path = folder / f"{fingerprint}.pt"
@@ -27,31 +26,34 @@ class Checkpoint:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Let no other process train the same run while the block runs; the first of two makes the second wait."""
+        """Hold a lock while the block runs, so that a second process that trains the same run waits."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path.with_suffix(".lock"))
         try:
             lock.acquire(blocking=False)
         except Timeout:
-            log.warning("another process trains this run; waiting for its end")
+            log.warning("another process is training this run; waiting until it ends")
         with lock:
             yield
             Path(lock.lock_file).unlink()
 
     def save(self, state: dict[str, Any]) -> None:
-        """Put the state, which is made of numbers, texts and tensors, in place of the last one."""
-        with atomic_path(self.path) as aside, aside.open("wb") as out:
+        """Replace the last checkpoint; `state` consists of numbers, strings and tensors."""
+        with atomic_path(self.path) as temporary, temporary.open("wb") as out:
             torch.save({"fingerprint": self._fingerprint, "state": state}, out)
             out.flush()
             os.fsync(out.fileno())
         folder = os.open(self.path.parent, os.O_RDONLY)
-        os.fsync(folder)  # the new name, too, survives a power cut
+        os.fsync(folder)  # so that the new name, too, survives a power failure
         os.close(folder)
 
     def load(self) -> dict[str, Any] | None:
-        """Return what was saved, on the CPU; None where nothing was.
+        """Return the saved state, on the CPU, or None if there is none.
 
-        A damaged or foreign file is set aside with a warning.
+        A damaged checkpoint, or one of another run, is renamed to `.unusable` with a warning.
+
+        Raises:
+            OSError: the file cannot be read; it may be intact.
         """
         try:
             return self._read()
@@ -59,21 +61,19 @@ class Checkpoint:
             return None
         except Exception as error:
             if isinstance(error, OSError) or memory.is_out_of_memory(error):
-                raise  # it may be whole
-            aside = self.path.with_suffix(".unusable")
-            self.path.replace(aside)
+                raise  # the file may be intact
+            unusable = self.path.with_suffix(".unusable")
+            self.path.replace(unusable)
             reason = first_line(error)
-            log.warning("%s cannot be used: %s; training starts anew (kept as %s)", self.path, reason, aside.name)
+            log.warning("%s cannot be used: %s; training starts again (kept as %s)", self.path, reason, unusable.name)
             return None
 
     def _read(self) -> dict[str, Any]:
-        with zipfile.ZipFile(self.path) as archive:
-            broken = archive.testzip()  # torch writes check sums, but does not look at them
-        if broken:
-            raise ValueError(f"{broken} is damaged")
-        content = torch.load(self.path, map_location="cpu", weights_only=True)
+        check_zip(self.path)  # torch.save writes checksums, but torch.load does not compare them
+        with detect_damage():
+            content = torch.load(self.path, map_location="cpu", weights_only=True)
         if content["fingerprint"] != self._fingerprint:
-            raise ValueError(f"it is of the run {content['fingerprint']}")
+            raise ValueError(f"it belongs to run {content['fingerprint']}")
         state: dict[str, Any] = content["state"]
         return state
 

@@ -1,4 +1,4 @@
-"""The processes that train one seed together, as torchrun starts them; or one process alone."""
+"""Data-parallel training of one seed in the processes that torchrun starts, or in one process."""
 
 import os
 from collections.abc import Iterator
@@ -14,44 +14,47 @@ from torch.autograd import Function
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """All processes call the same methods in the same order; alone, each returns what it is given."""
+    """The processes of a training; all must call the same methods in the same order.
+
+    With one process, every method returns its argument.
+    """
 
     rank: int = 0
     count: int = 1
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this is the process that writes."""
+        """Whether this process writes files and logs."""
         return self.rank == 0
 
     def local_slice(self, rows: int) -> slice:
-        """Return this process's share of a batch of so many rows."""
+        """Return this process's slice of a batch of `rows` rows."""
         return slice(self.rank * rows // self.count, (self.rank + 1) * rows // self.count)
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
-        """Return the sum of every process's tensor."""
+        """Return the sum of the tensors of all processes."""
         if self.count > 1:
             distributed.all_reduce(values)
         return values
 
     def all_reduce_max(self, number: int) -> int:
-        """Return the highest of every process's number."""
+        """Return the maximum of the numbers of all processes."""
         if self.count == 1:
             return number
-        highest = torch.tensor(number)
-        distributed.all_reduce(highest, distributed.ReduceOp.MAX)
-        return int(highest)
+        maximum = torch.tensor(number)
+        distributed.all_reduce(maximum, distributed.ReduceOp.MAX)
+        return int(maximum)
 
     def broadcast_object(self, content: Any) -> Any:
-        """Return what the leading process has."""
+        """Return the object of the main process."""
         if self.count == 1:
             return content
-        parcel = [content]
-        distributed.broadcast_object_list(parcel)
-        return parcel[0]
+        objects = [content]
+        distributed.broadcast_object_list(objects)
+        return objects[0]
 
     def data_parallel(self, network: nn.Module) -> nn.Module:
-        """Return the network whose backward pass gives every process the mean of all gradients."""
+        """Wrap the network so that its backward pass averages the gradients of all processes."""
         if self.count == 1:
             return network
         for module in network.modules():
@@ -59,14 +62,14 @@ class ProcessGroup:
                 module.forward = partial(_batch_norm, module)  # type: ignore[method-assign]
         return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
 
-    def gradient_sync(self, network: nn.Module, now: bool) -> AbstractContextManager[None]:
-        """Exchange gradients in the block's backward pass only when they are all there."""
+    def gradient_sync(self, network: nn.Module, *, now: bool) -> AbstractContextManager[None]:
+        """Average the gradients in the block's backward pass only if `now`; else accumulate them locally."""
         return nullcontext() if self.count == 1 or now else network.no_sync()  # type: ignore[operator]
 
 
 @contextmanager
 def init_distributed() -> Iterator[ProcessGroup]:
-    """Join the processes that torchrun started; tensors on CUDA travel by NCCL, those on the CPU by Gloo."""
+    """Initialize the process group that torchrun describes in the environment: NCCL on CUDA, Gloo on the CPU."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         yield ProcessGroup()
@@ -81,7 +84,7 @@ def init_distributed() -> Iterator[ProcessGroup]:
 
 
 class _AllReduceSum(Function):
-    """The sum of every process's tensor, through which gradients flow back to every process."""
+    """Differentiable sum of the tensors of all processes."""
 
     @staticmethod
     def forward(_: Any, values: Tensor) -> Tensor:
@@ -97,14 +100,14 @@ class _AllReduceSum(Function):
 
 
 def _batch_norm(norm: nn.BatchNorm2d, images: Tensor) -> Tensor:
-    """Normalize by the statistics of all processes' images; torch's own SyncBatchNorm knows no CPU."""
+    """Normalize with the statistics of the whole batch; torch's SyncBatchNorm does not support the CPU."""
     if not norm.training:
         return type(norm).forward(norm, images)
     dims = (0, 2, 3)
-    wide = images.float()  # under autocast the images are narrower
-    count = _AllReduceSum.apply(wide.new_tensor(wide.numel() // wide.shape[1]))
-    mean = _AllReduceSum.apply(wide.sum(dims)) / count
-    centered = wide - mean.view(1, -1, 1, 1)
+    inputs = images.float()  # lower precision under autocast
+    count = _AllReduceSum.apply(inputs.new_tensor(inputs.numel() // inputs.shape[1]))
+    mean = _AllReduceSum.apply(inputs.sum(dims)) / count
+    centered = inputs - mean.view(1, -1, 1, 1)
     variance = _AllReduceSum.apply(centered.square().sum(dims)) / count
     with torch.no_grad():
         norm.num_batches_tracked.add_(1)  # type: ignore[union-attr]
@@ -112,7 +115,7 @@ def _batch_norm(norm: nn.BatchNorm2d, images: Tensor) -> Tensor:
         norm.running_var.lerp_(variance * count / (count - 1), norm.momentum)  # type: ignore[union-attr, arg-type]
     scale = norm.weight * (variance + norm.eps).rsqrt()
     normalized = (centered * scale.view(1, -1, 1, 1) + norm.bias.view(1, -1, 1, 1)).to(images.dtype)
-    # timm's batch norm ends with its activation.
+    # timm's batch norm includes dropout and the activation.
     for name in ("drop", "act"):
         normalized = getattr(norm, name, nn.Identity())(normalized)
     return normalized  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""One seed's training, from first weights to the epoch with the best validation F1."""
+"""Training of one seed, from pretrained weights to the epoch with the best validation F1."""
 
 import copy
 import time
@@ -10,7 +10,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -25,22 +24,23 @@ from pipeline.training.augment import augment, draw_epoch_order, mixup
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.determinism import make_generator, seed_global_generators
 from pipeline.training.distributed import ProcessGroup
+from pipeline.training.progress import ProgressReporter, TrainingProgress
 from pipeline.training.schedule import build_optimizer, learning_rate_at
 
 AUTOCAST_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CHECKPOINT_SECONDS = 300  # an epoch that lasts longer is put on disk in between
+CHECKPOINT_SECONDS = 300  # between checkpoints within an epoch
 
 
 @dataclass(frozen=True)
 class EpochMetrics:
-    """What the end of an epoch tells; all but rate and time are functions of the run's inputs."""
+    """Metrics at the end of an epoch; all but throughput and time are functions of the run's inputs."""
 
     epoch: int
     train_loss: float
     lr: float
     scores: Scores
     images_per_second: float
-    ended_at: float  # seconds since 1970
+    ended_at: float  # Unix time, seconds
 
     def row(self) -> dict[str, float | None]:
         """Return the row of `history.csv`."""
@@ -55,9 +55,10 @@ class TrainingResult:
 
 
 class Trainer:
-    """One seed's training, which can be put on disk between any two steps and taken up again.
+    """The training of one seed, which can be interrupted after any step and resumed to the same result.
 
-    `state` holds all that a step changes, and what a step draws at random follows from (seed, epoch, step, purpose).
+    `state` holds everything that a step changes; the random numbers of a step depend only on (seed, epoch, step,
+    purpose).
     """
 
     def __init__(
@@ -69,22 +70,22 @@ class Trainer:
         weights: Path,
         group: ProcessGroup,
     ) -> None:
-        """Build the network and load its first weights.
+        """Build the network and load its pretrained weights.
 
         Args:
-            params: the recipe.
-            seed: with the epoch, the step and a purpose, the origin of all random numbers.
+            params: the hyperparameters.
+            seed: the origin of all random numbers.
             table: one row per image of the pack, with `subset` and `label`.
             pack: the images.
-            weights: the folder of the backbone's first weights.
-            group: the processes that share the work; each holds the whole pack and ends with the same model.
+            weights: the folder of the backbone's pretrained weights.
+            group: the processes that share the work; each reads the whole pack and ends with the same model.
         """
         self.params, self.seed, self.pack, self.group = params, seed, pack, group
         self.labels = torch.tensor(table["label"].fillna(0).to_numpy(dtype=int))
         self.train_rows, self.validation_rows = (
             torch.tensor(table.index[table["subset"] == subset].to_numpy()) for subset in ("train", "validation")
         )
-        self.steps = len(_batches(self.train_rows, params.batch_size))  # of an epoch
+        self.steps_per_epoch = len(_split_batches(self.train_rows, params.batch_size))
         self.class_weights = torch.tensor(params.class_weights, device=pack.device)
         self.memory_format = torch.channels_last if params.channels_last else torch.contiguous_format
         seed_global_generators(seed, "initial weights")
@@ -108,47 +109,52 @@ class Trainer:
             self.averaged = AveragedModel(
                 self.network, multi_avg_fn=get_ema_multi_avg_fn(params.ema_decay), use_buffers=True
             )
-        self.epoch, self.step = 1, 0  # the epoch that is being trained, and how many of its steps are done
-        self.losses: list[Tensor] = []  # of these steps
+        self.epoch, self.step = 1, 0  # the epoch in progress, and the number of its completed steps
+        self.losses: list[Tensor] = []  # of the completed steps
         self.history: list[EpochMetrics] = []
         self.best_weights: dict[str, Tensor] = {}
-        self.forward: Any = None  # runs the network while it trains
+        self.forward: Any = None  # the network as it is called in training: data parallel, compiled
 
     def run(
         self,
         checkpoint: Checkpoint,
         on_epoch: Callable[[EpochMetrics, Classifier | None], None],
         stop: Callable[[], int],
+        progress_path: Path | None = None,
     ) -> TrainingResult:
-        """Train to the end.
+        """Train until the last epoch, or until early stopping.
 
         Args:
-            checkpoint: taken up if it is there, and written after every epoch.
-            on_epoch: called after every epoch, with the model where it is the best so far; first, without a model,
-                for the epochs that the checkpoint holds.
-            stop: asked after every step; a signal's number, or 0, which means to go on.
+            checkpoint: loaded if it exists, and written after every epoch.
+            on_epoch: called after every epoch, with the model if it is the best so far; on resuming, called first for
+                every epoch in the checkpoint, without a model.
+            stop: called after every step; returns the number of a signal that asks to stop, or 0.
+            progress_path: the JSON file for the progress, if one is written.
 
         Raises:
-            UserError: the loss is not finite, or the memory does not suffice.
-            Interrupted: `stop` said so; the checkpoint is written.
+            UserError: the loss is not finite, or there is not enough memory.
+            Interrupted: `stop` returned a signal; the checkpoint is written.
         """
         self.stop = stop
         if state := self.group.broadcast_object(checkpoint.load() if self.group.is_main_process else None):
             self.restore(state)
             for entry in self.history:
                 on_epoch(entry, None)
-        with _progress(self.group.is_main_process) as self.progress, report_out_of_memory(self.params):
-            total = self.params.epochs * self.steps
-            self.bar = self.progress.add_task(f"seed {self.seed}", total=total, loss="–", f1="–", rate="–")
+        f1 = self.history[-1].scores["f1"] if self.history else None
+        progress = TrainingProgress(self.seed, min(self.epoch, self.params.epochs), self.params.epochs, f1)
+        self.reporter = ProgressReporter(
+            progress, self.steps_per_epoch, progress_path, enabled=self.group.is_main_process
+        )
+        with self.reporter, report_out_of_memory(self.params):
             try:
                 while not self.finished:
                     if self.forward is None or self.epoch == self.params.frozen_epochs + 1:
                         self._start_phase()
-                    rate = self._train_epoch(checkpoint)
-                    self._validate_epoch(rate)
+                    images_per_second = self._train_epoch(checkpoint)
+                    entry = self._validate_epoch(images_per_second)
                     self._save(checkpoint)
-                    self._report_epoch(self.history[-1])
-                    on_epoch(self.history[-1], self.eval_model if self.best is self.history[-1] else None)
+                    self.reporter.report_epoch(entry.epoch, entry.train_loss, entry.scores["f1"], images_per_second)
+                    on_epoch(entry, self.eval_model if self.best is entry else None)
             except Interrupted:
                 self._save(checkpoint)
                 raise
@@ -157,7 +163,7 @@ class Trainer:
 
     @property
     def eval_model(self) -> Classifier:
-        """The network that validates and is kept: the one that is trained, or its average over the steps."""
+        """The network that is evaluated and saved: the trained one, or its moving average with `ema_decay`."""
         return self.averaged.module if self.averaged else self.network  # type: ignore[return-value]
 
     @property
@@ -171,7 +177,7 @@ class Trainer:
         return done == self.params.epochs or bool(patience and done and done - self.best.epoch >= patience)
 
     def state(self) -> dict[str, Any]:
-        """Return all that changes while it trains, as numbers, texts and tensors."""
+        """Return everything that training changes, as numbers, strings and tensors."""
         return {
             "network": self.network.state_dict(),
             "averaged": self.averaged.state_dict() if self.averaged else {},
@@ -196,7 +202,7 @@ class Trainer:
         self.best_weights = state["best_weights"]
 
     def _start_phase(self) -> None:
-        """Freeze the backbone or set it free, which what runs the network has to know beforehand."""
+        """Freeze or unfreeze the backbone; data parallelism and compilation must be set up after that."""
         frozen = self.epoch <= self.params.frozen_epochs
         self.network.backbone.requires_grad_(not frozen)
         self.forward = self.group.data_parallel(self.network)
@@ -204,100 +210,99 @@ class Trainer:
             self.forward = torch.compile(self.forward)
 
     def _train_epoch(self, checkpoint: Checkpoint) -> float:
-        """Take the steps of the epoch that are not done yet; return images per second."""
-        params, first = self.params, self.step
-        started = shown = saved = time.perf_counter()
+        """Run the remaining steps of the epoch, and return images per second."""
+        params, first_step = self.params, self.step
+        started = reported = saved = time.perf_counter()
         self.network.train()
         self.network.backbone.train(self.epoch > params.frozen_epochs)  # frozen, it keeps its batch statistics
-        if params.reset_optimizer_each_epoch and not first:
+        if params.reset_optimizer_each_epoch and not first_step:
             self.optimizer = build_optimizer(self.network.parameters(), params)
         order = draw_epoch_order(self.labels[self.train_rows], params, make_generator(self.seed, self.epoch, "order"))
-        batches = _batches(self.train_rows[order], params.batch_size)
-        for rows, pixels in self.pack.batches(batches[first:], params.loader_threads):
+        batches = _split_batches(self.train_rows[order], params.batch_size)
+        for rows, pixels in self.pack.batches(batches[first_step:], params.loader_threads):
             self.losses.append(self._train_step(rows, pixels))
             self.step += 1
-            self.progress.update(self.bar, completed=(self.epoch - 1) * self.steps + self.step)
+            self.reporter.report_step(self.epoch, self.step)
             now = time.perf_counter()
-            if now - shown > 1 and self.group.count == 1:  # reading the loss waits for the device, and for the others
-                shown = now
+            # Reading the loss waits for the device and, with several processes, for the others.
+            if now - reported > 1 and self.group.count == 1:
+                reported = now
                 self._check_losses()
-                rate = (self.step - first) * params.batch_size / (now - started)
-                self.progress.update(self.bar, loss=f"{self.losses[-1].item():.3f}", rate=f"{rate:.0f}")
+                images_per_second = (self.step - first_step) * params.batch_size / (now - started)
+                self.reporter.report_loss(self.epoch, self.losses[-1].item(), images_per_second)
             self.raise_if_interrupted()
             if now - saved > CHECKPOINT_SECONDS:
                 saved = now
                 self._save(checkpoint)
         self._check_losses()
-        return (self.step - first) * params.batch_size / (time.perf_counter() - started)
+        return (self.step - first_step) * params.batch_size / (time.perf_counter() - started)
 
     def _train_step(self, rows: Tensor, pixels: Tensor) -> Tensor:
-        """Take one step on a batch; every process augments and mixes all of it, and computes its share."""
-        params, moment = self.params, (self.seed, self.epoch, self.step)
-        lr = learning_rate_at(self.epoch - 1 + (self.step + 0.5) / self.steps, params)
-        for options in self.optimizer.param_groups:
-            options["lr"] = lr
-        # Augmented while they have one channel, for a third of the work.
-        images = augment(self.network.resize(pixels), params, make_generator(*moment, "augment"))
-        images = self.network.normalize(images)
-        seed_global_generators(*moment, "mixup")
-        images, targets = mixup(images, self.labels[rows].to(images.device), params.mixup_alpha)
-        masks = self.network.head.dropout_masks(len(rows), make_generator(*moment, "dropout"))
-        seed_global_generators(*moment, "backbone", self.group.rank)  # some backbones drop paths
+        """Run one optimizer step on a batch, and return its loss.
 
-        share, count = self.group.local_slice(len(rows)), self.group.count
-        pieces = max(1, min(params.gradient_accumulation_steps, len(rows) // count))
-        split = (tensor[share].tensor_split(pieces) for tensor in (images, targets, *masks))
+        Every process augments and mixes the whole batch, so that all draw the same random numbers, and computes the
+        gradients of its own slice.
+        """
+        params, step_key = self.params, (self.seed, self.epoch, self.step)
+        lr = learning_rate_at(self.epoch - 1 + (self.step + 0.5) / self.steps_per_epoch, params)
+        for param_group in self.optimizer.param_groups:
+            param_group["lr"] = lr
+        # Augmenting before the gray channel is repeated three times costs a third of the work.
+        images = augment(self.network.resize(pixels), params, make_generator(*step_key, "augment"))
+        images = self.network.normalize(images)
+        seed_global_generators(*step_key, "mixup")
+        images, targets = mixup(images, self.labels[rows].to(images.device), params.mixup_alpha)
+        masks = self.network.head.dropout_masks(len(rows), make_generator(*step_key, "dropout"))
+        seed_global_generators(*step_key, "backbone", self.group.rank)  # some backbones use stochastic depth
+
+        local, process_count = self.group.local_slice(len(rows)), self.group.count
+        micro_batches = max(1, min(params.gradient_accumulation_steps, len(rows) // process_count))
+        split = (tensor[local].tensor_split(micro_batches) for tensor in (images, targets, *masks))
         self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=images.device)
-        for index, (piece, target, *piece_masks) in enumerate(zip(*split, strict=True), start=1):
-            with self.group.gradient_sync(self.forward, index == pieces):
+        for index, (micro_images, micro_targets, *micro_masks) in enumerate(zip(*split, strict=True), start=1):
+            with self.group.gradient_sync(self.forward, now=index == micro_batches):
                 with self._autocast():
-                    logits = self.forward(piece.contiguous(memory_format=self.memory_format), piece_masks)
-                    total = cross_entropy(logits.float(), target, self.class_weights, reduction="sum")
-                self.scaler.scale(total / len(rows) * count).backward()
-            loss += total.detach() / len(rows)
+                    logits = self.forward(micro_images.contiguous(memory_format=self.memory_format), micro_masks)
+                    loss_sum = cross_entropy(logits.float(), micro_targets, self.class_weights, reduction="sum")
+                # Data parallelism averages the gradients of the processes; this makes the average a sum.
+                self.scaler.scale(loss_sum / len(rows) * process_count).backward()
+            loss += loss_sum.detach() / len(rows)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.averaged:
             self.averaged.update_parameters(self.network)
         return self.group.all_reduce_sum(loss)
 
-    def _validate_epoch(self, rate: float) -> None:
-        """Validate, and keep the weights if they are the best so far."""
-        params = self.params
-        found = self._predict(self.validation_rows)
-        if not found.isfinite().all():
-            raise self._diverged(f"epoch {self.epoch}: not all predictions are finite")
+    def _validate_epoch(self, images_per_second: float) -> EpochMetrics:
+        """Evaluate on the validation set, keep the weights if they are the best so far, and start the next epoch."""
+        probabilities = self._predict_proba(self.validation_rows)
+        if not probabilities.isfinite().all():
+            raise self._divergence_error(f"epoch {self.epoch}: not all predictions are finite")
         entry = EpochMetrics(
             self.epoch,
             float(torch.stack(self.losses).mean()),
-            learning_rate_at(self.epoch - 0.5 / self.steps, params),
-            score_predictions(self.labels[self.validation_rows].numpy(), found.numpy()),
-            rate,
+            learning_rate_at(self.epoch - 0.5 / self.steps_per_epoch, self.params),
+            score_predictions(self.labels[self.validation_rows].numpy(), probabilities.numpy()),
+            images_per_second,
             time.time(),
         )
         self.history.append(entry)
         if self.best is entry:
             self.best_weights = copy.deepcopy(self.eval_model.state_dict())
         self.epoch, self.step, self.losses = self.epoch + 1, 0, []
+        return entry
 
-    def _report_epoch(self, entry: EpochMetrics) -> None:
-        rate = f"{entry.images_per_second:.0f}"
-        figures = {"loss": f"{entry.train_loss:.3f}", "f1": f"{entry.scores['f1']:.3f}", "rate": rate}
-        self.progress.update(self.bar, **figures)  # type: ignore[arg-type]
-        if self.group.is_main_process:
-            self.progress.print(EPOCH.format(seed=self.seed, epoch=entry.epoch, epochs=self.params.epochs, **figures))
-
-    def _predict(self, rows: Tensor) -> Tensor:
+    def _predict_proba(self, rows: Tensor) -> Tensor:
         """Predict the given rows (B,) of the pack: P(positive), float32 (B,), on the CPU."""
         network = self.eval_model.eval()
-        found = torch.zeros(len(rows), device=self.pack.device)
-        places = torch.arange(len(rows)).split(self.params.batch_size)
-        for start in range(0, len(places), self.group.count):
+        probabilities = torch.zeros(len(rows), device=self.pack.device)
+        batches = torch.arange(len(rows)).split(self.params.batch_size)
+        for start in range(0, len(batches), self.group.count):
             self.raise_if_interrupted()
-            for place in places[start + self.group.rank :][:1]:  # the last round may have none for the last processes
-                found[place.to(found.device)] = network.predict_proba(self.pack.pixels(rows[place]))
-        return self.group.all_reduce_sum(found).cpu()
+            for batch in batches[start + self.group.rank :][:1]:  # in the last round, some processes may have none
+                probabilities[batch.to(probabilities.device)] = network.predict_proba(self.pack.pixels(rows[batch]))
+        return self.group.all_reduce_sum(probabilities).cpu()
 
     def raise_if_interrupted(self) -> None:
         if signal := self.group.all_reduce_max(self.stop()):
@@ -311,11 +316,13 @@ class Trainer:
         finite = torch.stack(self.losses).isfinite()
         if not finite.all():
             step = int((~finite).nonzero()[0])
-            raise self._diverged(f"epoch {self.epoch}, batch {step + 1}: the loss is {self.losses[step].item()}")
+            raise self._divergence_error(
+                f"epoch {self.epoch}, batch {step + 1}: the loss is {self.losses[step].item()}"
+            )
 
-    def _diverged(self, what: str) -> UserError:
+    def _divergence_error(self, problem: str) -> UserError:
         return UserError(
-            f"seed {self.seed}, {what}; lower train.lr = {self.params.lr:g}, or look at "
+            f"seed {self.seed}, {problem}; lower train.lr = {self.params.lr:g}, or check "
             f"train.precision = {self.params.precision} and train.normalization = {self.params.normalization}"
         )
 
@@ -324,17 +331,15 @@ class Trainer:
         return torch.autocast(self.pack.device.type, AUTOCAST_DTYPES[precision], enabled=precision != "float32")
 
 
-EPOCH = "seed {seed}  epoch {epoch}/{epochs}  loss {loss}  F1 {f1}  {rate} images/s"
-
-
-def _batches(rows: Tensor, batch_size: int) -> list[Tensor]:
-    """Cut into batches, without a leftover of one, of which batch norm could take no deviation."""
+def _split_batches(rows: Tensor, batch_size: int) -> list[Tensor]:
+    """Split into batches; a last batch of one is dropped, because batch norm cannot compute a variance from it."""
     batches = list(rows.split(batch_size))
     return batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 < batch_size else batches
 
 
 @contextmanager
 def report_out_of_memory(params: TrainParams) -> Iterator[None]:
+    """Raise a `UserError` that names the parameters to change when the block runs out of memory."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -342,17 +347,6 @@ def report_out_of_memory(params: TrainParams) -> Iterator[None]:
             raise
         raise UserError(
             f"out of memory with train.batch_size = {params.batch_size} at train.size = {params.size}; raise "
-            f"train.gradient_accumulation_steps = {params.gradient_accumulation_steps} (the same batch in more parts), or lower one of the two"
+            f"train.gradient_accumulation_steps = {params.gradient_accumulation_steps} (the same batch in smaller "
+            "parts), or lower one of the two"
         ) from error
-
-
-def _progress(shown: bool) -> Progress:
-    columns = "loss {task.fields[loss]}", "F1 {task.fields[f1]}", "{task.fields[rate]} images/s"
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        *map(TextColumn, columns),
-        TimeRemainingColumn(),
-        disable=not shown,
-    )

@@ -1,4 +1,4 @@
-"""Signals that ask a training to stop."""
+"""Deferred handling of SIGINT and SIGTERM."""
 
 import signal
 from types import FrameType, TracebackType
@@ -6,13 +6,13 @@ from typing import Self
 
 
 class SignalHandler:
-    """Keeps SIGINT and SIGTERM until the work can be put down; a second one acts at once."""
+    """Records SIGINT and SIGTERM until the program asks for them; a second signal acts at once."""
 
     def __init__(self) -> None:
-        self._came = 0
+        self._received = 0
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._previous = {number: signal.signal(number, self._record) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(
@@ -21,13 +21,13 @@ class SignalHandler:
         self._restore()
 
     def __call__(self) -> int:
-        """Return the number of the signal that came, or 0."""
-        return self._came
+        """Return the number of the received signal, or 0."""
+        return self._received
 
-    def _note(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        self._came = number
+    def _record(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        self._received = number
         self._restore()
 
     def _restore(self) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
