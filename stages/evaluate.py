@@ -11,7 +11,7 @@ def evaluate() -> None:
     from pipeline.core import memory
     from pipeline.core.config import load_config
     from pipeline.data.manifest import read_split
-    from pipeline.evaluation import seed_scores, shortcuts
+    from pipeline.evaluation import seed_metrics, shortcuts
     from pipeline.inference import dataset
     from pipeline.training import determinism
 
@@ -21,7 +21,7 @@ def evaluate() -> None:
     table = read_split(Path("data"))
     validation = dataset.predict_dataset(config, table, determinism.select_device())
     shortcuts.write_baselines(table)
-    seed_scores.write_scores(config, validation)
+    seed_metrics.write_seed_metrics(config, validation)
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ def test_disagreements_list_the_closest_votes_first():
     rows = pd.DataFrame({"a": [0.9, 0.1, 0.9, 0.9], "b": [0.9, 0.1, 0.1, 0.1], "c": [0.9, 0.1, 0.1, 0.1]})
     rows["d"] = [0.9, 0.1, 0.1, 0.9]
     files = pd.DataFrame({"file": ["same", "none", "one", "even"]})
-    table = ensemble.disagreements(files, ensemble.combine(rows, make_config(rows)), 4)
+    table = ensemble.images_with_disagreement(files, ensemble.combine(rows, make_config(rows)), 4)
     assert list(table["file"]) == ["even", "one"]
 
 

@@ -282,7 +282,7 @@ def test_a_history_of_release_0_1_is_shown_and_its_versions_are_rejected_in_one_
     record = {"version": old, "since": "2025-01-01T00:00:00Z", "why": "of release 0.1", "rollback": False, "over": 3}
     client.set_registered_model_tag(NAME, "champion.0000.00000000", json.dumps(record))
     assert registry.champion_history(connect(NAME), NAME)[0] == registry.ChampionRecord(
-        old, "2025-01-01T00:00:00Z", "of release 0.1", override_version=3
+        old, "2025-01-01T00:00:00Z", "of release 0.1", overruled_up_to=3
     )
     assert "of release 0.1" in output_of("cxr history")
     for command in ("cxr rollback", f"cxr promote --model {old} --reason test", f"cxr predict data --model {old}"):
@@ -384,7 +384,9 @@ def test_only_runs_of_removed_experiments_that_do_not_train_are_pruned(promoted)
         tags = {runs.DVC_EXPERIMENT: name, runs.WORKSPACE: runs._workspace()}
         run = opened.client.create_run(opened.experiment_id, tags=tags)
         opened.client.update_run(run.info.run_id, status)
-    assert [run.data.tags[runs.DVC_EXPERIMENT] for run in runs.orphaned_runs(opened, ["existing"])] == ["removed"]
+    assert [run.data.tags[runs.DVC_EXPERIMENT] for run in runs.runs_of_removed_experiments(opened, ["existing"])] == [
+        "removed"
+    ]
 
 
 def test_a_run_whose_process_has_ended_is_set_to_killed_at_the_next_connection(promoted):

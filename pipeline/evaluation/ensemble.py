@@ -182,7 +182,7 @@ def pairwise_disagreement(members: pd.DataFrame, thresholds: Sequence[float]) ->
     return pd.DataFrame(rows, columns=["model", "other", "share"])
 
 
-def disagreements(predictions: pd.DataFrame, combined: pd.DataFrame, member_count: int) -> pd.DataFrame:
+def images_with_disagreement(predictions: pd.DataFrame, combined: pd.DataFrame, member_count: int) -> pd.DataFrame:
     """Return the images on which the members disagree, the closest votes first.
 
     Args:

@@ -139,7 +139,7 @@ def evaluate_models(
     predictors = fit_predictors(config, validation, table, predictions_folder / "soup.csv")
     models = {name: predictor.predictions for name, predictor in predictors.items()}
     if reason := _soup_unavailable_reason(config):
-        models["bag (soup)"] = metric_tables.unavailable(reason)
+        models["bag (soup)"] = metric_tables.unavailable_predictions(reason)
     models |= load_baselines(predictions_folder / "shortcuts.csv", metrics_folder / "shortcuts.json")
 
     tables = build_tables(config, validation, metadata, predictors, models, roles)
@@ -178,7 +178,7 @@ def load_baselines(probabilities_file: Path, info_file: Path) -> dict[str, Predi
     for name, info in read_json(info_file).items():
         probabilities = table[name].to_numpy()
         baselines[f"shortcut ({name})"] = (
-            metric_tables.unavailable(info["reason"])
+            metric_tables.unavailable_predictions(info["reason"])
             if info["reason"]
             else Predictions(probabilities >= info["threshold"], probabilities)
         )
@@ -234,7 +234,7 @@ def build_bag_tables(
     """Build the tables of how the members differ, and of F1 by the number of members."""
     members, validation = config.bag_members, predictions["validation"]
     disputed = {
-        subset: ensemble.disagreements(table, ensemble.combine(table, bag), len(members))
+        subset: ensemble.images_with_disagreement(table, ensemble.combine(table, bag), len(members))
         for subset, table in predictions.items()
     }
     return {

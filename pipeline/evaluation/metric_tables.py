@@ -38,7 +38,7 @@ class Predictions:
         return Predictions(self.predicted[rows], probabilities, self.estimate_type)
 
 
-def unavailable(reason: str) -> Predictions:
+def unavailable_predictions(reason: str) -> Predictions:
     return Predictions(np.empty(0), None, "", reason)
 
 

@@ -14,7 +14,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.files import md5_of_file, read_json, sha256_of_file
 
 # The manifest holds the hash of every image in the pack, and is quicker to read.
-HASH_PROXIES = {"data/images.npy": "data/manifest.csv"}
+HASHED_INSTEAD = {"data/images.npy": "data/manifest.csv"}
 TYPE_HINTS = {"annotation", "returns", "type_comment", "type_params"}  # fields of nodes of a syntax tree
 
 
@@ -74,7 +74,7 @@ def code_hash(path: Path) -> str:
 def _shared_inputs(config: Config, root: Path) -> dict[str, Any]:
     """Return what the trainings of all seeds share."""
     deps = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]["train"]["deps"]
-    paths = {HASH_PROXIES.get(dep, dep) for dep in deps}
+    paths = {HASHED_INSTEAD.get(dep, dep) for dep in deps}
     return {
         "params": config.active.train.model_dump(exclude_defaults=True),
         "cross_validate": config.active.split.cross_validate,
@@ -132,7 +132,7 @@ def _is_committed(config: Config, seed: int) -> bool:
         )
     except (KeyError, ValidationError):  # of another profile, or of an earlier release
         return False
-    files = [item for item in (*entry["deps"], *entry["outs"]) if item["path"] not in HASH_PROXIES]
+    files = [item for item in (*entry["deps"], *entry["outs"]) if item["path"] not in HASHED_INSTEAD]
     return same_params and all(_dvc_hash(Path(item["path"])) == item["md5"] for item in files)
 
 

@@ -32,14 +32,14 @@ from PIL import Image
 import pipeline
 from pipeline.core.errors import UserError, first_line
 from pipeline.inference import candidate
-from pipeline.tracking.store import Store, release_tag
+from pipeline.tracking.store import Store, software_version_tag
 
-CONTENT_HASH = "content_hash"
+CONTENT_HASH_TAG = "content_hash"
 CHAMPION, CHALLENGER = "champion", "challenger"
 CHAMPION_TAG = "champion."  # prefix of the history's tags on the registered model: champion.0001.<random>, ...
 ARTIFACT = "candidate"  # name of the candidate's folder among the model's artifacts
-OLD_CONTENT_HASH = "identity"  # release 0.1
-OLD_RECORD_FIELDS = {"why": "reason", "over": "override_version"}  # release 0.1
+OLD_CONTENT_HASH_TAG = "identity"  # release 0.1
+OLD_RECORD_FIELDS = {"why": "reason", "over": "overruled_up_to"}  # release 0.1
 REQUIREMENTS = [
     "mlflow", "numpy", "pandas", "pillow", "pydicom", "safetensors", "scikit-learn", "simplejpeg", "timm", "torch",
     "torchvision",
@@ -60,14 +60,14 @@ SIGNATURE = ModelSignature(
 class ChampionRecord:
     """An entry of the champion history: `version` is champion from `since` (ISO 8601, UTC) until the next entry.
 
-    `override_version` is the newest version that existed when a person chose this champion, and 0 if the gate chose it.
+    `overruled_up_to` is the newest version that existed when a person chose this champion, and 0 if the gate chose it.
     """
 
     version: str
     since: str
     reason: str
     rollback: bool = False
-    override_version: int = 0
+    overruled_up_to: int = 0
 
 
 def register_candidate(
@@ -90,11 +90,11 @@ def register_candidate(
         except MlflowException as error:
             _raise_unless_not_found(error)
             store.client.create_registered_model(name, description=DESCRIPTION)
-        existing = store.client.search_model_versions(f"name = '{name}' AND tags.{CONTENT_HASH} = '{content_hash}'")
+        existing = store.client.search_model_versions(f"name = '{name}' AND tags.{CONTENT_HASH_TAG} = '{content_hash}'")
         if existing:
             return existing[0]
         model_id = _log_model(store, run_id, folder, example)
-        tags = {CONTENT_HASH: content_hash, **release_tag(), **tags}
+        tags = {CONTENT_HASH_TAG: content_hash, **software_version_tag(), **tags}
         return store.client.create_model_version(name, f"models:/{model_id}", run_id, tags, model_id=model_id)
 
 
@@ -176,8 +176,8 @@ def set_champion(
     load_version(version)
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     with store.lock:
-        override_version = max(int(other.version) for other in list_versions(store, name)) if manual else 0
-        record = ChampionRecord(str(version.version), now, reason, rollback, override_version)
+        newest = max(int(other.version) for other in list_versions(store, name)) if manual else 0
+        record = ChampionRecord(str(version.version), now, reason, rollback, newest)
         number = len(champion_history(store, name)) + 1
         # Another machine may take the same number at the same time; the random suffix keeps both entries.
         key = f"{CHAMPION_TAG}{number:04}.{uuid4().hex[:8]}"
@@ -229,10 +229,10 @@ def rollback_target(store: Store, name: str) -> ChampionRecord:
     return stack[-2]
 
 
-def get_override_version(store: Store, name: str) -> int:
+def overruled_up_to(store: Store, name: str) -> int:
     """Return the newest version that existed when a person chose the champion, or 0 if the gate chose it."""
     last = _last_record(store, name)
-    return last.override_version if last else 0
+    return last.overruled_up_to if last else 0
 
 
 def load_version(version: ModelVersion) -> candidate.Candidate:
@@ -255,7 +255,7 @@ def download_version(version: ModelVersion) -> Iterator[Path]:
     Raises:
         UserError: its files are missing or changed, or it was registered by an earlier release or other code.
     """
-    if OLD_CONTENT_HASH in version.tags and CONTENT_HASH not in version.tags:
+    if OLD_CONTENT_HASH_TAG in version.tags and CONTENT_HASH_TAG not in version.tags:
         raise UserError(
             f"{version.name} version {version.version} was registered by an earlier release and cannot be loaded by "
             "this one; train and register new versions with: dvc repro"
@@ -272,8 +272,8 @@ def download_version(version: ModelVersion) -> Iterator[Path]:
             content_hash = candidate.content_hash(folder)
         except (OSError, ValueError, KeyError) as error:
             raise _damaged_error(version, first_line(error)) from None
-        if content_hash != version.tags.get(CONTENT_HASH):
-            raise _damaged_error(version, f"its files do not match its tag {CONTENT_HASH}")
+        if content_hash != version.tags.get(CONTENT_HASH_TAG):
+            raise _damaged_error(version, f"its files do not match its tag {CONTENT_HASH_TAG}")
         yield folder
 
 

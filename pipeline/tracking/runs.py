@@ -32,7 +32,7 @@ from pipeline.core.config import Config
 from pipeline.core.files import md5_of_file, read_json, sha256_of_file
 from pipeline.data import manifest
 from pipeline.tracking.fingerprint import parent_run_name, seed_run_name
-from pipeline.tracking.store import Store, release_tag
+from pipeline.tracking.store import Store, software_version_tag
 from pipeline.tracking.tracking_uri import workspace_root
 
 FINGERPRINT = "fingerprint"
@@ -198,7 +198,7 @@ def _find_or_create(store: Store, config: Config, fingerprint: str, name: str, t
             "data_md5": md5_of_file(MANIFEST),
             WORKSPACE: _workspace(),
         }
-        all_tags = {**common, **tags, **release_tag(), **commit_and_experiment_tags()}
+        all_tags = {**common, **tags, **software_version_tag(), **commit_and_experiment_tags()}
         return store.client.create_run(store.experiment_id, tags=all_tags, run_name=name)
 
 
@@ -213,7 +213,7 @@ def commit_and_experiment_tags() -> dict[str, str]:
     return tags
 
 
-def orphaned_runs(store: Store, experiments: Collection[str]) -> list[Run]:
+def runs_of_removed_experiments(store: Store, experiments: Collection[str]) -> list[Run]:
     """Return this workspace's runs whose DVC experiment is neither in `experiments` nor training now."""
     runs = store.client.search_runs([store.experiment_id], f"tags.{WORKSPACE} = '{_workspace()}'", max_results=50_000)
     training = {run.data.tags.get(DVC_EXPERIMENT, "") for run in runs if run.info.status == "RUNNING"}

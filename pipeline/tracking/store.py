@@ -69,7 +69,7 @@ def connect(experiment_name: str) -> Store:
     return Store(client, experiment.experiment_id, lock)
 
 
-def release_tag() -> dict[str, str]:
+def software_version_tag() -> dict[str, str]:
     """Return the tag that records the installed version of this package."""
     return {"covid-xray.version": metadata.version("covid-xray")}
 

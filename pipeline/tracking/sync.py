@@ -29,8 +29,8 @@ from pipeline.tracking.runs import (
     SeedRun,
     commit_and_experiment_tags,
     finish_parent,
-    orphaned_runs,
     parent_run,
+    runs_of_removed_experiments,
 )
 from pipeline.tracking.store import Store, connect
 
@@ -106,7 +106,7 @@ def promote_best(store: Store, config: Config, versions: Mapping[str, ModelVersi
     registry.reconcile_alias(store, name)
     while True:
         champion = registry.get_champion(store, name)
-        decision = decide(config, predictions, versions, best, champion, registry.get_override_version(store, name))
+        decision = decide(config, predictions, versions, best, champion, registry.overruled_up_to(store, name))
         with store.lock:
             if _number(registry.get_champion(store, name)) != _number(champion):
                 continue  # another process promoted a version meanwhile
@@ -164,7 +164,7 @@ def removable_runs(
     champions = {record.version for record in registry.champion_history(store, name)}
     kept |= {version.run_id for version in registry.list_versions(store, name) if str(version.version) in champions}
     kept |= {store.client.get_run(str(run_id)).data.tags.get(MLFLOW_PARENT_RUN_ID) for run_id in kept}
-    return [run for run in orphaned_runs(store, experiments) if run.info.run_id not in kept]
+    return [run for run in runs_of_removed_experiments(store, experiments) if run.info.run_id not in kept]
 
 
 def remove_runs(store: Store, name: str, runs: Collection[Run]) -> None:
@@ -217,7 +217,7 @@ def decide(
     versions: Mapping[str, ModelVersion],
     best: str,
     champion: ModelVersion | None,
-    override_version: int,
+    overruled_up_to: int,
 ) -> Decision:
     """Decide whether the best candidate becomes champion.
 
@@ -227,7 +227,7 @@ def decide(
         versions: the version of every candidate by name.
         best: name of the candidate.
         champion: the present champion.
-        override_version: the newest version that existed when a person chose the champion; 0 if the gate chose it.
+        overruled_up_to: the newest version that existed when a person chose the champion; 0 if the gate chose it.
             Versions up to this one do not replace it.
     """
     params, scores, challenger = config.active.promote, predictions.scores[best], versions[best]
@@ -250,7 +250,7 @@ def decide(
         model = registry.load_version(champion)
     except UserError as load_error:
         return {**decision, "promoted": True, "reason": f"{f1}; the champion cannot be loaded: {load_error}"}
-    if int(challenger.version) <= override_version:
+    if int(challenger.version) <= overruled_up_to:
         reason = (
             f"{f1}, but a person chose version {champion.version} instead; to change that: cxr promote --model "
             f"{challenger.version} --reason TEXT"

@@ -10,7 +10,7 @@ from pipeline.evaluation import curves, operating_point
 from pipeline.evaluation.metrics import best_model, score_predictions
 
 
-def write_scores(config: Config, validation: pd.DataFrame) -> None:
+def write_seed_metrics(config: Config, validation: pd.DataFrame) -> None:
     """Write `metrics/evaluate.json` with the scores of every seed, and its plots.
 
     Args:
