@@ -21,7 +21,7 @@ def promote(model: str | None, reason: str | None) -> None:
         raise click.UsageError('give both: --model VERSION --reason "TEXT"')
     config = load_config()
     if model is not None:
-        decision = sync.promote_version(config, model, f"by hand: {reason}")
+        decision = sync.promote_version(config, model, f"manual: {reason}")
     else:
         store = connect(config.model_name)
         versions = sync.backfill(store, config)

@@ -52,7 +52,7 @@ class PhantomParams(Section):
     prevalence: float = Field(0.125, ge=0, le=1, description="Share of positives among the labeled images.")
     test_prevalence: float = Field(0.5, ge=0, le=1, description="Share of positives among the test images.")
     strength: float = Field(2.0, gt=0, description="Visibility of opacities; at 1 some are very faint.")
-    confounding: float = Field(0.6, ge=0, le=1, description="How far the source tells the label: 0 not, 1 wholly.")
+    confounding: float = Field(0.6, ge=0, le=1, description="How strongly the source predicts the label, 0 to 1.")
     seed: Seed = Field(1, description="Seed of the drawing.")
 
 
@@ -140,7 +140,7 @@ class SplitParams(Section):
 
     folds: int = Field(5, ge=2, description="Number of folds; one validates.")
     seed: Seed = Field(1, description="Seed of the split.")
-    cross_validate: bool = Field(False, description="Seed k validates on fold k mod folds, not all on fold 0.")
+    cross_validate: bool = Field(False, description="Validate seed k on fold k mod folds; else all on fold 0.")
     held_out_source: str | None = Field(None, description="Source that validates and is not trained on, or null.")
 
     @model_validator(mode="after")
@@ -168,11 +168,11 @@ class TrainParams(Section):
         None, description="Epochs without a better F1 before training stops, or null."
     )
     batch_size: int = Field(32, gt=0, description="Images per optimizer step.")
-    gradient_accumulation_steps: int = Field(1, gt=0, description="Parts a batch is computed in, to save memory.")
+    gradient_accumulation_steps: int = Field(1, gt=0, description="Micro-batches per optimizer step, to save memory.")
     sampling: Literal["shuffle", "weighted"] = Field(
         "shuffle", description="shuffle, or weighted: oversamples positives."
     )
-    positive_oversampling: float = Field(1.0, gt=0, description="weighted draws a positive this much more often.")
+    positive_oversampling: float = Field(1.0, gt=0, description="How much likelier a positive is drawn, with sampling: weighted.")
     class_weights: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = Field(
         (1.0, 1.0), description="Loss weights of negative and positive."
     )
@@ -196,19 +196,19 @@ class TrainParams(Section):
     channels_last: bool = Field(True, description="Memory format of the network.")
     fused: bool = Field(False, description="Fused kernel for the optimizer's step.")
     compile: bool = Field(False, description="Use torch.compile.")
-    loader_threads: int = Field(1, gt=0, description="Threads that read the next batches.")
-    cpu_threads: int = Field(2, gt=0, description="Sets the order of float sums, so part of the result.")
+    loader_threads: int = Field(1, gt=0, description="Threads that read the next batches; no result depends on them.")
+    cpu_threads: int = Field(2, gt=0, description="CPU threads: the order of float sums, and so the result.")
 
 
 class EvaluateParams(Section):
     """Predictions and their evaluation."""
 
     batch_size: int = Field(64, gt=0, description="Images per batch.")
-    cpu_threads: int = Field(2, gt=0, description="Sets the order of float sums, so part of the result.")
+    cpu_threads: int = Field(2, gt=0, description="CPU threads: the order of float sums, and so the result.")
     operating_point: Literal["half", "best_f1", "youden", "sensitivity"] = Field(
         "half", description="half (0.5), best_f1, youden or sensitivity."
     )
-    min_sensitivity: float = Field(0.9, ge=0, le=1, description="Sensitivity that the rule sensitivity keeps.")
+    min_sensitivity: float = Field(0.9, ge=0, le=1, description="Least sensitivity with operating_point: sensitivity.")
     expected_prevalence: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="Prevalence where the model will be used, or null."
     )
@@ -219,15 +219,15 @@ class BagParams(Section):
     """The bag, a seed ensemble: all models are trained on the same data."""
 
     method: Method = Field("mean", description="vote, mean, logits or greedy.")
-    tie: Tie = Field("mean", description="Who wins a tied vote: positive, negative or mean.")
+    tie: Tie = Field("mean", description="Label of a tied vote: positive, negative, or by the mean probability.")
     members: Literal["all"] | list[int] = Field("all", description="all, or a list of seeds.")
 
 
 class PromoteParams(Section):
     """The gate in front of the champion alias."""
 
-    margin: float = Field(0.0, ge=0, le=1, description="F1 by which a challenger must beat the champion.")
-    min_probability: float = Field(0.8, ge=0, le=1, description="Share of resamples in which it must.")
+    margin: float = Field(0.0, ge=0, le=1, description="F1 by which a challenger must be better than the champion.")
+    min_probability: float = Field(0.8, ge=0, le=1, description="Least share of resamples in which it is better by margin.")
     resamples: int = Field(2000, gt=0, description="Paired bootstrap resamples.")
     min_sensitivity: float = Field(0.5, ge=0, le=1, description="Required of every champion.")
     min_specificity: float = Field(0.5, ge=0, le=1, description="Required of every champion.")

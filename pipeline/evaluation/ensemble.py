@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit
 
-from pipeline.core.config import Config, EvaluateParams, Method, Tie
+from pipeline.core.config import BAG, Config, EvaluateParams, Method, Tie
 from pipeline.core.errors import UserError
 from pipeline.core.files import read_csv, read_json
 from pipeline.evaluation import operating_point
@@ -22,7 +22,6 @@ from pipeline.evaluation.calibration import PROBABILITY_EPS, log_odds
 from pipeline.evaluation.metrics import DEFAULT_THRESHOLD, apply_threshold, best_model
 
 METHODS: tuple[Method, ...] = get_args(Method)
-BAG = "bag"
 CANDIDATES = Path("metrics/candidates.json")
 MAX_SELECTIONS = 50  # steps of the greedy selection
 MAX_SUBSETS = 100  # ensembles per size in `metric_by_ensemble_size`

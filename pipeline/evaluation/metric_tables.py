@@ -14,7 +14,7 @@ from pipeline.evaluation.intervals import bootstrap_weights, compare_metrics, co
 from pipeline.evaluation.metrics import SCORE_METRICS, THRESHOLD_METRICS, apply_threshold, compute_metrics
 
 MIN_PER_CLASS = 10  # a slice with fewer images of a class is marked as small
-HELD_OUT_SOURCE = "source left out"
+HELD_OUT_SOURCE = "held-out source"
 SIZE_BINS = {"below 512": 0, "512 to 1023": 512, "1024 to 2047": 1024, "2048 and more": 2048}  # shorter edge, pixels
 COLUMNS = ["model", "estimate_type", "metric", "value", "low", "high", "method", "reason"]
 
