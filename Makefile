@@ -1,8 +1,8 @@
-# make run    set up, run the demo, say where its results are
-# make ui     MLflow's UI on http://127.0.0.1:5000
-# make test   set up and run every test
+# make run    set up (several GB), run the demo (about three minutes), print its results
+# make ui     MLflow's UI on http://127.0.0.1:5000, until Ctrl-C
+# make test   set up and run all tests
 # make docs   build the documentation site in site/ (no network needed)
-# make lint   ruff, mypy, and the contracts of the layout
+# make lint   ruff, mypy, import-linter
 
 PYTHON ?= python3
 PORT ?= 5000
@@ -17,7 +17,7 @@ run: .venv/run
 	@cat report/table.md
 	@echo
 	@echo "Report:      report/index.html (open it in a browser)"
-	@echo "Submission:  submissions/best.csv (the best model), submissions/bag.csv (all of them)"
+	@echo "Submission:  submissions/best.csv (the best seed), submissions/bag.csv (the ensemble of all)"
 	@echo "MLflow UI:   make ui"
 
 ui: .venv/run

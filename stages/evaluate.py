@@ -7,7 +7,7 @@ from stages.common import stage
 
 @stage
 def evaluate() -> None:
-    """Write the predictions of the models, their average and the shortcut baselines, with scores and curves."""
+    """Write the predictions of the models, the model soup and the shortcut baselines, with scores and curves."""
     from pipeline.core import memory
     from pipeline.core.config import load_config
     from pipeline.data.manifest import read_split

@@ -1,4 +1,4 @@
-"""Complete MLflow from DVC's files, and promote the best candidate if it passes the gate."""
+"""Bring MLflow up to date with DVC's files, and promote the best candidate if it passes the gate."""
 
 import click
 
@@ -9,7 +9,7 @@ from stages.common import stage
 @click.option("--model", metavar="VERSION", help="Make this version champion, without the gate.")
 @click.option("--reason", metavar="TEXT", help="Why; stored with the version and shown by `cxr history`.")
 def promote(model: str | None, reason: str | None) -> None:
-    """Complete the MLflow runs and the registry, and make the best candidate champion if it passes the gate.
+    """Bring the MLflow runs and registry up to date, and make the best candidate champion if it passes the gate.
 
     Writes metrics/promotion.json. With --model, that version becomes champion without a comparison.
     """

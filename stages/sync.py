@@ -1,4 +1,4 @@
-"""Complete MLflow from DVC's files."""
+"""Bring MLflow up to date with DVC's files."""
 
 import subprocess
 
@@ -11,7 +11,10 @@ from stages.common import stage
 @click.option("--prune", is_flag=True, help="Also delete the runs of DVC experiments that were removed.")
 @click.option("--yes", is_flag=True, help="Do not ask before deleting.")
 def sync(prune: bool, yes: bool) -> None:
-    """Complete runs, registered versions and aliases in MLflow from DVC's files; a repeated call changes nothing."""
+    """Create the runs, versions and aliases that MLflow lacks from DVC's files, then apply the promotion gate.
+
+    The gate is that of `cxr promote`. A repeated call changes nothing.
+    """
     from pipeline.core.config import load_config
     from pipeline.core.errors import UserError
     from pipeline.tracking import sync as tracking

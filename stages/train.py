@@ -24,7 +24,7 @@ def train(seed: int) -> None:
     from pipeline.core.config import load_config
     from pipeline.core.files import write_csv, write_json
     from pipeline.data.dataset import PackedImages
-    from pipeline.data.manifest import read_split
+    from pipeline.data.manifest import read_split, validation_fold
     from pipeline.models import classifier
     from pipeline.tracking import fingerprint, tracking_uri
     from pipeline.tracking.outbox import Outbox
@@ -45,7 +45,7 @@ def train(seed: int) -> None:
         parent_fingerprint = fingerprint.training_fingerprint(config)
         run_fingerprint = fingerprint.training_fingerprint(config, seed=seed, environment=environment)
         checkpoint = Checkpoint(tracking_uri.workspace_root() / "checkpoints", run_fingerprint)
-        table = read_split(data, config.active.split.validation_fold(seed))
+        table = read_split(data, validation_fold(config.active.split, seed))
         trainer = Trainer(params, seed, table, pack, data / "weights", group)
         if not group.is_main_process:
             trainer.run(checkpoint, lambda *_: None, stop)

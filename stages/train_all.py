@@ -78,13 +78,15 @@ class SeedProcess:
 
 
 @stage
-@click.option("--jobs", type=click.IntRange(1), help="How many seeds train at once on this machine.")
-@click.option("--ray", metavar="ADDRESS", help="Train on this Ray cluster instead.")
+@click.option(
+    "--jobs", metavar="N", type=click.IntRange(1), help="Train on this machine, N seeds at once; give this or --ray."
+)
+@click.option("--ray", metavar="ADDRESS", help="Train on this Ray cluster; give this or --jobs.")
 def train_all(jobs: int | None, ray: str | None) -> None:
-    """Train every seed of params.yaml that has changed, with one `dvc repro` each; a later `dvc repro` trains none.
+    """Train every seed of params.yaml that has changed, with one `dvc repro` each.
 
-    On this machine, the GPUs are assigned to the seeds in turn. On a Ray cluster, each seed trains in its own clone,
-    and `dvc repro --pull` fetches the results.
+    `dvc repro` then runs only the later stages. On this machine, the GPUs are assigned to the seeds in turn. On a Ray
+    cluster, each seed trains in its own clone, and `dvc repro --pull` fetches the results.
     """
     from pipeline.core.config import load_config
     from pipeline.core.errors import UserError

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from somewhere import Kind
+else:
+    Kind = 1
 
 SIZE: int = 3  # a comment
 
@@ -30,6 +32,7 @@ class Box:
     def area(self, factor: float = 2.0) -> float:
         """The docstring of a method."""
         text: str = "kept"
+        count: int
         return self.width * factor if text else SIZE
 '''
 
@@ -43,7 +46,8 @@ def hash_of(folder: Path, code: str) -> str:
     ("old", "new"),
     [
         ("  # a comment", ""),
-        ("SIZE: int = 3", "SIZE: float = 3"),
+        ("SIZE: int = 3", "SIZE = 3"),
+        ("        count: int\n", ""),
         ("    width: float", "    width: int"),
         ("The docstring of a class.", "Another one."),
         ('        """The docstring of a method."""\n', ""),
@@ -68,6 +72,8 @@ def test_comments_docstrings_type_hints_and_formatting_change_no_hash(tmp_path, 
         ("self.width * factor", "factor * self.width"),
         ("else SIZE", "else None"),
         ("    width: float", "    height: float"),
+        ("    width: float", "    width: float = 1"),
+        ("Kind = 1", "Kind = 2"),
         ("class Box", "class Crate"),
         ("from typing import TYPE_CHECKING", "from typing import TYPE_CHECKING, Any"),
     ],
@@ -121,7 +127,7 @@ def test_a_change_that_can_change_no_number_causes_no_training(changeable):
 @pytest.mark.parametrize(
     ("old", "new", "refused"),
     [
-        ('"""Train to the end.', '"""Train until the end.', False),
+        ('"""Train until the last epoch', '"""Train to the last epoch', False),
         ("CHECKPOINT_SECONDS = 300", "CHECKPOINT_SECONDS = 301", True),
     ],
     ids=["docstring", "code"],

@@ -27,6 +27,15 @@ DEFAULTS = {
     "seeds": [0, 1, 2, 3, 4, 5, 6, 7, 8, 9],
     "archive": {"path": None},
     "kaggle": {"competition": None, "dataset": None},
+    "covidx": {"path": None},
+    "covid_chestxray": {"path": None, "test_share": 0.1},
+    "table": {
+        "path": None, "labels": Path("labels.csv"), "positive": ["1"], "negative": ["0"], "test_share": 0.1,
+        "columns": {
+            "file": "file", "label": "label", "patient": None, "source": None, "view": None, "license": None,
+            "set": None,
+        },
+    },
     "phantom": {
         "version": 1, "train": 832, "test": 100, "prevalence": 0.125, "test_prevalence": 0.5, "strength": 2.0,
         "confounding": 0.6, "seed": 1,
@@ -151,22 +160,24 @@ def test_a_key_of_the_other_download_source_is_unknown(tmp_path):
 
 
 @pytest.mark.parametrize("section", ["demo.download", "local.download"])
-def test_a_download_without_a_known_source_says_which_there_are(tmp_path, section):
-    for params in (renamed(f"{section}.source", "sorce"), edited(f"{section}.source", "phantm")):
-        message = refusal(write(tmp_path, params))
-        assert message.startswith(f"{section}")
-        assert "source" in message
-    assert "'phantom', 'archive', 'kaggle'" in message
+def test_an_unknown_source_is_named_with_the_nearest_known_one_or_all(tmp_path, section):
+    message = refusal(write(tmp_path, renamed(f"{section}.source", "sorce")))
+    assert message == f"{section}.sorce: unknown key; did you mean 'source'?"
+    message = refusal(write(tmp_path, edited(f"{section}.source", "phantm")))
+    assert message == f"{section}.source: unknown source 'phantm'; did you mean 'phantom'?"
+    message = refusal(write(tmp_path, edited(f"{section}.source", "xyz")))
+    assert message.endswith("choose one of archive, covid_chestxray, covidx, kaggle, phantom, table")
 
 
 @pytest.mark.parametrize("section", DEFAULTS)
 def test_a_missing_key_has_the_default_that_it_always_had(section):
+    assert set(DEFAULTS) == {"seeds", *config.SOURCES, *config.Profile.model_fields} - {"download"}
     loaded = config.Config.model_validate(
         {"demo": {}, "competition": {"download": {"source": "kaggle", "dataset": "a/b"}}}
     )
     if section == "seeds":
         assert loaded.seeds == DEFAULTS["seeds"]
-    elif section in DOWNLOADS:
+    elif section in config.SOURCES:
         assert config.SOURCES[section]().model_dump(exclude={"source"}) == DEFAULTS[section]
     else:
         assert getattr(loaded.active, section).model_dump() == DEFAULTS[section]
@@ -196,6 +207,41 @@ def test_other_old_names_are_refused_with_the_new_ones(tmp_path):
     assert (
         refusal(write(tmp_path, params)) == "local.download.columns.licence: licence is called license now; rename it"
     )
+
+
+def test_all_old_names_are_listed_at_once(tmp_path):
+    params = renamed("demo.train.optimizer", "optimiser")
+    for profile in ("competition", "local"):
+        params[profile]["train"]["hidden"] = params[profile]["train"].pop("head_hidden")
+    message = refusal(write(tmp_path, params))
+    assert message == (
+        "demo.train.optimiser: optimiser is called optimizer now, hidden is called head_hidden now; rename them"
+    )
+
+
+def test_a_profile_may_have_the_name_of_a_source(tmp_path):
+    params = edited("demo.train.lr", -1)
+    params["kaggle"] = params.pop("demo")
+    assert refusal(write(tmp_path, params | {"profile": "kaggle"})).startswith("kaggle.train.lr: ")
+
+
+def test_a_misspelled_key_at_the_top_is_named_with_the_nearest_known_one(tmp_path):
+    params = {"profil": "demo", **{key: SHIPPED[key] for key in SHIPPED if key != "profile"}}
+    assert refusal(write(tmp_path, params)) == "profil: unknown key; did you mean 'profile'?"
+
+
+def test_a_file_without_a_profile_is_refused(tmp_path):
+    assert refusal(write(tmp_path, {"profile": "demo"})) == "there is no profile; add a section such as demo"
+
+
+def test_the_keys_that_dvc_needs_one_by_one_are_those_of_the_first_release():
+    """DVC refuses a file without a key that dvc.yaml names, so that a later key must be part of a section there."""
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].values()
+    named = {path.removeprefix("${profile}.") for stage in stages for path in stage["params"] if path.count(".") > 1}
+    assert named == {
+        "bag.members", "evaluate.batch_size", "evaluate.cpu_threads", "evaluate.min_sensitivity",
+        "evaluate.operating_point", "split.held_out_source", "train.backbone", "train.head_hidden", "weights.source",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("profile", PROFILES)

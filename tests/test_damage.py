@@ -211,3 +211,28 @@ def test_a_checkpoint_on_a_failing_disk_is_kept(tmp_path, number):
         checkpoint.load()
     assert checkpoint.path.exists()
     assert checkpoint.load()["epoch"] == 3
+
+
+@pytest.mark.parametrize("kind", CHECKS)
+@pytest.mark.parametrize("method", [1, 9, 12, 14, 93, 255])
+def test_a_damaged_compression_method_is_detected(tmp_path, kind, method):
+    """A decompressor of another method raises errors of its own, some of them an OSError without a number."""
+    content = CONTENTS[kind]
+    for offset in (10, 11):  # the two bytes of the method in the first entry of the central directory
+        index = content.index(b"PK\x01\x02") + offset
+        CHECKS[kind](tmp_path, content[:index] + bytes([method]) + content[index + 1 :])
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_damage_is_detected_with_every_compression(tmp_path, compression):
+    buffer, path = io.BytesIO(), tmp_path / "archive.zip"
+    with zipfile.ZipFile(buffer, "w", compression) as opened:
+        opened.writestr("member", bytes(range(256)) * 20)
+    content = buffer.getvalue()
+    path.write_bytes(content)
+    assert error_of(partial(check_zip, path)) == ""
+    for index in range(len(content)):
+        path.write_bytes(damaged(content, index, index % 8))
+        error_of(partial(check_zip, path))  # any other exception fails the test
+        path.write_bytes(damaged(content, index, "cut"))
+        assert error_of(partial(check_zip, path)) != ""

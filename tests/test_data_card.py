@@ -50,12 +50,14 @@ def test_a_source_that_determines_the_label_scores_one():
     assert describe(build_manifest(source=["a"] * 4 + ["b"] * 6))["source_only_baseline"] == {
         "accuracy": 1.0,
         "f1": 1.0,
+        "majority_accuracy": 0.5,
     }
 
 
 def test_an_uninformative_source_scores_as_the_better_constant():
     card = describe(build_manifest(source=["a", "b"] * 5))["source_only_baseline"]
     assert card["accuracy"] == 0.5
+    assert card["majority_accuracy"] == 0.5
     assert card["f1"] == pytest.approx(2 / 3)  # by predicting every image positive
 
 
@@ -89,6 +91,6 @@ def test_the_card_is_deterministic_and_readable(tmp_path):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     text = (tmp_path / "one/card.md").read_text()
     assert "| a | 4 | 0 | 0 |" in text
-    assert "With different labels: 1\n\n- 3.jpg = 6.jpg" in text
+    assert "Duplicates with different labels: 1\n\n- 3.jpg = 6.jpg" in text
     assert "2 × empty file" in text
     assert json.loads((tmp_path / "one/card.json").read_text())["images"] == 10

@@ -20,10 +20,10 @@ STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 ANY_STAGE = {
     "pipeline/core/config.py": "reads params.yaml, which DVC compares itself; defaults never change (test_config)",
     "pipeline/core/errors.py": "texts of errors",
-    "pipeline/core/files.py": "reads and writes files as they are given",
+    "pipeline/core/files.py": "reads and writes files; the format of numbers is pinned (test_files)",
     "pipeline/core/memory.py": "how the C library keeps freed memory",
     "pipeline/core/progress.py": "progress bars",
-    "pipeline/tracking/fingerprint.py": "names runs, which no figure depends on",
+    "pipeline/tracking/fingerprint.py": "names runs, which no metric depends on",
     "pipeline/tracking/outbox.py": "retries calls to MLflow",
     "pipeline/tracking/store.py": "opens MLflow's store",
     "pipeline/tracking/tracking_uri.py": "finds MLflow's store",
@@ -32,7 +32,10 @@ ANY_STAGE = {
 ONE_STAGE = {
     "download": {"pipeline/": "what arrives is the source's; what is drawn or converted here is pinned by tests, and "
                  "for drawings `download.version` says which drawing it is (test_phantom, test_sources)"},
-    "weights": {"pipeline/models/pooling.py": "has no weights"},
+    "weights": {
+        "pipeline/models/pooling.py": "has no weights",
+        "pipeline/models/weights_source.py": "what arrives is the source's; a hash in its name is compared",
+    },
     "train": {
         "pipeline/tracking/runs.py": "logs to MLflow what the outs hold",
         "pipeline/training/progress.py": "shows how far it is, and tells `cxr train-all`",

@@ -360,7 +360,7 @@ def test_held_out_source_has_metrics_in_the_slices(tmp_path):
     profile = settings.active.model_copy(update={"split": split})
     settings = settings.model_copy(update={"profiles": {settings.profile: profile}})
     slices = evaluate(tmp_path, LABELS, settings, sources=("a",)).tables["metrics/slices.csv"]
-    held_out = slices[slices["by"] == "source left out"]
+    held_out = slices[slices["by"] == "held-out source"]
     assert set(held_out["slice"]) == {"a"}
     assert held_out["value"].notna().any()
     assert "source" not in set(slices["by"])
@@ -372,7 +372,7 @@ def test_slices_mark_small_ones_and_sources_that_need_another_training(tmp_path)
     assert not slices.loc[("source", "a"), "small"]
     assert slices.loc[("source", "b"), "small"]
     assert slices.loc[("source", "b"), "images"] == 3
-    assert "training without this source" in slices.loc[("source left out", "a"), "reason"]
+    assert "training without this source" in slices.loc[("held-out source", "a"), "reason"]
     assert slices.loc[("view", ""), "reason"] == "no view is known"
     assert {slice_ for by, slice_ in slices.index if by == "size"} == {"below 512", "512 to 1023"}
 

@@ -126,7 +126,7 @@ def test_perfect_proportion_of_grouped_images_has_wilsons_interval_over_groups()
     labels, groups = np.ones(40, dtype=int), np.arange(40) // 4
     table = confidence_intervals(labels, labels, groups, samples(labels, np.full(40, 0.9), groups)).set_index("metric")
     assert table.loc["recall", ["low", "high"]].tolist() == pytest.approx([0.7225, 1], abs=5e-5)  # 10 of 10
-    assert table.loc["f1", "reason"] == "no resample differs: too few errors for an interval"
+    assert table.loc["f1", "reason"] == "all resamples have the same value: too few images or errors for an interval"
     assert math.isnan(table.loc["f1", "low"])
 
 

@@ -237,8 +237,8 @@ def test_a_path_that_is_missing_not_set_or_not_a_zip_is_an_error(tmp_path):
                 "set download.path to a zip or a folder"
             ),
         ),
-        (tmp_path / "absent.zip", f"{tmp_path / 'absent.zip'}: not found; correct download.path"),
-        (None, "params.yaml: download.path: not set; download the competition's zip"),
+        (tmp_path / "missing.zip", f"{tmp_path / 'missing.zip'}: not found; correct download.path"),
+        (None, "params.yaml: download.path: not set; set it to a zip or folder"),
     ]:
         with pytest.raises(UserError) as error:
             archive.write_source(ArchiveParams(source="archive", path=path), tmp_path / "raw.zip")

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipeline.core import config
-from pipeline.models import backbones, classifier, pretrained
+from pipeline.models import backbones, classifier, pretrained, weights_source
 from pipeline.models.classifier import Architecture, Classifier
 from pipeline.models.pooling import FixedAveragePool2d, replace_adaptive_pooling
 
@@ -260,11 +260,11 @@ def test_weights_that_do_not_match_the_description_are_an_error(saved):
     assert message == f"{weights}: not the weights that model.json describes; run: dvc checkout {weights}"
 
 
-@pytest.mark.parametrize("absent", ["model.safetensors", "model.json"])
-def test_an_error_names_the_missing_file_of_a_model(saved, absent):
+@pytest.mark.parametrize("missing", ["model.safetensors", "model.json"])
+def test_an_error_names_the_missing_file_of_a_model(saved, missing):
     _, folder = saved
-    (folder / absent).unlink()
-    with pytest.raises(FileNotFoundError, match=absent):
+    (folder / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=missing):
         classifier.load_classifier(folder, CPU)
 
 
@@ -435,8 +435,8 @@ def test_imagenet_weights_of_other_timm_backbones_are_an_error(tmp_path):
 def test_an_error_names_the_missing_pretrained_weights(tmp_path, existing):
     if existing == "origin.json":
         (tmp_path / existing).write_text('{"source": "imagenet"}')
-    absent = "origin.json" if existing == "nothing" else "backbone.safetensors"
-    with pytest.raises(FileNotFoundError, match=absent):
+    missing = "origin.json" if existing == "nothing" else "backbone.safetensors"
+    with pytest.raises(FileNotFoundError, match=missing):
         classifier.load_pretrained(Classifier(architecture()), tmp_path)
 
 
@@ -457,7 +457,7 @@ class Mirror(BaseHTTPRequestHandler):
     def do_GET(self):
         self.requests.append(self.path)
         action = self.path.split("/")[1]
-        if action == "absent":
+        if action == "missing":
             self.send_error(404)
         elif action == "down" or (action == "flaky" and len(self.requests) < 3):
             self.send_error(503)
@@ -475,7 +475,7 @@ class Mirror(BaseHTTPRequestHandler):
 def mirror(state_file, monkeypatch):
     Mirror.content = state_file.read_bytes()
     Mirror.requests.clear()
-    monkeypatch.setattr(pretrained.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(weights_source.time, "sleep", lambda seconds: None)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with ThreadingHTTPServer(("127.0.0.1", 0), Mirror) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
@@ -502,7 +502,7 @@ def test_a_failed_download_is_retried(tmp_path, mirror):
 @pytest.mark.parametrize(
     ("action", "reason", "tries"),
     [
-        ("absent", "the server answers 404 Not Found", 1),
+        ("missing", "the server answers 404 Not Found", 1),
         ("down", "download failed (the server answers 503 Service Unavailable)", 3),
         ("cut", "download failed (the connection broke after ", 3),
     ],
@@ -530,5 +530,5 @@ def test_a_refused_connection_is_an_error(tmp_path, mirror):
 
 
 def test_a_url_without_a_file_name_is_an_error(tmp_path, mirror):
-    error_message(pretrained.write_pretrained_weights, SMALL, f"{mirror}/absent/", tmp_path)
+    error_message(pretrained.write_pretrained_weights, SMALL, f"{mirror}/missing/", tmp_path)
     error_message(pretrained.write_pretrained_weights, SMALL, mirror, tmp_path)

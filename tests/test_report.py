@@ -17,7 +17,7 @@ from pipeline.core import config
 from pipeline.core.files import write_csv, write_json
 from pipeline.models import classifier
 from pipeline.models.classifier import Architecture, Classifier
-from pipeline.report import gradcam, page, summary_text
+from pipeline.report import data_card, gradcam, page, summary_text
 from pipeline.report.results import Estimate, Results
 from pipeline.report.tables import ReportTable, format_markdown
 from pipeline.tracking import registry
@@ -76,14 +76,18 @@ def write_project(
         "view": "",
         "source": ["AB"[number % 2] for number in range(count)] if with_metadata else "",
     }
-    manifest |= {"license": "", "width": 512, "height": 512, "bytes": 9, "xxh128": files}
-    write_csv(folder / "data/manifest.csv", pd.DataFrame(manifest))
+    manifest |= {"license": "CC <BY>", "width": 512, "height": 512, "bytes": 9, "xxh128": files}
+    images = pd.DataFrame(manifest)
+    write_csv(folder / "data/manifest.csv", images)
     folds = [{"train": "1", "validation": "0", "test": ""}[subset] for subset in subsets]
-    split = {"file": files, "group": files, "subset": subsets, "fold": folds}
-    write_csv(folder / "data/split.csv", pd.DataFrame(split))
-    (folder / "data/card.md").write_text("# Drawn <by> hand\n")
+    split = pd.DataFrame({"file": files, "group": files, "subset": subsets, "fold": folds})
+    write_csv(folder / "data/split.csv", split)
+    quarantine = pd.DataFrame({"file": ["<x>.jpg"], "set": ["train"], "label": [0], "reason": ["not <an> image"]})
+    write_csv(folder / "data/quarantine.csv", quarantine)
+    data_card.write_data_card(
+        folder / "data", data_card.describe_data(images, quarantine, split, np.arange(count) // 2)
+    )
     write_json(folder / "data/images.json", {"resize": "stretch"})
-    write_csv(folder / "data/quarantine.csv", pd.DataFrame(columns=["file", "set", "label", "reason"]))
     np.save(folder / "data/images.npy", rng.integers(0, 255, (count, 48, 48), dtype=np.uint8))
     for seed in range(seeds):
         torch.manual_seed(seed)
@@ -199,7 +203,10 @@ def test_the_report_is_deterministic_and_escapes_file_names_and_the_data_card(pr
     assert first == (Path("report/index.html").read_text(), Path("report/model-card.md").read_bytes())
     assert "<5>.jpg" not in first[0]
     assert "&lt;5&gt;.jpg" in first[0]
-    assert "# Drawn &lt;by&gt; hand" in first[0]
+    assert "<h3>Images by license</h3>" in first[0]
+    assert '<th scope="row">CC &lt;BY&gt;</th>' in first[0]
+    assert "<li>1 × not &lt;an&gt; image</li>" in first[0]
+    assert "<li>&lt;0&gt;.jpg = &lt;1&gt;.jpg</li>" in first[0]
 
 
 def test_heatmaps_in_the_border_give_a_caveat(demo_project, monkeypatch):
@@ -226,9 +233,9 @@ def test_chance_level_within_a_source_gives_a_caveat(demo_project, monkeypatch, 
 def test_undefined_values_have_footnotes_and_each_reason_occurs_once():
     table = ReportTable(["", "F1", "AUROC"])
     table.add("one", Estimate(0.5, 0.4, 0.6), Estimate(np.nan, reason="one class"))
-    table.add("two", Estimate(0.5, reason="no resample differs"), Estimate(np.nan, reason="one class"))
+    table.add("two", Estimate(0.5, reason="all resamples have the same value"), Estimate(np.nan, reason="one class"))
     assert [[cell.note for cell in row[1:]] for row in table.rows] == [["", "a"], ["b", "a"]]
-    assert table.notes == [("a", "one class"), ("b", "no resample differs")]
+    assert table.notes == [("a", "one class"), ("b", "all resamples have the same value")]
     assert format_markdown(table).splitlines()[2] == "| one | 0.500 | – (one class) |"
 
 

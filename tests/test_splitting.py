@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from pipeline.core.config import SplitParams
 from pipeline.core.errors import UserError
 from pipeline.data import splitting
+from pipeline.data.manifest import validation_fold
 
 
 def table(labels: list[int], patients: list[str] | None = None, tests: int = 2) -> pd.DataFrame:
@@ -138,8 +139,8 @@ def test_in_cross_validation_a_fold_without_both_classes_is_an_error():
 
 
 def test_the_validation_fold_of_a_seed_is_its_number_only_in_cross_validation():
-    assert [params(4, cross_validate=True).validation_fold(seed) for seed in range(6)] == [0, 1, 2, 3, 0, 1]
-    assert {params(4).validation_fold(seed) for seed in range(6)} == {0}
+    assert [validation_fold(params(4, cross_validate=True), seed) for seed in range(6)] == [0, 1, 2, 3, 0, 1]
+    assert {validation_fold(params(4), seed) for seed in range(6)} == {0}
 
 
 def test_patients_that_share_a_radiograph_are_one_group():

@@ -45,7 +45,7 @@ class Section(BaseModel):
 class PhantomParams(Section):
     """Synthetic radiographs, drawn by the pipeline itself."""
 
-    source: Literal["phantom"] = Field("phantom", description="Where the data come from: drawn here.")
+    source: Literal["phantom"] = Field("phantom", description="Data source: synthetic images.")
     version: Literal[1] = Field(1, description="Version of the drawing; a new one draws other images.")
     train: int = Field(832, gt=0, description="Number of labeled images.")
     test: int = Field(100, gt=0, description="Number of test images.")
@@ -59,14 +59,14 @@ class PhantomParams(Section):
 class ArchiveParams(Section):
     """A zip or a folder in the competition's layout."""
 
-    source: Literal["archive"] = Field("archive", description="Where the data come from: a zip or folder.")
+    source: Literal["archive"] = Field("archive", description="Data source: a zip or folder.")
     path: Path | None = Field(None, description="The zip or folder; after a change in it: dvc repro -f download.")
 
 
 class KaggleParams(Section):
     """A Kaggle competition, or a Kaggle data set in the same layout; the other is null."""
 
-    source: Literal["kaggle"] = Field("kaggle", description="Where the data come from: Kaggle.")
+    source: Literal["kaggle"] = Field("kaggle", description="Data source: Kaggle.")
     competition: Annotated[str, Field(pattern=r"^[\w-]+$")] | None = Field(
         None, description="Name of the competition; accept its rules first (docs/kaggle.md)."
     )
@@ -78,14 +78,14 @@ class KaggleParams(Section):
 class CovidxParams(Section):
     """The COVIDx folder with its lists of training and test images."""
 
-    source: Literal["covidx"] = Field("covidx", description="Where the data come from: COVIDx.")
+    source: Literal["covidx"] = Field("covidx", description="Data source: COVIDx.")
     path: Path | None = Field(None, description="The folder with train/, test/, train*.txt and test*.txt.")
 
 
 class CovidChestXrayParams(Section):
     """A checkout of github.com/ieee8023/covid-chestxray-dataset."""
 
-    source: Literal["covid_chestxray"] = Field("covid_chestxray", description="Where the data come from.")
+    source: Literal["covid_chestxray"] = Field("covid_chestxray", description="Data source: covid-chestxray-dataset.")
     path: Path | None = Field(None, description="The checkout of the repository.")
     test_share: float = Field(0.1, gt=0, lt=1, description="Share of the patients in the test set.")
 
@@ -105,7 +105,7 @@ class ColumnsParams(Section):
 class TableParams(Section):
     """A folder of images with a CSV."""
 
-    source: Literal["table"] = Field("table", description="Where the data come from: a folder with a CSV.")
+    source: Literal["table"] = Field("table", description="Data source: a folder with a CSV.")
     path: Path | None = Field(None, description="The folder of images.")
     labels: Path = Field(Path("labels.csv"), description="The CSV, relative to the folder.")
     columns: ColumnsParams = Field(ColumnsParams(), description="Names of its columns.")
@@ -149,10 +149,6 @@ class SplitParams(Section):
             raise ValueError("cross_validate and held_out_source exclude each other; set one to false or null")
         return self
 
-    def validation_fold(self, seed: int) -> int:
-        """Return the fold on which a training seed validates."""
-        return seed % self.folds if self.cross_validate else 0
-
 
 class TrainParams(Section):
     """The training recipe."""
@@ -172,7 +168,7 @@ class TrainParams(Section):
     sampling: Literal["shuffle", "weighted"] = Field(
         "shuffle", description="shuffle, or weighted: oversamples positives."
     )
-    positive_oversampling: float = Field(1.0, gt=0, description="How much likelier a positive is drawn, with sampling: weighted.")
+    positive_oversampling: float = Field(1.0, gt=0, description="Relative rate of positives with sampling: weighted.")
     class_weights: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = Field(
         (1.0, 1.0), description="Loss weights of negative and positive."
     )
@@ -208,7 +204,7 @@ class EvaluateParams(Section):
     operating_point: Literal["half", "best_f1", "youden", "sensitivity"] = Field(
         "half", description="half (0.5), best_f1, youden or sensitivity."
     )
-    min_sensitivity: float = Field(0.9, ge=0, le=1, description="Least sensitivity with operating_point: sensitivity.")
+    min_sensitivity: float = Field(0.9, ge=0, le=1, description="Minimum sensitivity for operating_point: sensitivity.")
     expected_prevalence: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="Prevalence where the model will be used, or null."
     )
@@ -226,12 +222,12 @@ class BagParams(Section):
 class PromoteParams(Section):
     """The gate in front of the champion alias."""
 
-    margin: float = Field(0.0, ge=0, le=1, description="F1 by which a challenger must be better than the champion.")
-    min_probability: float = Field(0.8, ge=0, le=1, description="Least share of resamples in which it is better by margin.")
+    margin: float = Field(0.0, ge=0, le=1, description="F1 by which a challenger must beat the champion.")
+    min_probability: float = Field(0.8, ge=0, le=1, description="Least share of resamples where it is better.")
     resamples: int = Field(2000, gt=0, description="Paired bootstrap resamples.")
-    min_sensitivity: float = Field(0.5, ge=0, le=1, description="Required of every champion.")
-    min_specificity: float = Field(0.5, ge=0, le=1, description="Required of every champion.")
-    max_calibration_error: float = Field(0.2, ge=0, le=1, description="Required of every champion.")
+    min_sensitivity: float = Field(0.5, ge=0, le=1, description="Minimum sensitivity to pass the gate.")
+    min_specificity: float = Field(0.5, ge=0, le=1, description="Minimum specificity to pass the gate.")
+    max_calibration_error: float = Field(0.2, ge=0, le=1, description="Maximum calibration error to pass.")
 
 
 DownloadParams = PhantomParams | ArchiveParams | KaggleParams | CovidxParams | CovidChestXrayParams | TableParams
@@ -273,6 +269,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_names(self) -> "Config":
+        if not self.profiles:
+            raise ValueError("there is no profile; add a section such as demo")
         if self.profile not in self.profiles:
             raise ValueError(f"profile: there is no section {self.profile!r}; {_suggest(self.profile, self.profiles)}")
         if len(set(self.seeds)) < len(self.seeds):
@@ -335,22 +333,51 @@ def json_schema() -> dict[str, Any]:
     schema = Config.model_json_schema()
     schema["additionalProperties"] = schema["properties"].pop("profiles")["additionalProperties"]
     schema["required"].remove("profiles")
+    for params in SOURCES.values():
+        schema["$defs"][params.__name__]["required"] = ["source"]  # tells the sources apart
     return schema
 
 
 def _describe(error: ValidationError) -> str:
-    """Describe the first error in one line: the key, what is wrong, what to do."""
-    first = error.errors()[0]
-    path = [str(part) for part in first["loc"] if part not in ("profiles", *SOURCES, "list[int]")]
-    name = ".".join(path)
-    old = first["ctx"]["tag"] if first["type"] == "union_tag_invalid" else path[-1] if path else ""
-    if first["type"] in ("extra_forbidden", "union_tag_invalid") and old in RENAMED:
-        return f"{name}: {old} is called {RENAMED[old]} now; rename it"
-    if first["type"] == "extra_forbidden":
-        return f"{name}: unknown key; {_suggest(path[-1], _keys(first['loc']))}"
-    if first["type"] == "value_error":
-        return f"{name}: {first['ctx']['error']}" if name else str(first["ctx"]["error"])
+    """Describe the first error in one line (the key, what is wrong, what to do), or all old names at once."""
+    errors = error.errors()
+    old_names = {name: item["loc"] for item in errors if (name := _old_name(item))}
+    if old_names:
+        changes = ", ".join(f"{old} is called {RENAMED[old]} now" for old in old_names)
+        return f"{_dotted(next(iter(old_names.values())))}: {changes}; rename {'it' if len(old_names) == 1 else 'them'}"
+    misspelled = [
+        item for item in errors
+        if item["type"] == "extra_forbidden" and difflib.get_close_matches(str(item["loc"][-1]), _keys(item["loc"]))
+    ]  # fmt: skip
+    first = (misspelled or errors)[0]
+    name, loc = _dotted(first["loc"]), first["loc"]
+    match first["type"]:
+        case "extra_forbidden":
+            return f"{name}: unknown key; {_suggest(str(loc[-1]), _keys(loc))}"
+        case "union_tag_invalid":
+            return f"{name}.source: unknown source {first['ctx']['tag']!r}; {_suggest(first['ctx']['tag'], SOURCES)}"
+        case "value_error":
+            return f"{name}: {first['ctx']['error']}" if name else str(first["ctx"]["error"])
+    near = difflib.get_close_matches(name, ["profile", "seeds"], n=1)
+    if near and loc[0] == "profiles":
+        return f"{name}: unknown key; did you mean {near[0]!r}?"
     return f"{name}: {first['msg'][0].lower()}{first['msg'][1:]}, but it is {first['input']!r}"
+
+
+def _old_name(item: Any) -> str:
+    """Return the name of an earlier release that caused an error, or an empty text."""
+    name = item["ctx"]["tag"] if item["type"] == "union_tag_invalid" else str(item["loc"][-1]) if item["loc"] else ""
+    return name if item["type"] in ("extra_forbidden", "union_tag_invalid") and name in RENAMED else ""
+
+
+def _dotted(loc: tuple[int | str, ...]) -> str:
+    """Write the place of an error as a dotted key, without what pydantic adds to it."""
+    keys = [str(part) for part in loc if "[" not in str(part)]
+    if keys[:1] == ["profiles"]:
+        keys = keys[1:]
+        if keys[1:2] == ["download"]:
+            del keys[2:3]  # the source
+    return ".".join(keys)
 
 
 def _keys(loc: tuple[int | str, ...]) -> list[str]:

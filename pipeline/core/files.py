@@ -4,6 +4,7 @@ import errno
 import functools
 import hashlib
 import json
+import lzma
 import struct
 import zipfile
 import zlib
@@ -75,6 +76,11 @@ def read_text_table(source: Path | IO[bytes], name: str, columns: Collection[str
     return table
 
 
+DAMAGE = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, RuntimeError, ValueError, OverflowError,
+)  # fmt: skip
+
+
 class DamagedFileError(Exception):
     """The content of a file breaks its format, and reading it again would not help; the message is one line."""
 
@@ -85,19 +91,20 @@ def detect_damage() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if not _is_bad_seek(error):
+        if _is_of_disk(error):
             raise
-        raise DamagedFileError("an offset points outside of the file") from error
-    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, ValueError, OverflowError) as error:
+        reason = "an offset points outside of the file" if error.errno else first_line(error)
+        raise DamagedFileError(reason) from error
+    except DAMAGE as error:
         # zipfile reports every OSError at the end of the file as BadZipFile.
-        if isinstance(error.__context__, OSError) and not _is_bad_seek(error.__context__):
+        if isinstance(error.__context__, OSError) and _is_of_disk(error.__context__):
             raise error.__context__ from None
         raise DamagedFileError("unexpected end of file" if type(error) is EOFError else first_line(error)) from error
 
 
-def _is_bad_seek(error: OSError) -> bool:
-    """Tell whether a program asked for a negative offset; a file that cannot be opened has its name in the error."""
-    return error.errno == errno.EINVAL and error.filename is None
+def _is_of_disk(error: OSError) -> bool:
+    """Tell errors of the disk from those of a decompressor (no number) and of a seek to a damaged offset (no name)."""
+    return error.errno is not None and (error.errno != errno.EINVAL or error.filename is not None)
 
 
 def check_zip(path: Path) -> None:

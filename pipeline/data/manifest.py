@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from pipeline.core.config import SplitParams
 from pipeline.core.errors import UserError
 
 
@@ -13,6 +14,11 @@ def read_manifest(data: Path) -> pd.DataFrame:
     numeric = {**dict.fromkeys(["width", "height", "bytes"], "int64"), "jpeg_quantization": "float64"}
     types = {**text, **numeric, "label": "Int64"}
     return pd.read_csv(data / "manifest.csv", dtype=types, keep_default_na=False, na_values={"label": [""]})
+
+
+def validation_fold(params: SplitParams, seed: int) -> int:
+    """Return the fold on which a training seed validates."""
+    return seed % params.folds if params.cross_validate else 0
 
 
 def read_split(data: Path, fold: int = 0) -> pd.DataFrame:

@@ -76,8 +76,8 @@ def draw_learning_curves(path: Path, histories: Mapping[str, pd.DataFrame]) -> N
         axes.set(title=title, xlabel="epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
     figure.axes[-1].legend(fontsize="x-small")
-    with atomic_path(path) as aside:
-        figure.savefig(aside, format="png", dpi=110)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
 
 
 def _axes() -> Axes:
@@ -88,5 +88,5 @@ def _axes() -> Axes:
 def _save(path: Path, axes: Axes) -> None:
     if axes.get_legend():
         axes.legend(fontsize="x-small")
-    with atomic_path(path) as aside:
-        axes.get_figure().savefig(aside, format="png", dpi=110)  # type: ignore[union-attr]
+    with atomic_path(path) as temporary:
+        axes.get_figure().savefig(temporary, format="png", dpi=110)  # type: ignore[union-attr]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pipeline.core.config import Config, Method
+from pipeline.core.config import BAG, Config, Method
 from pipeline.core.files import read_csv, read_json, write_csv, write_json
 from pipeline.evaluation import curves, ensemble, metric_tables, prevalence
 from pipeline.evaluation.calibration import fit_platt
@@ -23,7 +23,7 @@ HEADLINE_METRICS = ["f1", "recall", "specificity", "auroc", "calibration_error"]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Tables by the path of their file, and scalar metrics of the best model and the bag."""
+    """Tables by the path of their file, and scalar metrics of the best seed and the bag."""
 
     tables: dict[str, pd.DataFrame]
     summary: dict[str, Any]
@@ -85,7 +85,7 @@ def write_ensembles(config: Config) -> dict[str, Scores]:
 
     ensembles = {method: fit(config.bag_members, method) for method in ensemble.METHODS}
     bag = ensembles[params.method]
-    candidates = {**{seed: fit([seed], "mean") for seed in config.model_names}, ensemble.BAG: bag}
+    candidates = {**{seed: fit([seed], "mean") for seed in config.model_names}, BAG: bag}
     write_json(ensemble.CANDIDATES, {name: asdict(candidate) for name, candidate in candidates.items()})
 
     combined = {}

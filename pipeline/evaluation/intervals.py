@@ -66,7 +66,7 @@ def confidence_intervals(
             if low < high:
                 row |= {"low": low, "high": high, "method": "bootstrap"}
             else:
-                row["reason"] = "no resample differs: too few errors for an interval"
+                row["reason"] = "all resamples have the same value: too few images or errors for an interval"
         rows.append(row)
     return pd.DataFrame(rows)
 

@@ -11,7 +11,7 @@ MAX_ITERATIONS, TOLERANCE = 1000, 1e-9
 def metrics_at_prevalence(
     sensitivity: float | np.ndarray, specificity: float | np.ndarray, prevalence: float | np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Compute metrics at a prevalence from sensitivity and specificity, which do not depend on it (Bayes' rule).
+    """Compute metrics at a prevalence by Bayes' rule; sensitivity and specificity are assumed not to depend on it.
 
     Args:
         sensitivity: in [0, 1].

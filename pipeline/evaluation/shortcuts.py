@@ -1,7 +1,8 @@
-"""Shortcut baselines: they predict the label from the source, file metadata, a thumbnail or the border, not the lungs.
+"""Shortcut baselines: they predict the label from the source, file metadata, a thumbnail or the border.
 
-A network can learn such a shortcut instead of the disease (Zech et al. 2018, doi:10.1371/journal.pmed.1002683;
-DeGrave, Janizek and Lee 2021, doi:10.1038/s42256-021-00338-7), so a model should be compared with them.
+They see no lung detail. A network can learn such a shortcut instead of the disease (Zech et al. 2018,
+doi:10.1371/journal.pmed.1002683; DeGrave, Janizek and Lee 2021, doi:10.1038/s42256-021-00338-7), so a model should be
+compared with them.
 """
 
 from pathlib import Path

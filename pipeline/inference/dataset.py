@@ -1,4 +1,4 @@
-"""Predictions of every model for every image, in one pass over the pack."""
+"""Predictions of every model for the validation and test images, in one pass over the pack."""
 
 from collections.abc import Mapping
 from pathlib import Path

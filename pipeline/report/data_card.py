@@ -1,6 +1,7 @@
 """The data card: counts, duplicates and possible leaks of the data, as JSON and Markdown."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,21 @@ from pipeline.core.files import atomic_path, write_json
 from pipeline.core.markdown import markdown_table
 from pipeline.evaluation.metrics import score_predictions
 
-MAX_LISTED = 20  # rows of a list in card.md; card.json is complete
+MAX_LISTED = 20  # rows of a table or list of `card_sections`; card.json is complete
 UNKNOWN = "not known"
 COLUMNS = ["negative", "positive", "test"]
+COLUMN_LABELS = ["negative", "positive", "unlabeled (test)"]
+
+
+@dataclass(frozen=True)
+class CardSection:
+    """A paragraph, a table of counts and a list, each of which may be empty."""
+
+    title: str
+    text: str = ""
+    header: list[str] = field(default_factory=list)
+    rows: list[list[str]] = field(default_factory=list)
+    items: list[str] = field(default_factory=list)
 
 
 def describe_data(
@@ -29,7 +42,8 @@ def describe_data(
 
     Returns:
         Counts of negative, positive (both labeled) and test images; `duplicates`, one entry per radiograph with several
-        copies; patients in both train and test; and the metrics of a baseline that predicts from the source only.
+        copies; patients in both train and test; and the metrics of a baseline that predicts from the source only, with
+        `majority_accuracy`, that of predicting the class more common in training.
     """
     label = manifest["label"].map({0: "negative", 1: "positive"}).fillna("test")
     size = manifest["width"].astype(str) + "×" + manifest["height"].astype(str)
@@ -72,6 +86,33 @@ def write_data_card(folder: Path, card: Mapping[str, Any]) -> None:
         temporary.write_text(_format_card(card), encoding="utf-8")
 
 
+def card_sections(card: Mapping[str, Any]) -> list[CardSection]:
+    """Return the sections of the card for readers; the first one counts the images by subset."""
+    duplicates = card["duplicates"]
+    identical = sum(duplicate["identical_pixels"] for duplicate in duplicates)
+    counts = f"{card['images']} images, {card['patients'] or 'no'} known patients, {card['groups']} groups"
+    return [
+        _counts_section("subset", card["subset"], f"{counts}. Training and validation set never share a group."),
+        *(_counts_section(name, card[name]) for name in ("source", "view", "size", "license")),
+        CardSection("Source-only baseline", _describe_source_only(card["source_only_baseline"])),
+        CardSection(
+            "Duplicates", f"Radiographs with several copies: {len(duplicates)}; with identical pixels: {identical}."
+        ),
+        *_list_sections(
+            {
+                "Duplicates with different labels": [_join_files(one) for one in _conflicting_labels(duplicates)],
+                "Duplicates in both train and test": [_join_files(one) for one in _in_train_and_test(duplicates)],
+                "Patients in both train and test": card["patients_in_train_and_test"],
+            }
+        ),
+        CardSection(
+            "Quarantine",
+            "" if card["quarantine"] else "No images.",
+            items=[f"{count} × {reason}" for reason, count in card["quarantine"].items()],
+        ),
+    ]
+
+
 def _count_images(key: pd.Series, label: pd.Series) -> dict[str, dict[str, int]]:
     """Count images by key and label, the most frequent key first."""
     counts = pd.crosstab(key, label).reindex(columns=COLUMNS, fill_value=0)
@@ -102,6 +143,7 @@ def _score_source_only(manifest: pd.DataFrame, subset: pd.Series) -> dict[str, f
         predicted = validation["source"].isin(sources.index[: values.argmax()]).to_numpy(dtype=float)
         all_scores = score_predictions(validation["label"].to_numpy(dtype=int), predicted)
         scores[metric] = all_scores[metric]  # type: ignore[literal-required]
+    scores["majority_accuracy"] = float((validation["label"] == int(train["label"].mean() > 0.5)).mean())
     return scores
 
 
@@ -131,38 +173,39 @@ def _join_files(duplicate: Mapping[str, Any]) -> str:
 
 
 def _format_card(card: Mapping[str, Any]) -> str:
-    duplicates, baseline = card["duplicates"], card["source_only_baseline"]
-    identical = sum(duplicate["identical_pixels"] for duplicate in duplicates)
-    counts = f"{card['images']} images, {card['patients'] or 'no'} known patients, {card['groups']} groups"
-    paragraphs = [
-        "# Data card",
-        f"{counts}. Training and validation set never share a group.",
-        *(_format_counts(name, card[name]) for name in ("subset", "source", "view", "size", "license")),
-        "## Source-only baseline",
-        "Predicting the label from the source alone, tuned on the training images for each metric, gives accuracy "
-        f"{baseline['accuracy']:.3f} and F1 {baseline['f1']:.3f} on the validation images. A model that scores no "
-        "higher may have learned only the source."
-        if baseline
-        else "– (fewer than two sources in the training set, or no validation image of a source in the training set)",
-        "## Duplicates",
-        f"Radiographs with several copies: {len(duplicates)}; with identical pixels: {identical}.",
-        *_format_list("With different labels", [_join_files(one) for one in _conflicting_labels(duplicates)]),
-        *_format_list("In both train and test", [_join_files(one) for one in _in_train_and_test(duplicates)]),
-        *_format_list("Patients in both train and test", card["patients_in_train_and_test"]),
-        "## Quarantine",
-        "".join(f"- {count} × {reason}\n" for reason, count in card["quarantine"].items()).strip() or "No images.",
-    ]
-    return "\n\n".join(paragraphs) + "\n"
+    blocks = ["# Data card"]
+    for section in card_sections(card):
+        blocks += [f"## {section.title}", *([section.text] if section.text else [])]
+        blocks += [markdown_table(section.header, section.rows)] if section.rows else []
+        blocks += ["\n".join(f"- {item}" for item in section.items)] if section.items else []
+    return "\n\n".join(blocks) + "\n"
 
 
-def _format_counts(name: str, counts: Mapping[str, Mapping[str, int]]) -> str:
+def _describe_source_only(baseline: Mapping[str, float] | None) -> str:
+    if baseline is None:
+        return "– (fewer than two sources in the training set, or no validation image of a source in the training set)"
+    return (
+        "Predicting the label from the source alone, with the cutoff tuned on the training images for each metric, "
+        f"gives accuracy {baseline['accuracy']:.3f} (the more common class alone: {baseline['majority_accuracy']:.3f}) "
+        f"and F1 {baseline['f1']:.3f} on the validation images. A model with no higher F1 may have learned only the "
+        "source."
+    )
+
+
+def _counts_section(name: str, counts: Mapping[str, Mapping[str, int]], text: str = "") -> CardSection:
     rows = [[key, *map(str, row.values())] for key, row in counts.items()]
-    more = f"\n\n{len(rows) - MAX_LISTED} more are in card.json." if len(rows) > MAX_LISTED else ""
-    return f"## Images by {name}\n\n{markdown_table([name, *COLUMNS], rows[:MAX_LISTED])}{more}"
+    text = text or _truncation_note(rows)
+    return CardSection(f"Images by {name}", text, [name, *COLUMN_LABELS], rows[:MAX_LISTED])
 
 
-def _format_list(title: str, items: Sequence[str]) -> list[str]:
-    if not items:
-        return []
-    more = [f"- … and {len(items) - MAX_LISTED} more, in card.json"] if len(items) > MAX_LISTED else []
-    return [f"{title}: {len(items)}", "\n".join([*(f"- {item}" for item in items[:MAX_LISTED]), *more])]
+def _list_sections(lists: Mapping[str, Sequence[str]]) -> list[CardSection]:
+    """Return a section per title whose list is not empty."""
+    return [
+        CardSection(f"{title}: {len(items)}", _truncation_note(items), items=list(items[:MAX_LISTED]))
+        for title, items in lists.items()
+        if items
+    ]
+
+
+def _truncation_note(rows: Sequence[Any]) -> str:
+    return f"The first {MAX_LISTED} of {len(rows)}; card.json has all." if len(rows) > MAX_LISTED else ""

@@ -11,10 +11,10 @@ import pandas as pd
 import torch
 
 from pipeline.core.config import Profile
-from pipeline.core.files import atomic_path, read_csv
+from pipeline.core.files import atomic_path, read_csv, read_json
 from pipeline.evaluation.metrics import METRIC_LABELS, has_single_class
 from pipeline.models import classifier
-from pipeline.report import charts, gradcam, image_encoding, summary_text, tables
+from pipeline.report import charts, data_card, gradcam, image_encoding, summary_text, tables
 from pipeline.report.results import Results
 from pipeline.report.tables import ReportTable
 
@@ -47,7 +47,8 @@ def write_report(folder: Path, results: Results) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for function in (tables.format_percent, tables.format_number, tables.format_estimate, tables.format_markdown):
+    formats = (tables.format_percent, tables.format_number, tables.format_estimate, tables.format_markdown)
+    for function in (*formats, tables.counts_table):
         environment.filters[function.__name__] = function
     context = _template_context(results) | {"style": environment.get_template("style.css").render()}
     for name in ("index.html", "model-card.md"):
@@ -56,7 +57,7 @@ def write_report(folder: Path, results: Results) -> None:
 
 
 def gradcam_examples(results: Results) -> list[ExampleImage]:
-    """Compute heatmaps of the most and least confident validation images of the best model."""
+    """Compute heatmaps of the most and least confident validation images of the best seed."""
     threshold = results.summary["best"]["threshold"]
     files, labels = results.validation["file"], results.validation["label"].to_numpy()
     probabilities = results.validation[results.best].to_numpy()
@@ -110,7 +111,7 @@ def _template_context(results: Results) -> dict[str, Any]:
         "parameters": _format_parameters(params),
         "sections": SECTIONS,
         "quarantined_count": len(pd.read_csv("data/quarantine.csv")),
-        "data_card": Path("data/card.md").read_text(encoding="utf-8"),
+        "card_sections": data_card.card_sections(read_json(Path("data/card.json"))),
         # Metrics
         "summary": results.summary,
         "metric_labels": METRIC_LABELS,

@@ -40,7 +40,7 @@ class Results:
 
     @property
     def best(self) -> str:
-        """The model with the best validation F1."""
+        """The seed with the highest validation F1."""
         return str(self.summary["best"]["model"])
 
     @property
@@ -112,7 +112,7 @@ class Results:
         return as_estimate(self._differences[model, against, metric])
 
     def gain_over_baseline(self, baseline: str, metric: str) -> Estimate:
-        """Return the metric of the best model minus that of a shortcut baseline."""
+        """Return the metric of the best seed minus that of a shortcut baseline."""
         difference = self.difference(baseline, self.best, metric)
         reason = self.estimate(baseline, metric).reason if difference.missing else ""
         return Estimate(-difference.value, -difference.high, -difference.low, reason or difference.reason)

@@ -35,11 +35,14 @@ def compare_with_bag(results: Results) -> str:
     if difference.missing or pd.isna(difference.low):
         return f"The {results.bag} cannot be compared with {results.best}: {difference.reason or NO_INTERVAL}."
     verdict = _verdict(difference, "is better than", "is worse than", "does not differ clearly from")
-    return f"The {results.bag} {verdict} {results.best}: difference in F1 {format_difference(difference)}."
+    sentence = f"The {results.bag} {verdict} {results.best}: difference in F1 {format_difference(difference)}."
+    if len(results.config.model_names) < 2:
+        return sentence
+    return f"{sentence} This favors {results.best}, the best seed, which was selected by F1 on these images."
 
 
 def describe_gain(results: Results, baseline: str) -> str:
-    """Give the gain of the best model over a shortcut baseline in F1 and in AUROC, which needs no threshold."""
+    """Give the gain of the best seed over a shortcut baseline in F1 and in AUROC, which needs no threshold."""
     label, auroc = _baseline_label(results, baseline), results.gain_over_baseline(baseline, "auroc")
     if auroc.missing:
         return f"{label}: – ({auroc.reason})."
@@ -91,7 +94,7 @@ def _confounding(results: Results) -> list[Caveat]:
             f"{_baseline_label(results, name)} {format_estimate(results.estimate(name, 'auroc'))}" for name in baselines
         ]
         detail = f"AUROC: {'; '.join(aurocs)}. The model may rely on such shortcuts."
-        caveats.append(Caveat("Not clearly better than baselines that ignore the lungs", detail, "shortcuts"))
+        caveats.append(Caveat("Not clearly better than the shortcut baselines", detail, "shortcuts"))
     model = next((name for name, feature in results.baselines.items() if feature == "source"), None)
     auroc = results.estimate(model, "auroc") if model else Estimate(np.nan, reason="not evaluated")
     if auroc.missing:
@@ -100,9 +103,9 @@ def _confounding(results: Results) -> list[Caveat]:
     elif auroc.value > CONFOUNDED_AUROC:
         detail = (
             f"The source alone predicts the label with AUROC {format_estimate(auroc)}. "
-            "Performance may be lower on images of other sources and at other prevalences."
+            "Sensitivity and specificity may differ for other sources, and so may the PPV and NPV."
         )
-        caveats.append(Caveat("The label is confounded with the source", detail, "prevalence"))
+        caveats.append(Caveat("The label is confounded with the source", detail, "shortcuts"))
     slices = results.slices.query("by == 'source' and metric == 'auroc' and model == @results.best")
     near_chance = slices[slices["low"].fillna(slices["value"]) <= CHANCE_AUROC].sort_values("value")
     if len(near_chance):
@@ -119,7 +122,8 @@ def _selection(results: Results) -> list[Caveat]:
     mean, deviation = (format_number(float(results.seed_statistics[key]["f1"])) for key in ("mean", "deviation"))
     detail = (
         f"{results.best} has the highest validation F1. Over the {count} seeds, F1 has mean {mean} and standard "
-        f"deviation {deviation}; expect the mean for a new seed."
+        f"deviation {deviation}; expect about the mean for a new seed, and less on new images, because every seed's "
+        "epoch was selected on these images too."
     )
     return [Caveat("Selected and evaluated on the same images (optimistic)", detail, "models")]
 

@@ -8,6 +8,7 @@ import pandas as pd
 from pipeline.core.files import read_json
 from pipeline.core.markdown import markdown_table
 from pipeline.evaluation.metrics import LOWER_IS_BETTER, METRIC_LABELS, apply_threshold
+from pipeline.report.data_card import CardSection
 from pipeline.report.model_table import MISSING
 from pipeline.report.results import Estimate, Results, as_estimate
 
@@ -17,7 +18,7 @@ HEADLINE_METRICS = [
 ]  # fmt: skip
 BASELINE_LABELS = {
     "source": "source only", "file_metadata": "file metadata only (size, JPEG quantization)",
-    "thumbnail": "16×16 thumbnail", "border": "border only (lungs blacked out)",
+    "thumbnail": "16×16 thumbnail", "border": "border only (outer eighth on each side)",
 }  # fmt: skip
 NO_INTERVAL = "too few patients or images for an interval"
 
@@ -126,14 +127,16 @@ def operating_point_table(results: Results) -> ReportTable:
 
 
 def calibration_table(results: Results) -> ReportTable:
-    """Tabulate the calibration metrics of the best model and the bag, before and after each recalibration."""
+    """Tabulate the calibration metrics of the best seed and the bag, before and after each recalibration."""
     calibration = pd.read_csv("metrics/calibration.csv")
-    table = ReportTable(["model", "recalibration", "temperature", "bias", "loss", "Brier score", "calibration error"])
+    keys = ["loss", "brier", "calibration_error"]
+    labels = [METRIC_LABELS[key] for key in keys]
+    table = ReportTable(["model", "recalibration", "temperature", "bias", *labels])
     for _, row in calibration[calibration["model"].isin([results.best, results.bag])].iterrows():
         reason = "" if pd.isna(row["reason"]) else row["reason"]
         fitted = row["calibration"] != "none"
         parameters = [_without_interval(row[key], reason) if fitted else "" for key in ("temperature", "bias")]
-        metrics = [_without_interval(row[key], reason) for key in ("loss", "brier", "calibration_error")]
+        metrics = [_without_interval(row[key], reason) for key in keys]
         table.add(row["model"], row["calibration"], *parameters, *metrics)
     return table
 
@@ -153,7 +156,7 @@ def prevalence_table(model: str) -> ReportTable:
 
 
 def baseline_table(results: Results) -> ReportTable:
-    """Tabulate AUROC and F1 of the shortcut baselines, and the gain of the best model over each."""
+    """Tabulate AUROC and F1 of the shortcut baselines, and the gain of the best seed over each."""
     best = results.best
     table = ReportTable(["model", "AUROC", f"gain of {best}", "F1", f"gain of {best}"])
     table.add(best, results.estimate(best, "auroc"), "", results.estimate(best, "f1"), "")
@@ -167,7 +170,7 @@ def baseline_table(results: Results) -> ReportTable:
 
 
 def slice_table(results: Results) -> ReportTable:
-    """Tabulate sensitivity, specificity, F1 and AUROC of the best model by slice."""
+    """Tabulate sensitivity, specificity, F1 and AUROC of the best seed by slice."""
     table = ReportTable(["slice", "images", "positive", "sensitivity", "specificity", "F1", "AUROC"])
     for (by, name), rows in results.slices.groupby(["by", "slice"], sort=False):
         of_best = rows[rows["model"] == results.best].set_index("metric")
@@ -245,8 +248,16 @@ def data_table(results: Results) -> ReportTable:
     return table
 
 
+def counts_table(section: CardSection) -> ReportTable:
+    """Return the counts of a section of the data card."""
+    table = ReportTable(section.header)
+    for row in section.rows:
+        table.add(*row)
+    return table
+
+
 def confusion_table(results: Results) -> ReportTable:
-    """Tabulate the confusion matrix of the best model at its threshold."""
+    """Tabulate the confusion matrix of the best seed at its threshold."""
     labels, threshold = results.validation["label"], results.summary["best"]["threshold"]
     predicted = apply_threshold(results.validation[results.best], threshold)
     table = ReportTable([results.best, "predicted negative", "predicted positive"])

@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from pipeline.core.files import md5_of_file, read_json, sha256_of_file
 # The manifest holds the hash of every image in the pack, and is quicker to read.
 HASHED_INSTEAD = {"data/images.npy": "data/manifest.csv"}
 TYPE_HINTS = {"annotation", "returns", "type_comment", "type_params"}  # fields of nodes of a syntax tree
+NO_EFFECT = {"loader_threads"}  # parameters of training that change no result
 
 
 def training_fingerprint(config: Config, root: Path = Path(), **run: Any) -> str:
@@ -45,13 +47,16 @@ def candidate_fingerprints(config: Config) -> dict[str, str]:
         UserError: a model is not up to date with parameters, data and code.
     """
     inputs = _shared_inputs(config, Path())
+    committed = cache(lambda: _committed_seeds(config))
     parents, fingerprints = [], {}
     for seed, name in zip(config.seeds, config.model_names, strict=True):
-        folder = Path("models", name)
-        description = read_json(folder / "model.json")
+        path = Path("models", name, "model.json")
+        description = read_json(path)
+        if "parent_fingerprint" not in description:
+            raise UserError(f"{path}: written by an earlier release; run: dvc repro -f train")
         expected = _digest(inputs | {"seed": seed, "environment": description["environment"]})
-        if description["fingerprint"] != expected and not _is_committed(config, seed):
-            raise UserError(f"{folder}: trained with other parameters, data or code; run: dvc repro")
+        if description["fingerprint"] != expected and seed not in committed():
+            raise UserError(f"{path.parent}: trained with other parameters, data or code; run: dvc repro")
         parents.append(description["parent_fingerprint"])
         fingerprints[name] = description["fingerprint"]
     current = _digest(inputs)
@@ -76,7 +81,7 @@ def _shared_inputs(config: Config, root: Path) -> dict[str, Any]:
     deps = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]["train"]["deps"]
     paths = {HASHED_INSTEAD.get(dep, dep) for dep in deps}
     return {
-        "params": config.active.train.model_dump(exclude_defaults=True),
+        "params": config.active.train.model_dump(exclude_defaults=True, exclude=NO_EFFECT),
         "cross_validate": config.active.split.cross_validate,
         "files": {str(file.relative_to(root)): _file_hash(file) for path in paths for file in _files(root / path)},
     }
@@ -92,20 +97,30 @@ def _files(path: Path) -> list[Path]:
     return sorted(file for file in path.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
 
 
-def _canonical(node: Any) -> Any:
+def _canonical(node: Any, *, in_class: bool = False) -> Any:
     """Turn a syntax tree into lists and texts that are the same in every version of Python."""
     if isinstance(node, list):
-        if node and isinstance(node[0], ast.Expr) and _is_text(node[0].value):  # a docstring
-            node = node[1:]
-        return [_canonical(child) for child in node if not _is_type_checking(child)]
+        return [_canonical(child, in_class=in_class) for child in _effective(node, in_class=in_class)]
+    if isinstance(node, ast.AnnAssign) and node.value and not in_class:
+        node = ast.Assign([node.target], node.value)
     if isinstance(node, ast.AST):
-        fields = {name: value for name, value in ast.iter_fields(node) if name not in TYPE_HINTS}
+        is_class = isinstance(node, ast.ClassDef)
         # Newer versions add fields, which are empty where nothing new is used.
-        return [
-            type(node).__name__,
-            {name: _canonical(value) for name, value in fields.items() if value not in (None, [])},
-        ]
+        fields = {
+            name: _canonical(value, in_class=is_class)
+            for name, value in ast.iter_fields(node)
+            if name not in TYPE_HINTS and value not in (None, [])
+        }
+        return [type(node).__name__, fields]
     return repr(node)
+
+
+def _effective(nodes: list[Any], *, in_class: bool) -> list[Any]:
+    """Leave out docstrings, blocks for type checkers, and, outside classes, where they are fields, declarations."""
+    nodes = [child for node in nodes for child in (node.orelse if _is_type_checking(node) else [node])]
+    if nodes and isinstance(nodes[0], ast.Expr) and _is_text(nodes[0].value):
+        nodes = nodes[1:]
+    return [node for node in nodes if in_class or not isinstance(node, ast.AnnAssign) or node.value]
 
 
 def _is_text(node: ast.expr) -> bool:
@@ -116,24 +131,32 @@ def _is_type_checking(node: Any) -> bool:
     return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
-def _is_committed(config: Config, seed: int) -> bool:
-    """Tell whether dvc.lock holds this training with the present parameters, files and model."""
+def _committed_seeds(config: Config) -> set[int]:
+    """Return the seeds whose training dvc.lock holds with the present parameters, files and model."""
     lock, stages = (
         yaml.safe_load(Path(name).read_text(encoding="utf-8"))["stages"] for name in ("dvc.lock", "dvc.yaml")
     )
-    entry = lock.get(f"train@{seed}")
-    if entry is None or {dep["path"] for dep in entry["deps"]} != set(stages["train"]["deps"]):
-        return False
-    params = entry["params"]["params.yaml"]
+    dvc_hash, seeds = cache(_dvc_hash), set()
+    for seed in config.seeds:
+        entry = lock.get(f"train@{seed}")
+        if entry is None or {dep["path"] for dep in entry["deps"]} != set(stages["train"]["deps"]):
+            continue
+        if not _has_params(config, entry["params"]["params.yaml"]):
+            continue
+        files = [item for item in (*entry["deps"], *entry["outs"]) if item["path"] not in HASHED_INSTEAD]
+        if all(dvc_hash(Path(item["path"])) == item["md5"] for item in files):
+            seeds.add(seed)
+    return seeds
+
+
+def _has_params(config: Config, params: dict[str, Any]) -> bool:
+    """Tell whether parameters in dvc.lock are those of the active profile."""
     try:
-        same_params = (
-            TrainParams.model_validate(params[f"{config.profile}.train"]) == config.active.train
-            and SplitParams.model_validate(params[f"{config.profile}.split"]) == config.active.split
-        )
+        train = TrainParams.model_validate(params[f"{config.profile}.train"])
+        split = SplitParams.model_validate(params[f"{config.profile}.split"])
     except (KeyError, ValidationError):  # of another profile, or of an earlier release
         return False
-    files = [item for item in (*entry["deps"], *entry["outs"]) if item["path"] not in HASHED_INSTEAD]
-    return same_params and all(_dvc_hash(Path(item["path"])) == item["md5"] for item in files)
+    return train == config.active.train and split == config.active.split
 
 
 def _dvc_hash(path: Path) -> str:

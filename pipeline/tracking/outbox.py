@@ -49,7 +49,7 @@ class Outbox:
         self._thread.join(TIMEOUT_SECONDS)
         if not self._delivered and not kind:
             reason = f" ({self._error})" if self._error else ""
-            log.warning("this run is not completely logged to MLflow%s; complete it with: cxr sync", reason)
+            log.warning("this run is not completely logged to MLflow%s; after the training, run: cxr sync", reason)
 
     def put(self, call: "Callable[[SeedRun], None]") -> None:
         """Queue a call on the run."""
@@ -79,6 +79,8 @@ class Outbox:
                 if isinstance(error, UserError) and not isinstance(error, UnreachableError):
                     raise
                 if not self._warned:
-                    log.warning("MLflow does not answer (%s); training continues, logging waits", first_line(error))
+                    log.warning(
+                        "logging to MLflow failed (%s); training continues, and logging is retried", first_line(error)
+                    )
                     self._warned = True
                 time.sleep(next(delays))

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from http import HTTPStatus
 from importlib import metadata
 from pathlib import Path
 from uuid import uuid4
@@ -28,9 +29,11 @@ from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, Schema
 from mlflow.types.schema import AnyType
 from PIL import Image
+from requests import RequestException
 
 import pipeline
 from pipeline.core.errors import UserError, first_line
+from pipeline.core.memory import is_out_of_memory
 from pipeline.inference import candidate
 from pipeline.tracking.store import Store, software_version_tag
 
@@ -245,6 +248,8 @@ def load_version(version: ModelVersion) -> candidate.Candidate:
         try:
             return candidate.load_candidate(folder, torch.device("cpu"))  # compares weights with their checksums
         except Exception as error:
+            if isinstance(error, OSError) or is_out_of_memory(error):
+                raise
             raise _damaged_error(version, first_line(error)) from error
 
 
@@ -264,6 +269,8 @@ def download_version(version: ModelVersion) -> Iterator[Path]:
         try:
             path = mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}", dst_path=scratch)
         except (MlflowException, OSError) as error:
+            if not _is_missing(error):
+                raise
             raise _damaged_error(version, f"its files are missing: {first_line(error)}") from None
         folder = Path(path, "artifacts", ARTIFACT)
         if not (folder / "candidate.json").is_file():
@@ -282,6 +289,15 @@ def _damaged_error(version: ModelVersion, reason: str) -> UserError:
         f"{version.name} version {version.version} is damaged: {reason}; use another version, or delete it in MLflow "
         "and run: cxr sync"
     )
+
+
+def _is_missing(error: Exception) -> bool:
+    """Tell whether artifacts are missing: a store that fails must not look like one without files."""
+    if isinstance(error, MlflowException):
+        return str(error.error_code) == "RESOURCE_DOES_NOT_EXIST"
+    if isinstance(error, RequestException):
+        return error.response is not None and error.response.status_code == HTTPStatus.NOT_FOUND
+    return isinstance(error, FileNotFoundError) or (isinstance(error, OSError) and error.errno is None)  # MLflow's own
 
 
 def _raise_unless_not_found(error: MlflowException) -> None:

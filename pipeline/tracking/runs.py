@@ -69,7 +69,11 @@ class SeedRun:
             return
         history = self._client.get_metric_history(self.run_id, "validation/f1")
         self._last_epoch = max((metric.step for metric in history), default=0)
-        params = {"seed": seed, "fold": config.active.split.validation_fold(seed), **config.active.train.model_dump()}
+        params = {
+            "seed": seed,
+            "fold": manifest.validation_fold(config.active.split, seed),
+            **config.active.train.model_dump(),
+        }
         self._client.log_batch(self.run_id, params=[Param(key, str(value)) for key, value in params.items()])
         with store.lock:  # MLflow fails when two runs log the same dataset at once
             self._log_dataset()

@@ -19,8 +19,7 @@ def write_source(params: ArchiveParams, target: Path) -> None:
     """
     if params.path is None:
         raise UserError(
-            "params.yaml: download.path: not set; download the competition's zip "
-            "(https://www.kaggle.com/c/stat946winter2021/data) and set download.path to it"
+            "params.yaml: download.path: not set; set it to a zip or folder in the competition's layout (docs/data.md)"
         )
     path = params.path.expanduser()
     if path.is_dir():
