@@ -52,6 +52,16 @@ def stage(function: Callable[..., None]) -> click.Command:
     return click.command(context_settings=CONTEXT_SETTINGS)(debug_option(run))
 
 
+def renamed_option(old: str, new: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Refuse an option under the name of an earlier release with the new one."""
+
+    def refuse(_context: click.Context, _parameter: click.Parameter, value: str | None) -> None:
+        if value is not None:
+            raise click.UsageError(f"{old} is called {new} now")
+
+    return click.option(old, hidden=True, expose_value=False, callback=refuse)
+
+
 def prepend_environment_path() -> None:
     """Put the folder of this Python first in PATH, so that `dvc` and `python` are found there without activation."""
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

@@ -2,12 +2,13 @@
 
 import click
 
-from stages.common import stage
+from stages.common import renamed_option, stage
 
 
 @stage
 @click.option("--model", metavar="VERSION", help="Make this version champion, without the gate.")
 @click.option("--reason", metavar="TEXT", help="Why; stored with the version and shown by `cxr history`.")
+@renamed_option("--because", "--reason")
 def promote(model: str | None, reason: str | None) -> None:
     """Bring the MLflow runs and registry up to date, and make the best candidate champion if it passes the gate.
 

@@ -2,11 +2,12 @@
 
 import click
 
-from stages.common import stage
+from stages.common import renamed_option, stage
 
 
 @stage
 @click.option("--reason", metavar="TEXT", default="rolled back", help="Why; shown by `cxr history`.")
+@renamed_option("--because", "--reason")
 def rollback(reason: str) -> None:
     """Make the previous champion champion again; repeated rollbacks go further back."""
     from pipeline.core.config import load_config

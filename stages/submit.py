@@ -8,7 +8,9 @@ from stages.common import stage
 
 
 @stage
-@click.option("--send", metavar="NAME", help="Send submissions/NAME.csv (best, bag, seed-K ...) to Kaggle; write none.")
+@click.option(
+    "--send", metavar="NAME", help="Send submissions/NAME.csv (best, bag, seed-K ...) to Kaggle; write no file."
+)
 @click.option("-m", "--message", metavar="TEXT", help="Description of the submission on Kaggle.")
 @click.option("--yes", is_flag=True, help="Do not ask before sending.")
 def submit(send: str | None, message: str | None, yes: bool) -> None:
@@ -36,56 +38,22 @@ def _write() -> None:
 
 
 def _send(name: str, message: str, yes: bool) -> None:
-    from contextlib import suppress
-    from datetime import UTC, datetime
-
     from pipeline.core.config import load_config
-    from pipeline.core.errors import UserError
-    from pipeline.core.files import read_json, sha256_of_file
-    from pipeline.evaluation import ensemble
-    from pipeline.evaluation.metrics import best_model
-    from pipeline.kaggle import client, submission_file
-    from pipeline.kaggle import submit as kaggle_submit
-    from pipeline.tracking import fingerprint, runs
-    from pipeline.tracking.store import connect
+    from pipeline.kaggle.client import open_client
+    from pipeline.kaggle.submit import SUBMISSION_LOG, target_competition
+    from pipeline.tracking import submission
 
     config = load_config()
-    competition = kaggle_submit.target_competition(config)
-    names = ["best", "bag", "best-adapted", "bag-adapted", *config.model_names]
-    if name not in names:
-        raise UserError(f"--send {name}: no such submission; choose one of {', '.join(names)}")
-    file = Path(f"submissions/{name}.csv")
-    digest, current = sha256_of_file(file), None
-    with suppress(KeyError):  # models without calibration have no adapted submission
-        current = ensemble.predict_submission_labels(config)[name].astype(str).to_dict()
-    if submission_file.read_submission(file).to_dict() != current:
-        raise UserError(f"{file}: not up to date with the predictions; run: dvc repro submit")
-    model = name.removesuffix("-adapted")
-    if model == "best":
-        model = best_model(read_json(Path("metrics/evaluate.json")))
-    fingerprints = fingerprint.candidate_fingerprints(config)
-    kaggle_submit.read_submission_log()  # fails before anything is sent if the log is damaged
-    store = connect(config.model_name)
-    run = runs.find_run(store, fingerprints[model])
-    if run is None:
-        raise UserError(f"MLflow has no run of {model} to log the score to; run: cxr sync")
-    with client.open_client() as api:
-        if not yes and not click.confirm(f"Send {file} to {competition.competition}?"):
+    params = target_competition(config)
+    candidate = submission.find_submission(config, name)
+    with open_client() as client:
+        if not yes and not click.confirm(f"Send {candidate.file} to {params.competition}?"):
             click.echo("nothing sent")
             return
-        sent = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        number = kaggle_submit.send_submission(api, competition, file, message)
-        row = {
-            "sent": sent, "competition": competition.competition, "file": name, "model": model, "message": message,
-            "sha256": digest, "submission": number,
-        }  # fmt: skip
-        click.echo(f"submission {number} sent; waiting for its public score")
-        kaggle_submit.append_submission({**row, "public_score": None})
-        score = kaggle_submit.wait_for_public_score(api, competition, number)
-        kaggle_submit.append_submission({**row, "public_score": score})
-    runs.log_metrics(store.client, run.info.run_id, {"kaggle/public_score": score})
-    log = kaggle_submit.SUBMISSION_LOG
-    click.echo(f"{competition.competition}: public score of {name}: {score}; logged to MLflow and {log}")
+        row = submission.send(client, params, candidate, message)
+        click.echo(f"submission {row['submission']} sent; waiting for its public score")
+        score = submission.log_public_score(client, params, candidate, row)
+    click.echo(f"{params.competition}: public score of {name}: {score}; logged to MLflow and {SUBMISSION_LOG}")
 
 
 if __name__ == "__main__":

@@ -128,3 +128,9 @@ def test_no_color_switches_colors_off_on_a_terminal(no_color, colored, monkeypat
     if no_color:
         monkeypatch.setenv("NO_COLOR", no_color)
     assert ("\x1b[31m" in printed_table(monkeypatch, Terminal())) == colored
+
+
+@pytest.mark.parametrize("command", ["promote", "rollback"])
+def test_an_option_under_its_old_name_is_refused_with_the_new_one(command):
+    assert error_line_of(f"cxr {command} --because x") == "Error: --because is called --reason now"
+    assert "--because" not in output_of(f"cxr {command} --help")

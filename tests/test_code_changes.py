@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, copy_project, mlflow_client, run, seed_runs
+from conftest import ROOT, commit_all, copy_project, edit_params, mlflow_client, run, seed_runs
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -101,7 +101,7 @@ def test_a_reformatted_module_keeps_its_hash(tmp_path):
 def run_ids(project: Path) -> set[str]:
     client = mlflow_client(project)
     experiment = client.get_experiment_by_name("covid-xray-demo")
-    return {found.info.run_id for found in client.search_runs([experiment.experiment_id])}
+    return {run_info.info.run_id for run_info in client.search_runs([experiment.experiment_id])}
 
 
 def versions(project: Path) -> int:
@@ -109,41 +109,63 @@ def versions(project: Path) -> int:
 
 
 @pytest.fixture
-def changeable(demo_project, tmp_path) -> Path:
+def editable_project(demo_project, tmp_path) -> Path:
     """A copy of the finished demo, whose code the test may change."""
     return copy_project(demo_project, tmp_path / "project")
 
 
 @pytest.mark.slow
-def test_a_change_that_can_change_no_number_causes_no_training(changeable):
+def test_a_change_that_can_change_no_number_causes_no_training(editable_project):
     for name in ("pipeline/core/files.py", "pipeline/core/errors.py", "pipeline/tracking/runs.py", "stages/common.py"):
-        path = changeable / name
+        path = editable_project / name
         path.write_text(f"{path.read_text()}\n# a comment\n")
-    status = run(changeable, "dvc", "status").stdout
+    status = run(editable_project, "dvc", "status").stdout
     assert not [stage for stage in ("train", "download", "prepare") if stage in status], status
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("old", "new", "refused"),
+    ("old", "new", "is_error"),
     [
         ('"""Train until the last epoch', '"""Train to the last epoch', False),
         ("CHECKPOINT_SECONDS = 300", "CHECKPOINT_SECONDS = 301", True),
     ],
     ids=["docstring", "code"],
 )
-def test_after_dvc_commit_changed_code_keeps_models_runs_and_versions(changeable, old, new, refused):
-    before = run_ids(changeable), versions(changeable), [found.info.end_time for found in seed_runs(changeable)]
-    loop = changeable / "pipeline/training/loop.py"
+def test_after_dvc_commit_changed_code_keeps_models_runs_and_versions(editable_project, old, new, is_error):
+    before = (
+        run_ids(editable_project),
+        versions(editable_project),
+        [run_info.info.end_time for run_info in seed_runs(editable_project)],
+    )
+    loop = editable_project / "pipeline/training/loop.py"
     assert old in loop.read_text()
     loop.write_text(loop.read_text().replace(old, new))
-    assert "train@0" in run(changeable, "dvc", "status").stdout
-    ended = run(changeable, "cxr", "sync")
-    assert ended.returncode == (2 if refused else 0), ended.stderr
-    assert ("trained with other parameters, data or code; run: dvc repro" in ended.stderr) == refused
+    assert "train@0" in run(editable_project, "dvc", "status").stdout
+    completed = run(editable_project, "cxr", "sync")
+    assert completed.returncode == (2 if is_error else 0), completed.stderr
+    assert ("trained with other parameters, data or code; run: dvc repro" in completed.stderr) == is_error
     for command in ("dvc commit -f train", "cxr sync", "dvc repro"):
-        ended = run(changeable, *command.split())
-        assert ended.returncode == 0, ended.stderr
-        assert "Running stage 'train" not in ended.stdout
-    after = run_ids(changeable), versions(changeable), [found.info.end_time for found in seed_runs(changeable)]
+        completed = run(editable_project, *command.split())
+        assert completed.returncode == 0, completed.stderr
+        assert "Running stage 'train" not in completed.stdout
+    after = (
+        run_ids(editable_project),
+        versions(editable_project),
+        [run_info.info.end_time for run_info in seed_runs(editable_project)],
+    )
     assert after == before
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_a_demo_run_from_nothing_has_the_hashes_of_dvc_lock(editable_project):
+    commit_all(editable_project)
+    compared = run(editable_project, "bash", ".ci/compare-demo")
+    assert compared.returncode == 0, compared.stdout + compared.stderr
+    assert compared.stdout.endswith("demo: run from nothing, it has the hashes of dvc.lock\n")
+    edit_params(editable_project, lambda params: params["demo"]["evaluate"].update(resamples=100))
+    commit_all(editable_project)
+    compared = run(editable_project, "bash", ".ci/compare-demo")
+    assert compared.returncode == 0
+    assert "hashes not compared, dvc.lock is of earlier code or parameters (bag report)" in compared.stdout

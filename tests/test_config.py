@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pipeline.core import config
 
-refusal = partial(file_error_message, config.load_config)
+config_error = partial(file_error_message, config.load_config)
 SHIPPED = yaml.safe_load((ROOT / "params.yaml").read_text())
 PROFILES = ["demo", "competition", "local"]
 DOWNLOADS = {"phantom": "demo", "kaggle": "competition", "archive": "local"}  # the profile that has each source
@@ -64,7 +64,7 @@ DEFAULTS = {
 }  # fmt: skip
 
 
-def place(path: str) -> tuple[dict, dict, str]:
+def locate(path: str) -> tuple[dict, dict, str]:
     """Return a copy of the shipped parameters, the section in it that the dotted path leads to, and the last key."""
     params = section = copy.deepcopy(SHIPPED)
     *parents, last = path.split(".")
@@ -73,20 +73,20 @@ def place(path: str) -> tuple[dict, dict, str]:
     return params, section, last
 
 
-def edited(path: str, value: object) -> dict:
-    params, section, key = place(path)
+def set_value(path: str, value: object) -> dict:
+    params, section, key = locate(path)
     section[key] = value
     return params
 
 
-def without(path: str) -> dict:
-    params, section, key = place(path)
+def remove_key(path: str) -> dict:
+    params, section, key = locate(path)
     del section[key]
     return params
 
 
-def renamed(path: str, new: str) -> dict:
-    params, section, key = place(path)
+def rename_key(path: str, new: str) -> dict:
+    params, section, key = locate(path)
     section[new] = section.pop(key)
     return params
 
@@ -99,29 +99,29 @@ def write(folder: Path, params: dict) -> Path:
 
 @pytest.mark.parametrize("profile", PROFILES)
 def test_the_shipped_file_loads_for_every_profile(tmp_path, profile):
-    loaded = config.load_config(write(tmp_path, edited("profile", profile)))
+    loaded = config.load_config(write(tmp_path, set_value("profile", profile)))
     assert loaded.active == loaded.profiles[profile]
     assert loaded.active.train.lr == SHIPPED[profile]["train"]["lr"]
     assert loaded.bag_seeds == list(range(10))
     assert loaded.model_name == f"covid-xray-{profile}"
 
 
-def test_named_members_are_the_bag(tmp_path):
-    assert config.load_config(write(tmp_path, edited("demo.bag.members", [3, 1]))).bag_seeds == [3, 1]
+def test_the_bag_has_the_members_that_are_listed(tmp_path):
+    assert config.load_config(write(tmp_path, set_value("demo.bag.members", [3, 1]))).bag_seeds == [3, 1]
 
 
-def test_a_misspelled_choice_of_profile_is_named_with_the_nearest_known_one(tmp_path):
-    message = refusal(write(tmp_path, edited("profile", "competiton")))
+def test_a_misspelled_profile_gets_a_suggestion(tmp_path):
+    message = config_error(write(tmp_path, set_value("profile", "competiton")))
     assert message == "profile: there is no section 'competiton'; did you mean 'competition'?"
 
 
-def test_a_profile_unlike_any_other_lists_those_there_are(tmp_path):
-    message = refusal(write(tmp_path, edited("profile", "xyz")))
+def test_an_unknown_profile_lists_the_known_profiles(tmp_path):
+    message = config_error(write(tmp_path, set_value("profile", "xyz")))
     assert message == "profile: there is no section 'xyz'; choose one of competition, demo, local"
 
 
-def test_a_misspelled_profile_section_is_named_as_the_near_one(tmp_path):
-    message = refusal(write(tmp_path, renamed("demo", "dmeo")))
+def test_a_misspelled_profile_section_is_suggested(tmp_path):
+    message = config_error(write(tmp_path, rename_key("demo", "dmeo")))
     assert message == "profile: there is no section 'demo'; did you mean 'dmeo'?"
 
 
@@ -143,34 +143,38 @@ def test_a_misspelled_profile_section_is_named_as_the_near_one(tmp_path):
         ("demo.bag.members", "member"),
     ],
 )
-def test_a_misspelled_key_is_named_with_the_nearest_known_one(tmp_path, path, misspelled):
+def test_a_misspelled_key_gets_a_suggestion(tmp_path, path, misspelled):
     section, key = path.rsplit(".", 1)
-    message = refusal(write(tmp_path, renamed(path, misspelled)))
+    message = config_error(write(tmp_path, rename_key(path, misspelled)))
     assert message == f"{section}.{misspelled}: unknown key; did you mean {key!r}?"
 
 
-def test_a_key_that_is_added_is_unknown_and_like_none_lists_those_there_are(tmp_path):
-    message = refusal(write(tmp_path, edited("demo.bag.xyz", 1)))
+def test_an_unknown_key_lists_the_known_keys(tmp_path):
+    message = config_error(write(tmp_path, set_value("demo.bag.xyz", 1)))
     assert message == "demo.bag.xyz: unknown key; choose one of members, method, tie"
 
 
 def test_a_key_of_the_other_download_source_is_unknown(tmp_path):
-    assert refusal(write(tmp_path, edited("demo.download.path", "x.zip"))).startswith("demo.download.path: unknown key")
-    assert refusal(write(tmp_path, edited("local.download.seed", 1))).startswith("local.download.seed: unknown key")
+    assert config_error(write(tmp_path, set_value("demo.download.path", "x.zip"))).startswith(
+        "demo.download.path: unknown key"
+    )
+    assert config_error(write(tmp_path, set_value("local.download.seed", 1))).startswith(
+        "local.download.seed: unknown key"
+    )
 
 
 @pytest.mark.parametrize("section", ["demo.download", "local.download"])
-def test_an_unknown_source_is_named_with_the_nearest_known_one_or_all(tmp_path, section):
-    message = refusal(write(tmp_path, renamed(f"{section}.source", "sorce")))
+def test_an_unknown_source_gets_a_suggestion_or_the_list_of_sources(tmp_path, section):
+    message = config_error(write(tmp_path, rename_key(f"{section}.source", "sorce")))
     assert message == f"{section}.sorce: unknown key; did you mean 'source'?"
-    message = refusal(write(tmp_path, edited(f"{section}.source", "phantm")))
+    message = config_error(write(tmp_path, set_value(f"{section}.source", "phantm")))
     assert message == f"{section}.source: unknown source 'phantm'; did you mean 'phantom'?"
-    message = refusal(write(tmp_path, edited(f"{section}.source", "xyz")))
+    message = config_error(write(tmp_path, set_value(f"{section}.source", "xyz")))
     assert message.endswith("choose one of archive, covid_chestxray, covidx, kaggle, phantom, table")
 
 
 @pytest.mark.parametrize("section", DEFAULTS)
-def test_a_missing_key_has_the_default_that_it_always_had(section):
+def test_the_defaults_never_change(section):
     assert set(DEFAULTS) == {"seeds", *config.SOURCES, *config.Profile.model_fields} - {"download"}
     loaded = config.Config.model_validate(
         {"demo": {}, "competition": {"download": {"source": "kaggle", "dataset": "a/b"}}}
@@ -184,9 +188,9 @@ def test_a_missing_key_has_the_default_that_it_always_had(section):
 
 
 @pytest.mark.parametrize(("section", "field"), FIELDS)
-def test_a_file_of_an_earlier_release_loads_without_the_keys_that_came_later(tmp_path, section, field):
+def test_a_file_without_a_key_loads(tmp_path, section, field):
     profile = DOWNLOADS.get(section, "demo")
-    params = without(f"{profile}.{'download' if section in DOWNLOADS else section}.{field}")
+    params = remove_key(f"{profile}.{'download' if section in DOWNLOADS else section}.{field}")
     if (section, field) == ("kaggle", "competition"):
         params["competition"]["download"]["dataset"] = "owner/name"
     assert config.load_config(write(tmp_path, params)).profiles[profile]
@@ -196,42 +200,43 @@ def test_a_file_of_an_earlier_release_loads_without_the_keys_that_came_later(tmp
     ("old", "new"), [pair for pair in config.RENAMED.items() if pair[0] not in ("cohen", "licence")]
 )
 def test_a_key_under_its_old_name_is_refused_with_the_new_one(tmp_path, old, new):
-    message = refusal(write(tmp_path, renamed(f"competition.train.{new}", old)))
+    message = config_error(write(tmp_path, rename_key(f"competition.train.{new}", old)))
     assert message == f"competition.train.{old}: {old} is called {new} now; rename it"
 
 
 def test_other_old_names_are_refused_with_the_new_ones(tmp_path):
-    params = edited("local.download", {"source": "cohen", "path": "x"})
-    assert refusal(write(tmp_path, params)) == "local.download: cohen is called covid_chestxray now; rename it"
-    params = edited("local.download", {"source": "table", "path": "x", "columns": {"licence": "x"}})
+    params = set_value("local.download", {"source": "cohen", "path": "x"})
+    assert config_error(write(tmp_path, params)) == "local.download: cohen is called covid_chestxray now; rename it"
+    params = set_value("local.download", {"source": "table", "path": "x", "columns": {"licence": "x"}})
     assert (
-        refusal(write(tmp_path, params)) == "local.download.columns.licence: licence is called license now; rename it"
+        config_error(write(tmp_path, params))
+        == "local.download.columns.licence: licence is called license now; rename it"
     )
 
 
 def test_all_old_names_are_listed_at_once(tmp_path):
-    params = renamed("demo.train.optimizer", "optimiser")
+    params = rename_key("demo.train.optimizer", "optimiser")
     for profile in ("competition", "local"):
         params[profile]["train"]["hidden"] = params[profile]["train"].pop("head_hidden")
-    message = refusal(write(tmp_path, params))
+    message = config_error(write(tmp_path, params))
     assert message == (
         "demo.train.optimiser: optimiser is called optimizer now, hidden is called head_hidden now; rename them"
     )
 
 
 def test_a_profile_may_have_the_name_of_a_source(tmp_path):
-    params = edited("demo.train.lr", -1)
+    params = set_value("demo.train.lr", -1)
     params["kaggle"] = params.pop("demo")
-    assert refusal(write(tmp_path, params | {"profile": "kaggle"})).startswith("kaggle.train.lr: ")
+    assert config_error(write(tmp_path, params | {"profile": "kaggle"})).startswith("kaggle.train.lr: ")
 
 
-def test_a_misspelled_key_at_the_top_is_named_with_the_nearest_known_one(tmp_path):
+def test_a_misspelled_key_at_the_top_gets_a_suggestion(tmp_path):
     params = {"profil": "demo", **{key: SHIPPED[key] for key in SHIPPED if key != "profile"}}
-    assert refusal(write(tmp_path, params)) == "profil: unknown key; did you mean 'profile'?"
+    assert config_error(write(tmp_path, params)) == "profil: unknown key; did you mean 'profile'?"
 
 
 def test_a_file_without_a_profile_is_refused(tmp_path):
-    assert refusal(write(tmp_path, {"profile": "demo"})) == "there is no profile; add a section such as demo"
+    assert config_error(write(tmp_path, {"profile": "demo"})) == "there is no profile; add a section such as demo"
 
 
 def test_the_keys_that_dvc_needs_one_by_one_are_those_of_the_first_release():
@@ -302,8 +307,8 @@ def test_the_schema_for_editors_is_that_of_the_model():
         ("local.bag.method", "median", "'logits' or 'greedy'"),
     ],
 )
-def test_a_value_of_the_wrong_type_or_out_of_range_is_named_with_what_is_allowed(tmp_path, path, value, reason):
-    message = refusal(write(tmp_path, edited(path, value)))
+def test_an_invalid_value_is_reported_with_its_key_and_the_allowed_values(tmp_path, path, value, reason):
+    message = config_error(write(tmp_path, set_value(path, value)))
     assert message.startswith(f"{path}: ")
     assert reason in message
     assert message.endswith(f"but it is {value!r}")
@@ -311,88 +316,90 @@ def test_a_value_of_the_wrong_type_or_out_of_range_is_named_with_what_is_allowed
 
 @pytest.mark.parametrize("weights", [[1.0], [1.0, 1.0, 1.0], [-1.0, 1.0], [0.0, 0.0], ["a", 1.0]])
 def test_class_weights_are_two_positive_numbers(tmp_path, weights):
-    assert refusal(write(tmp_path, edited("demo.train.class_weights", weights))).startswith("demo.train.class_weights")
+    assert config_error(write(tmp_path, set_value("demo.train.class_weights", weights))).startswith(
+        "demo.train.class_weights"
+    )
 
 
 @pytest.mark.parametrize("rate", [float("inf"), float("nan")])
 def test_a_learning_rate_is_finite(tmp_path, rate):
-    assert refusal(write(tmp_path, edited("demo.train.lr", rate))).startswith("demo.train.lr: ")
+    assert config_error(write(tmp_path, set_value("demo.train.lr", rate))).startswith("demo.train.lr: ")
 
 
-def test_the_section_that_is_not_in_use_is_checked_too(tmp_path):
+def test_profiles_that_are_not_in_use_are_checked_too(tmp_path):
     assert SHIPPED["profile"] == "demo"
-    assert refusal(write(tmp_path, edited("competition.train.lr", -1))).startswith("competition.train.lr: ")
+    assert config_error(write(tmp_path, set_value("competition.train.lr", -1))).startswith("competition.train.lr: ")
 
 
 @pytest.mark.parametrize("key", ["competition", "dataset"])
-def test_a_name_of_kaggles_may_not_hold_what_no_name_has(tmp_path, key):
-    message = refusal(write(tmp_path, edited(f"competition.download.{key}", "https://www.kaggle.com/c/x")))
+def test_a_kaggle_name_with_invalid_characters_is_an_error(tmp_path, key):
+    message = config_error(write(tmp_path, set_value(f"competition.download.{key}", "https://www.kaggle.com/c/x")))
     assert message.startswith(f"competition.download.{key}: string should match pattern")
 
 
-def test_kaggle_is_asked_for_a_competition_or_a_data_set_not_both(tmp_path):
+def test_kaggle_needs_either_a_competition_or_a_data_set(tmp_path):
     for key, value in (("competition", None), ("dataset", "owner/name")):
-        assert refusal(write(tmp_path, edited(f"competition.download.{key}", value))) == (
+        assert config_error(write(tmp_path, set_value(f"competition.download.{key}", value))) == (
             "competition.download.competition, competition.download.dataset: set one and write null for the other"
         )
 
 
 def test_a_seed_listed_twice_is_refused(tmp_path):
-    message = refusal(write(tmp_path, edited("seeds", [*range(10), 0])))
+    message = config_error(write(tmp_path, set_value("seeds", [*range(10), 0])))
     assert message == "seeds: a seed is listed twice; list each once"
 
 
 def test_members_are_among_the_seeds(tmp_path):
-    message = refusal(write(tmp_path, edited("local.bag.members", [0, 77])))
+    message = config_error(write(tmp_path, set_value("local.bag.members", [0, 77])))
     assert message == "local.bag.members: [0, 77]; write all, or list some of the seeds, each once"
 
 
 def test_an_empty_list_of_members_is_refused(tmp_path):
-    message = refusal(write(tmp_path, edited("competition.bag.members", [])))
+    message = config_error(write(tmp_path, set_value("competition.bag.members", [])))
     assert message == "competition.bag.members: []; write all, or list some of the seeds, each once"
 
 
 def test_a_member_listed_twice_is_refused(tmp_path):
-    assert refusal(write(tmp_path, edited("demo.bag.members", [1, 1]))).startswith("demo.bag.members: ")
+    assert config_error(write(tmp_path, set_value("demo.bag.members", [1, 1]))).startswith("demo.bag.members: ")
 
 
 @pytest.mark.parametrize("members", ["al", 3, ["a"]])
 def test_members_are_all_or_a_list_of_seeds(tmp_path, members):
-    assert refusal(write(tmp_path, edited("demo.bag.members", members))).startswith("demo.bag.members")
+    assert config_error(write(tmp_path, set_value("demo.bag.members", members))).startswith("demo.bag.members")
 
 
 def test_a_missing_file_is_named(tmp_path):
-    assert refusal(tmp_path / "params.yaml") == "not found; run from the repository's root"
+    assert config_error(tmp_path / "params.yaml") == "not found; run from the repository's root"
 
 
 @pytest.mark.parametrize("text", ["a: [", "a: b: c", "\ta: 1", "a: &x *y"])
 def test_broken_yaml_is_refused(tmp_path, text):
     path = tmp_path / "params.yaml"
     path.write_text(text)
-    assert refusal(path).startswith("not valid YAML: ")
+    assert config_error(path).startswith("not valid YAML: ")
 
 
 def test_a_file_in_another_encoding_is_refused(tmp_path):
     path = tmp_path / "params.yaml"
     path.write_bytes("profile: démo".encode("latin-1"))
-    assert refusal(path)
+    assert config_error(path)
 
 
 @pytest.mark.parametrize("text", ["", "# nothing", "[]", "demo"])
 def test_a_file_without_sections_is_refused(tmp_path, text):
     path = tmp_path / "params.yaml"
     path.write_text(text)
-    assert refusal(path) == "empty; it holds profile, seeds and one section per profile"
+    assert config_error(path) == "empty; it holds profile, seeds and one section per profile"
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(FIELDS), st.one_of(st.none(), st.booleans(), st.integers(), st.text(), st.lists(st.integers())))
-def test_any_value_either_loads_or_is_refused_in_one_line(field, value):
+def test_any_value_loads_or_is_an_error_of_one_line(field, value):
     section, name = field
     profile = DOWNLOADS.get(section, "demo")
     folder = "download" if section in DOWNLOADS else section
     try:
-        config.Config.model_validate(edited(f"{profile}.{folder}.{name}", value))
+        config.Config.model_validate(set_value(f"{profile}.{folder}.{name}", value))
     except config.ValidationError as error:
         message = config._describe(error)
         assert f"{profile}.{folder}.{name}" in message

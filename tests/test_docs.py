@@ -1,4 +1,4 @@
-"""The documentation: its links, its navigation, what it names, and the site that MkDocs builds from it."""
+"""The documentation: its links, navigation and names, and the site that MkDocs builds from it."""
 
 import configparser
 import importlib.util
@@ -49,7 +49,7 @@ def test_every_link_to_a_file_or_heading_resolves(page):
 
 
 @pytest.mark.parametrize("page", MARKDOWN, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_file_of_the_project_that_a_page_names_exists(page):
+def test_every_project_file_named_on_a_page_exists(page):
     if page.name == "CHANGELOG.md":
         return  # it also names files of earlier releases
     names = re.findall(r"`((?:pipeline|stages|tests|bench|docs|\.ci)/[\w./-]+)`", text_of(page))
@@ -57,7 +57,7 @@ def test_every_file_of_the_project_that_a_page_names_exists(page):
     assert [name for name in names if "NAME" not in name and not (ROOT / name).exists()] == []
 
 
-def test_the_navigation_holds_every_page_once():
+def test_the_navigation_lists_every_page_once():
     nav = nav_files(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
     assert sorted(nav) == sorted(str(page.relative_to(DOCS)) for page in PAGES)
 
@@ -65,6 +65,13 @@ def test_the_navigation_holds_every_page_once():
 def test_the_api_reference_has_a_page_for_every_package():
     packages = {path.parent.name for path in (ROOT / "pipeline").glob("*/__init__.py")}
     assert packages == {path.stem for path in (DOCS / "reference/api").glob("*.md")} - {"index"}
+
+
+def test_the_parameters_page_names_every_key_that_dvc_requires():
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].values()
+    keys = {key.removeprefix("${profile}.") for stage in stages for key in stage.get("params", [])}
+    text = (DOCS / "reference/parameters.md").read_text()
+    assert [key for key in keys - set(config.Profile.model_fields) if f"`{key}`" not in text] == []
 
 
 def test_the_changelog_names_every_renamed_parameter():
@@ -88,8 +95,10 @@ def site(tmp_path_factory) -> Path:
     target = tmp_path_factory.mktemp("docs") / "site"
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     command = [*BUILD, "--site-dir", str(target)]
-    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
+    completed = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert completed.returncode == 0, completed.stdout + completed.stderr
     return target
 
 
@@ -97,8 +106,8 @@ def test_the_site_builds_without_a_warning_and_needs_no_other_host(site):
     pages = list(site.rglob("*.html"))
     assert len(pages) > len(PAGES)
     for page in pages:
-        loaded = re.findall(r"<(?:script|img|link)[^>]*?(?:src|href)=\"(https?://[^\"]*)", page.read_text())
-        assert loaded == [], page
+        urls = re.findall(r"<(?:script|img|link)[^>]*?(?:src|href)=\"(https?://[^\"]*)", page.read_text())
+        assert urls == [], page
 
 
 def test_the_reference_of_parameters_has_every_key_and_default(site):

@@ -12,7 +12,7 @@ from conftest import ROOT
 
 from stages import cli
 
-BESIDE = (".css", ".html", ".md", ".py")  # files that are read, or run, by their path
+READ_BY_PATH = (".css", ".html", ".md", ".py")  # files that are read, or run, by their path
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 
 # The rule: a stage depends on every module that its code reaches, except on these, which cannot change a number in its
@@ -72,27 +72,27 @@ def files_of(module: str) -> set[str]:
     """Return the files of this project that importing the module runs; empty packages are nothing to depend on."""
     parts = module.split(".")
     packages = ["/".join([*parts[:end], "__init__.py"]) for end in range(1, len(parts) + 1)]
-    own = "/".join(parts) + ".py"
-    return {name for name in [*packages, own] if (ROOT / name).is_file() and (ROOT / name).read_text().strip()}
+    module_file = "/".join(parts) + ".py"
+    return {name for name in [*packages, module_file] if (ROOT / name).is_file() and (ROOT / name).read_text().strip()}
 
 
 @cache
 def reached_at_once(file: str) -> frozenset[str]:
-    found: set[str] = set()
+    files: set[str] = set()
     if not file.endswith(".py"):
         return frozenset()
     for node in run_time_nodes(ast.parse((ROOT / file).read_text())):
         if isinstance(node, ast.Import):
             for name in node.names:
-                found |= files_of(name.name)
+                files |= files_of(name.name)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: a relative import, which this test does not follow"
             for name in node.names:
-                found |= files_of(node.module) | files_of(f"{node.module}.{name.name}")
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.endswith(BESIDE):
+                files |= files_of(node.module) | files_of(f"{node.module}.{name.name}")
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.endswith(READ_BY_PATH):
             folder = ROOT / "pipeline" if node.value.endswith(".py") else (ROOT / file).parent
-            found |= {str(path.relative_to(ROOT)) for path in folder.rglob(node.value)}
-    return frozenset(found)
+            files |= {str(path.relative_to(ROOT)) for path in folder.rglob(node.value)}
+    return frozenset(files)
 
 
 def reached(stage: str) -> set[str]:
@@ -112,7 +112,7 @@ def covers(dep: str, file: str) -> bool:
     return Path(file).is_relative_to(dep)
 
 
-def products(stage: str) -> list[str]:
+def outputs_of(stage: str) -> list[str]:
     entries = [entry for kind in ("outs", "metrics", "plots") for entry in STAGES[stage].get(kind, [])]
     return [entry if isinstance(entry, str) else next(iter(entry)) for entry in entries]
 
@@ -166,16 +166,16 @@ def test_every_dependency_on_code_exists(stage):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_dependency_on_data_is_the_product_of_another_stage(stage):
-    made = [path for other in STAGES if other != stage for path in products(other)]
+    outputs = [path for other in STAGES if other != stage for path in outputs_of(other)]
     data = [dep for dep in STAGES[stage].get("deps", []) if dep not in code(stage)]
-    assert [dep for dep in data if not any(covers(dep, path) or covers(path, dep) for path in made)] == []
+    assert [dep for dep in data if not any(covers(dep, path) or covers(path, dep) for path in outputs)] == []
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_section_of_the_profile_that_a_stage_names_is_among_its_parameters(stage):
-    by_hand = ("pipeline/kaggle/submit.py", "pipeline/tracking/") if stage == "submit" else ()  # for --send alone
-    others = ("pipeline/core/config.py", *by_hand)
-    text = "".join((ROOT / file).read_text() for file in sorted(reached(stage)) if not file.startswith(others))
+    send_only = ("pipeline/kaggle/submit.py", "pipeline/tracking/") if stage == "submit" else ()  # for --send alone
+    excluded = ("pipeline/core/config.py", *send_only)
+    text = "".join((ROOT / file).read_text() for file in sorted(reached(stage)) if not file.startswith(excluded))
     named = [f"${{profile}}.{section}." for section in re.findall(r"(?:active|profile)\.(\w+)", text)]
     params = STAGES[stage]["params"]
     assert [name for name in named if not any(f"{param}.".startswith(name) for param in params)] == []
@@ -185,9 +185,9 @@ def test_every_section_of_the_profile_that_a_stage_names_is_among_its_parameters
 
 
 def test_no_two_stages_make_the_same_path():
-    made = [path for stage in STAGES for path in products(stage)]
-    assert made
-    assert sorted(made) == sorted(set(made))
+    outputs = [path for stage in STAGES for path in outputs_of(stage)]
+    assert outputs
+    assert sorted(outputs) == sorted(set(outputs))
 
 
 def test_every_stage_has_a_module_of_its_name_and_is_a_command():

@@ -14,7 +14,7 @@ import mlflow
 import pandas as pd
 import pytest
 import yaml
-from conftest import copy_project, mlflow_client, run, run_server, seed_runs
+from conftest import ROOT, copy_project, mlflow_client, run, run_server, seed_runs
 
 pytestmark = pytest.mark.slow
 
@@ -22,13 +22,13 @@ NAME = "covid-xray-demo"
 
 
 def repro(project: Path, *arguments: str, **changes: str) -> str:
-    ended = run(project, "dvc", "repro", *arguments, **changes)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    return ended.stdout
+    completed = run(project, "dvc", "repro", *arguments, **changes)
+    assert completed.returncode == 0, completed.stdout + completed.stderr
+    return completed.stdout
 
 
-def locked(project: Path) -> dict[str, str]:
-    """Return the hash of every dep and out that dvc.lock knows."""
+def lock_hashes(project: Path) -> dict[str, str]:
+    """Return the hash of every dep and out in dvc.lock."""
     stages = yaml.safe_load((project / "dvc.lock").read_text())["stages"]
     return {
         f"{name}: {file['path']}": file["md5"]
@@ -37,7 +37,7 @@ def locked(project: Path) -> dict[str, str]:
     }
 
 
-def test_every_stage_leaves_its_files_with_their_columns(demo_project):
+def test_every_stage_writes_its_tables_with_the_documented_columns(demo_project):
     columns = {
         "data/manifest.csv": [
             *("file", "set", "label", "patient", "source", "view", "license", "width", "height", "bytes"),
@@ -69,13 +69,13 @@ def test_submissions_list_the_files_of_the_sample_in_its_order(demo_project):
         assert submission["Label"].isin([0, 1]).all()
 
 
-def test_no_out_names_a_run_a_host_a_folder_or_a_time(demo_project, tmp_path_factory):
+def test_no_out_contains_a_run_id_a_host_name_or_an_absolute_path(demo_project, tmp_path_factory):
     names = [run.info.run_id for run in seed_runs(demo_project)]
     names += [socket.gethostname(), str(tmp_path_factory.getbasetemp().parent)]
     for folder in ("models", "metrics", "predictions", "report", "plots", "submissions"):
         for path in (demo_project / folder).rglob("*"):
             content = path.read_bytes() if path.suffix in (".json", ".csv", ".md", ".html") else b""
-            content = re.sub(rb'base64,[^"]*', b"", content)  # pictures may spell anything
+            content = re.sub(rb'base64,[^"]*', b"", content)  # encoded images may contain any text by chance
             assert not [name for name in names if name.encode() in content], path
 
 
@@ -83,7 +83,7 @@ def test_a_second_repro_has_nothing_to_do(demo_project):
     assert "Data and pipelines are up to date." in repro(demo_project)
 
 
-def test_mlflow_shows_one_parent_and_a_child_per_seed(demo_project):
+def test_mlflow_has_one_parent_run_and_a_child_run_per_seed(demo_project):
     client = mlflow_client(demo_project)
     children = seed_runs(demo_project)
     assert [run.data.params["seed"] for run in children] == ["0", "1"]
@@ -99,7 +99,7 @@ def test_mlflow_shows_one_parent_and_a_child_per_seed(demo_project):
     assert [file.path for file in client.list_artifacts(parent_id, "data")] == ["data/card.json", "data/card.md"]
 
 
-def test_a_childs_metrics_are_those_of_its_history_file(demo_project):
+def test_the_metrics_of_a_child_run_equal_its_history_file(demo_project):
     client = mlflow_client(demo_project)
     for run_ in seed_runs(demo_project):
         history = pd.read_csv(demo_project / f"models/seed-{run_.data.params['seed']}/history.csv")
@@ -108,12 +108,12 @@ def test_a_childs_metrics_are_those_of_its_history_file(demo_project):
         assert [metric.value for metric in logged] == pytest.approx(list(history["f1"]))
 
 
-def test_a_child_holds_parameters_data_and_its_checkpoint(demo_project):
+def test_a_child_run_has_its_parameters_dataset_and_checkpoint(demo_project):
     client = mlflow_client(demo_project)
     run_ = seed_runs(demo_project)[1]
     assert run_.data.params["lr"] == "0.002"
     (data,) = run_.inputs.dataset_inputs
-    assert data.dataset.digest == locked(demo_project)["prepare: data/manifest.csv"]
+    assert data.dataset.digest == lock_hashes(demo_project)["prepare: data/manifest.csv"]
     stored = client.download_artifacts(run_.info.run_id, "checkpoint/model.safetensors")
     assert Path(stored).read_bytes() == (demo_project / "models/seed-1/model.safetensors").read_bytes()
 
@@ -127,7 +127,7 @@ def test_the_best_seed_is_champion_and_challenger(demo_project):
     assert "there was no champion" in version.tags["decision"]
 
 
-def test_the_champion_predicts_as_evaluate_did_from_bytes_base64_and_paths(demo_project, tmp_path, monkeypatch):
+def test_the_champion_gives_the_predictions_of_evaluate_for_bytes_base64_and_paths(demo_project, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
     mlflow_client(demo_project)
     best = json.loads((demo_project / "metrics/promotion.json").read_text())["candidate"]
@@ -137,13 +137,17 @@ def test_the_champion_predicts_as_evaluate_did_from_bytes_base64_and_paths(demo_
     for name, image in zip(expected["file"], images, strict=True):
         (tmp_path / name).write_bytes(image)
     model = mlflow.pyfunc.load_model(f"models:/{NAME}@champion")
-    for form in (images, [base64.b64encode(i).decode() for i in images], [str(tmp_path / n) for n in expected["file"]]):
-        found = model.predict(pd.DataFrame({"image": form}))
-        assert found["probability"].to_numpy() == pytest.approx(expected[best].to_numpy(), abs=1e-6)
-        assert list(found["label"]) == list((expected[best] >= 0.5).astype(int))
+    for encoded in (
+        images,
+        [base64.b64encode(i).decode() for i in images],
+        [str(tmp_path / n) for n in expected["file"]],
+    ):
+        predictions = model.predict(pd.DataFrame({"image": encoded}))
+        assert predictions["probability"].to_numpy() == pytest.approx(expected[best].to_numpy(), abs=1e-6)
+        assert list(predictions["label"]) == list((expected[best] >= 0.5).astype(int))
 
 
-def test_the_logged_model_holds_no_pickle_and_names_its_requirements(demo_project):
+def test_the_logged_model_contains_no_pickle_and_lists_its_requirements(demo_project):
     client = mlflow_client(demo_project)
     version = client.get_model_version_by_alias(NAME, "champion")
     folder = Path(mlflow.artifacts.download_artifacts(f"models:/{NAME}/{version.version}"))
@@ -151,56 +155,58 @@ def test_the_logged_model_holds_no_pickle_and_names_its_requirements(demo_projec
     assert f"torch=={__import__('torch').__version__.split('+')[0]}" in (folder / "requirements.txt").read_text()
 
 
-def test_a_served_champion_answers_and_survives_a_bad_image(demo_project, port):
-    def ask(image: str) -> dict:
+def test_a_served_champion_predicts_and_rejects_an_unusable_image(demo_project, port):
+    def post(image: str) -> dict:
         body = json.dumps({"dataframe_records": [{"image": image}]}).encode()
         request = urllib.request.Request(
             f"http://127.0.0.1:{port}/invocations", body, {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.load(answer)["predictions"][0]
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return json.load(response)["predictions"][0]
 
     best = json.loads((demo_project / "metrics/promotion.json").read_text())["candidate"]
     expected = pd.read_csv(demo_project / "predictions/test.csv").iloc[0]
     with zipfile.ZipFile(demo_project / "data/raw.zip") as archive:
-        image = base64.b64encode(archive.read(f"test/test/{expected['file']}")).decode()
-    command = "mlflow models serve -m models:/covid-xray-demo@champion --env-manager local"
-    with run_server(demo_project, *command.split(), "--port", str(port), health_url=f"http://127.0.0.1:{port}/ping"):
-        with pytest.raises(urllib.error.HTTPError) as refused:
-            ask(base64.b64encode(b"no radiograph").decode())
-        assert refused.value.code == 400
-        assert "not a usable radiograph" in refused.value.read().decode()
-        assert ask(image)["probability"] == pytest.approx(expected[best], abs=1e-6)
-
-
-def promote_again(project: Path) -> None:
-    ended = run(project, "dvc", "repro", "-f", "-s", "promote")
-    assert ended.returncode == 0, ended.stdout + ended.stderr
+        content = archive.read(f"test/test/{expected['file']}")
+        archive.extractall(demo_project / "radiographs")
+    (script,) = re.findall(r"```sh\n([^`]*curl.*?)```", (ROOT / "docs/tutorial.md").read_text(), re.DOTALL)
+    script = script.replace("cxr-00833.jpg", expected["file"]).replace("5001", str(port))
+    command = "mlflow models serve -m models:/covid-xray-demo@champion --env-manager local --port 5001"
+    command = command.replace("5001", str(port))
+    with run_server(demo_project, *command.split(), health_url=f"http://127.0.0.1:{port}/ping"):
+        with pytest.raises(urllib.error.HTTPError) as error:
+            post(base64.b64encode(b"no radiograph").decode())
+        assert error.value.code == 400
+        assert "not a usable radiograph" in error.value.read().decode()
+        assert post(base64.b64encode(content).decode())["probability"] == pytest.approx(expected[best], abs=1e-6)
+        if shutil.which("curl"):
+            completed = run(demo_project, "bash", "-c", script)
+            (prediction,) = json.loads(completed.stdout)["predictions"]
+            assert prediction["probability"] == pytest.approx(expected[best], abs=1e-6)
 
 
 def test_promoting_again_changes_nothing(demo_project):
     def state() -> list:
         client = mlflow_client(demo_project)
-        (experiment,) = [found for found in client.search_experiments() if found.name == NAME]
-        runs = client.search_runs([experiment.experiment_id])
-        points = [
-            len(client.get_metric_history(found.info.run_id, key)) for found in runs for key in found.data.metrics
+        runs = client.search_runs([client.get_experiment_by_name(NAME).experiment_id])
+        point_counts = [
+            len(client.get_metric_history(run_.info.run_id, key)) for run_ in runs for key in run_.data.metrics
         ]
         versions = client.search_model_versions(f"name = '{NAME}'")
         return [
-            [found.to_dictionary() for found in runs],
-            points,
+            [run_.to_dictionary() for run_ in runs],
+            point_counts,
             [(version.version, version.tags) for version in versions],
             client.get_registered_model(NAME).aliases,
             (demo_project / "metrics/promotion.json").read_text(),
         ]
 
     before = state()
-    promote_again(demo_project)
+    repro(demo_project, "-f", "-s", "promote")
     assert state() == before
 
 
-def test_a_lost_tracking_store_is_completed_from_the_outs_without_training(demo_project, tmp_path):
+def test_a_lost_tracking_store_is_recreated_from_the_outs_without_training(demo_project, tmp_path):
     before = {run_.data.params["seed"]: run_ for run_ in seed_runs(demo_project)}
     version = mlflow_client(demo_project).get_model_version_by_alias(NAME, "champion")
     project = copy_project(demo_project, tmp_path / "project")
@@ -208,7 +214,7 @@ def test_a_lost_tracking_store_is_completed_from_the_outs_without_training(demo_
     for path in project.glob("mlflow.db*"):
         path.unlink()
 
-    promote_again(project)
+    repro(project, "-f", "-s", "promote")
 
     client = mlflow_client(project)
     restored = seed_runs(project)
@@ -227,15 +233,15 @@ def test_a_clone_with_the_outs_but_no_tracking_store_fills_its_own(demo_project,
     shutil.rmtree(clone / "mlartifacts")
     for path in [*clone.glob("mlflow.db*"), clone / "metrics/promotion.json"]:
         path.unlink()
-    said = repro(clone)
-    assert "Running stage 'promote'" in said
-    assert "stages.train" not in said
+    output = repro(clone)
+    assert "Running stage 'promote'" in output
+    assert "stages.train" not in output
     assert len(seed_runs(clone)) == 2
 
 
 @pytest.mark.long
-def test_two_runs_from_nothing_give_the_same_lock(demo_project, project):
+def test_two_runs_from_scratch_give_the_same_hashes(demo_project, project):
     repro(project)
-    first, again = locked(demo_project), locked(project)
-    assert {path: md5 for path, md5 in again.items() if md5 != first.get(path)} == {}
-    assert again.keys() == first.keys()
+    first, second = lock_hashes(demo_project), lock_hashes(project)
+    assert {path: md5 for path, md5 in second.items() if md5 != first.get(path)} == {}
+    assert second.keys() == first.keys()

@@ -5,7 +5,6 @@ import shlex
 import shutil
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
 import browser
@@ -37,13 +36,13 @@ COMMANDS = [
 
 
 def copy_for_reader(demo_project: Path, project: Path) -> Path:
-    """Copy the demo project, commit its results, and mark its environment as set up."""
+    """Copy the demo project, commit its results as the tutorial does, and mark its environment as set up."""
     copy_project(demo_project, project)
     (project / ".venv").mkdir()
     (project / ".venv/bin").symlink_to(Path(sys.executable).parent)
     (project / ".venv/run").touch()
-    run(project, "git", "add", "-A")
-    run(project, "git", "commit", "-qm", "results")
+    run(project, "git", "add", "-A")  # dvc.lock, which the tiny demo has but its first commit has not
+    run_documented(project, 'git commit -am "Demo on this machine"')
     return project
 
 
@@ -111,6 +110,7 @@ def test_runs_have_the_name_of_their_dvc_experiment_and_are_pruned_after_its_rem
     client = MlflowClient(f"sqlite:///{reader / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("covid-xray-demo").experiment_id
     run_count = len(client.search_runs([experiment]))
+    results = [(reader / name).read_bytes() for name in ("dvc.lock", "report/index.html", "metrics/intervals.csv")]
     edit_params(reader, lambda params: params.update(seeds=[1]))
     run_documented(reader, "dvc exp run -S demo.train.lr=3e-4")
     assert "f1" in run_documented(reader, "dvc exp show")
@@ -122,6 +122,9 @@ def test_runs_have_the_name_of_their_dvc_experiment_and_are_pruned_after_its_rem
 
     for command in ("git checkout .", "dvc checkout", f"dvc exp remove {name}"):
         assert run(reader, *command.split()).returncode == 0
+    assert results == [
+        (reader / name).read_bytes() for name in ("dvc.lock", "report/index.html", "metrics/intervals.csv")
+    ]
     use_project(reader, monkeypatch)
     assert invoke("cxr sync --prune").exit_code == 1  # no answer to the confirmation prompt
     assert "2 runs deleted" in output_of("cxr sync --prune --yes")
@@ -160,12 +163,7 @@ def test_the_other_profiles_run_every_stage_also_in_a_temporary_workspace(demo_p
 def test_batch_inference_with_ray_data_gives_the_same_predictions_as_cxr_predict(demo_project, tmp_path, monkeypatch):
     reader = copy_project(demo_project, tmp_path / "project")
     (script,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/registry.md").read_text(), re.DOTALL)
-    with zipfile.ZipFile(reader / "data/raw.zip") as archive:
-        for name in archive.namelist():
-            if name.startswith("test/"):
-                path = reader / "radiographs" / Path(name).name
-                path.parent.mkdir(exist_ok=True)
-                path.write_bytes(archive.read(name))
+    run_documented(reader, "python -m zipfile -e data/raw.zip radiographs")
     (reader / "batch_inference.py").write_text(
         script.replace("http://127.0.0.1:5000", f"sqlite:///{reader / 'mlflow.db'}")
     )
@@ -175,7 +173,7 @@ def test_batch_inference_with_ray_data_gives_the_same_predictions_as_cxr_predict
     predicted = pd.concat(map(pd.read_csv, (reader / "predicted").iterdir()))
     predicted["file"] = predicted["file"].map(lambda path: Path(path).name)
     use_project(reader, monkeypatch)
-    output_of("cxr predict radiographs --csv predicted.csv")
+    assert "predicted.csv: 8 files" in output_of("cxr predict radiographs/test --csv predicted.csv")
     expected = pd.read_csv(reader / "predicted.csv")
     expected["file"] = expected["file"].map(lambda path: Path(path).name)
     both = predicted.merge(expected, on="file", suffixes=("", "_by_predict"), validate="one_to_one")

@@ -1,5 +1,6 @@
 """The model registry on a real MLflow store: candidates, the gate, rollback, verification and predictions."""
 
+import errno
 import json
 import os
 import socket
@@ -12,6 +13,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
+import requests
 from conftest import (
     copy_project,
     edit_params,
@@ -24,6 +26,7 @@ from conftest import (
     use_project,
 )
 from filelock import FileLock
+from mlflow.exceptions import MlflowException
 
 from pipeline.core import config
 from pipeline.tracking import registry, runs
@@ -124,6 +127,22 @@ def test_a_champion_that_cannot_be_loaded_is_replaced(promoted):
 
 
 @pytest.mark.parametrize(
+    "error",
+    [OSError(errno.EIO, "Input/output error"), MlflowException("the server failed"), requests.ConnectionError()],
+)
+def test_a_store_that_fails_does_not_count_as_one_without_files(promoted, monkeypatch, error):
+    """Else a challenger would become champion without a comparison."""
+
+    def fail(*_, **__):
+        raise error
+
+    version = registry.get_champion(connect(NAME), NAME)
+    monkeypatch.setattr(mlflow.artifacts, "download_artifacts", fail)
+    with pytest.raises(type(error)):
+        registry.load_version(version)
+
+
+@pytest.mark.parametrize(
     ("requirement", "value", "metric"),
     [
         ("min_sensitivity", 1.0, "sensitivity"),
@@ -162,7 +181,7 @@ def test_manual_promotion_overrides_the_gate_and_repeated_rollbacks_go_back_one_
     assert error_line_of("cxr rollback") == f"Error: {NAME} has no previous champion to roll back to; see: cxr history"
     history = output_of("cxr history")
     assert f"Champion history of {NAME}" in history
-    for reason in ("by hand: it is smaller", "by hand: it is faster [/b]", "rolled back", "it was better"):
+    for reason in ("manual: it is smaller", "manual: it is faster [/b]", "rolled back", "it was better"):
         assert reason in history
     assert "now" in history
     champions = [record.version for record in registry.champion_history(connect(NAME), NAME)]
@@ -231,15 +250,17 @@ def test_a_bag_with_other_members_than_configured_is_neither_registered_nor_used
 def test_the_commands_in_the_documentation_work_in_order(promoted):
     if aliases(promoted)["champion"] == "3":
         output_of("cxr promote --model 1 --reason test")
-    assert "version 3 (bag) is champion: by hand: " in output_of(
-        'cxr promote --model 3 --reason "the bag is worth its time"'
-    )
+    documented = 'cxr promote --model 11 --reason "the ensemble is preferred to a single seed"'
+    output = output_of(documented.replace("11", "3"))  # the bag of two seeds, not of ten
+    assert "version 3 (bag) is champion: manual: the ensemble is preferred" in output
     assert "version 3 is already champion" in error_line_of("cxr promote --model 3 --reason test")
-    assert "the bag is worth its time" in " ".join(output_of("cxr history").split())
+    assert "the ensemble is preferred to a single seed" in " ".join(output_of("cxr history").split())
     assert "is champion: rolled back" in output_of("cxr rollback")
     with zipfile.ZipFile("data/raw.zip") as archive:
-        archive.extractall("radiographs", [name for name in archive.namelist() if name.startswith("test/")])
-    assert "predicted.csv: 8 files" in output_of("cxr predict radiographs --model bag --csv predicted.csv")
+        archive.extractall("radiographs")
+    command = "cxr predict radiographs/test --csv predicted.csv"
+    for model in ("", " --model seed-1", " --model bag", " --model challenger"):
+        assert "predicted.csv: 8 files" in output_of(command + model)
 
 
 def test_simultaneous_promotions_from_many_machines_end_in_a_consistent_state(promoted, tmp_path):
