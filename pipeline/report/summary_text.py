@@ -38,7 +38,7 @@ def compare_with_bag(results: Results) -> str:
     sentence = f"The {results.bag} {verdict} {results.best}: difference in F1 {format_difference(difference)}."
     if len(results.config.model_names) < 2:
         return sentence
-    return f"{sentence} This favors the best seed, which was selected by F1 on these images."
+    return f"{sentence} The comparison favors the best seed, which was selected by F1 on these images."
 
 
 def describe_gain(results: Results, baseline: str) -> str:
