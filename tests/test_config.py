@@ -220,7 +220,7 @@ def test_all_old_names_are_listed_at_once(tmp_path):
         params[profile]["train"]["hidden"] = params[profile]["train"].pop("head_hidden")
     message = config_error(write(tmp_path, params))
     assert message == (
-        "demo.train.optimiser: optimiser is called optimizer now, hidden is called head_hidden now; rename them"
+        "competition.train.hidden: hidden is called head_hidden now, optimiser is called optimizer now; rename them"
     )
 
 

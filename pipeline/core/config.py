@@ -341,7 +341,7 @@ def json_schema() -> dict[str, Any]:
 def _describe(error: ValidationError) -> str:
     """Describe the first error in one line (the key, what is wrong, what to do), or all old names at once."""
     errors = error.errors()
-    old_names = {name: item["loc"] for item in errors if (name := _old_name(item))}
+    old_names = {name: item["loc"] for item in reversed(errors) if (name := _old_name(item))}  # the first place of each
     if old_names:
         changes = ", ".join(f"{old} is called {RENAMED[old]} now" for old in old_names)
         return f"{_dotted(next(iter(old_names.values())))}: {changes}; rename {'it' if len(old_names) == 1 else 'them'}"
