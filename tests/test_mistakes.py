@@ -45,9 +45,9 @@ def test_a_folder_that_contains_the_output_zip_is_rejected(project):
     assert not (project / "data/raw.zip").exists()
 
 
-def test_without_an_archive_the_error_says_where_to_download_it(project):
+def test_without_a_path_the_error_says_what_to_set(project):
     use_archive(project, None)
-    assert "download the competition's zip" in stage_error(project, "download")
+    assert "set it to a zip or folder in the competition's layout" in stage_error(project, "download")
 
 
 def test_a_zip_without_labels_is_rejected(project, tmp_path):
