@@ -1,4 +1,4 @@
-"""Fingerprints: hashes of all that the result of a training depends on, by which runs are found."""
+"""Fingerprints: hashes of everything that the result of a training depends on; runs are found by them."""
 
 import ast
 import hashlib
@@ -23,8 +23,8 @@ NO_EFFECT = {"loader_threads"}  # parameters of training that change no result
 def training_fingerprint(config: Config, root: Path = Path(), **run: Any) -> str:
     """Hash the parameters of training and every file that dvc.yaml names as its dependency.
 
-    Parameters at their defaults do not count, so that a new parameter changes no fingerprint. Of a Python file counts
-    what it does: see `code_hash`.
+    Parameters at their defaults are left out, so that a new parameter changes no fingerprint. Python files are hashed
+    by what they do, see `code_hash`.
 
     Args:
         config: its active profile is trained.
