@@ -4,7 +4,7 @@ import html
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 
@@ -26,8 +26,7 @@ def parameter_tables() -> str:
         if section != "download":
             tables.append(section_table(section, field.annotation, values))
             continue
-        for model in get_args(field.annotation):
-            (source,) = get_args(model.model_fields["source"].annotation)
+        for source, model in config.SOURCES.items():
             of_source = {name: value for name, value in values.items() if value["source"] == source}
             tables.append(section_table(f"download, source: {source}", model, of_source))
     return "\n".join(tables)

@@ -43,7 +43,7 @@ def train(seed: int) -> None:
         pack = PackedImages(data / "images.npy", determinism.select_device())
         environment = determinism.describe_environment(group.count)
         parent_fingerprint = fingerprint.training_fingerprint(config)
-        run_fingerprint = fingerprint.training_fingerprint(config, seed=seed, environment=environment)
+        run_fingerprint = fingerprint.seed_fingerprint(parent_fingerprint, seed, environment)
         checkpoint = Checkpoint(tracking_uri.workspace_root() / "checkpoints", run_fingerprint)
         table = read_split(data, validation_fold(config.active.split, seed))
         trainer = Trainer(params, seed, table, pack, data / "weights", group)

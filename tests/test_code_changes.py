@@ -108,6 +108,11 @@ def versions(project: Path) -> int:
     return len(mlflow_client(project).search_model_versions("name = 'covid-xray-demo'"))
 
 
+def tracked(project: Path) -> tuple[set[str], int, list[int]]:
+    """Return what a training or registration would change in MLflow."""
+    return run_ids(project), versions(project), [run_info.info.end_time for run_info in seed_runs(project)]
+
+
 @pytest.fixture
 def editable_project(demo_project, tmp_path) -> Path:
     """A copy of the finished demo, whose code the test may change."""
@@ -133,11 +138,7 @@ def test_a_change_that_can_change_no_number_causes_no_training(editable_project)
     ids=["docstring", "code"],
 )
 def test_after_dvc_commit_changed_code_keeps_models_runs_and_versions(editable_project, old, new, is_error):
-    before = (
-        run_ids(editable_project),
-        versions(editable_project),
-        [run_info.info.end_time for run_info in seed_runs(editable_project)],
-    )
+    before = tracked(editable_project)
     loop = editable_project / "pipeline/training/loop.py"
     assert old in loop.read_text()
     loop.write_text(loop.read_text().replace(old, new))
@@ -149,12 +150,7 @@ def test_after_dvc_commit_changed_code_keeps_models_runs_and_versions(editable_p
         completed = run(editable_project, *command.split())
         assert completed.returncode == 0, completed.stderr
         assert "Running stage 'train" not in completed.stdout
-    after = (
-        run_ids(editable_project),
-        versions(editable_project),
-        [run_info.info.end_time for run_info in seed_runs(editable_project)],
-    )
-    assert after == before
+    assert tracked(editable_project) == before
 
 
 @pytest.mark.long

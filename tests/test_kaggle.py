@@ -377,7 +377,7 @@ def finished(tmp_path_factory, empty_store) -> Path:
         parent = fingerprint.training_fingerprint(config)
         runs.parent_run(store, config, parent)
         for seed in (0, 1):
-            run_fingerprint = fingerprint.training_fingerprint(config, seed=seed, environment={})
+            run_fingerprint = fingerprint.seed_fingerprint(parent, seed, {})
             write_json(
                 Path(f"models/seed-{seed}/model.json"),
                 {"fingerprint": run_fingerprint, "parent_fingerprint": parent, "environment": {}},

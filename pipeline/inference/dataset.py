@@ -40,17 +40,17 @@ def predict_dataset(config: Config, table: pd.DataFrame, device: torch.device) -
         )
     networks = {name: classifier.load_classifier(Path("models", name), device) for name in config.model_names}
     members = config.bag_members
-    no_soup = ensemble.soup_unavailable_reason(
+    unavailable_reason = ensemble.soup_unavailable_reason(
         config.active.weights.source, config.active.train.head_hidden, len(members)
     )
-    if not no_soup:
+    if not unavailable_reason:
         networks[SOUP] = soup.average_weights([networks[name] for name in members])
     table = table[table["subset"].isin(["validation", "test"])]
     pack = PackedImages(Path("data/images.npy"), device)
     batch_size = config.active.evaluate.batch_size
     probabilities = probability_table(networks, pack, list(table.index), batch_size).set_index(table.index)
 
-    soup_probabilities = np.nan if no_soup else probabilities.pop(SOUP)
+    soup_probabilities = np.nan if unavailable_reason else probabilities.pop(SOUP)
     write_csv(Path("predictions/soup.csv"), table[["subset", "file", "label"]].assign(**{SOUP: soup_probabilities}))
     is_validation = table["subset"] == "validation"
     validation = pd.concat([table[["file", "label"]], probabilities], axis="columns")[is_validation]

@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import json
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ TYPE_HINTS = {"annotation", "returns", "type_comment", "type_params"}  # fields 
 NO_EFFECT = {"loader_threads"}  # parameters of training that change no result
 
 
-def training_fingerprint(config: Config, root: Path = Path(), **run: Any) -> str:
-    """Hash the parameters of training and every file that dvc.yaml names as its dependency.
+def training_fingerprint(config: Config, root: Path = Path()) -> str:
+    """Hash what the trainings of all seeds share: parameters, and every file that dvc.yaml names as a dependency.
 
     Parameters at their defaults are left out, so that a new parameter changes no fingerprint. Python files are hashed
     by what they do, see `code_hash`.
@@ -29,12 +30,24 @@ def training_fingerprint(config: Config, root: Path = Path(), **run: Any) -> str
     Args:
         config: its active profile is trained.
         root: of the repository.
-        run: what tells one run from its siblings: its seed and the environment it runs in.
 
     Returns:
-        64 hexadecimal digits; without `run`, the fingerprint of the parent run.
+        The fingerprint of the parent run, 64 hexadecimal digits.
     """
-    return _digest(_shared_inputs(config, root) | run)
+    deps = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]["train"]["deps"]
+    paths = {HASHED_INSTEAD.get(dep, dep) for dep in deps}
+    return _digest(
+        {
+            "params": config.active.train.model_dump(exclude_defaults=True, exclude=NO_EFFECT),
+            "cross_validate": config.active.split.cross_validate,
+            "files": {str(file.relative_to(root)): _file_hash(file) for path in paths for file in _files(root / path)},
+        }
+    )
+
+
+def seed_fingerprint(parent_fingerprint: str, seed: int, environment: Mapping[str, Any]) -> str:
+    """Return the fingerprint of one seed's run: what tells it from its siblings is its seed and its environment."""
+    return _digest({"parent": parent_fingerprint, "seed": seed, "environment": dict(environment)})
 
 
 def candidate_fingerprints(config: Config) -> dict[str, str]:
@@ -46,7 +59,7 @@ def candidate_fingerprints(config: Config) -> dict[str, str]:
     Raises:
         UserError: a model is not up to date with parameters, data and code.
     """
-    inputs = _shared_inputs(config, Path())
+    current = training_fingerprint(config)
     committed = cache(lambda: _committed_seeds(config))
     parents, fingerprints = [], {}
     for seed, name in zip(config.seeds, config.model_names, strict=True):
@@ -54,12 +67,11 @@ def candidate_fingerprints(config: Config) -> dict[str, str]:
         description = read_json(path)
         if "parent_fingerprint" not in description:
             raise UserError(f"{path}: written by an earlier release; run: dvc repro -f train")
-        expected = _digest(inputs | {"seed": seed, "environment": description["environment"]})
+        expected = seed_fingerprint(current, seed, description["environment"])
         if description["fingerprint"] != expected and seed not in committed():
             raise UserError(f"{path.parent}: trained with other parameters, data or code; run: dvc repro")
         parents.append(description["parent_fingerprint"])
         fingerprints[name] = description["fingerprint"]
-    current = _digest(inputs)
     return {BAG: current if current in parents else parents[0], **fingerprints}
 
 
@@ -74,17 +86,6 @@ def seed_run_name(config: Config, seed: int, fingerprint: str) -> str:
 def code_hash(path: Path) -> str:
     """Hash what a Python file does: comments, docstrings, type hints and formatting do not count."""
     return _digest(_canonical(ast.parse(path.read_bytes())))
-
-
-def _shared_inputs(config: Config, root: Path) -> dict[str, Any]:
-    """Return what the trainings of all seeds share."""
-    deps = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]["train"]["deps"]
-    paths = {HASHED_INSTEAD.get(dep, dep) for dep in deps}
-    return {
-        "params": config.active.train.model_dump(exclude_defaults=True, exclude=NO_EFFECT),
-        "cross_validate": config.active.split.cross_validate,
-        "files": {str(file.relative_to(root)): _file_hash(file) for path in paths for file in _files(root / path)},
-    }
 
 
 def _file_hash(path: Path) -> str:
