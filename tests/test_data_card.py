@@ -17,7 +17,8 @@ def build_manifest(**columns: list) -> pd.DataFrame:
         "set": ["train"] * 8 + ["test"] * 2,
         "label": pd.array([0, 0, 0, 0, 1, 1, 1, 1, None, None], dtype="Int64"),
         "xxh128": [f"{index:02}" for index in range(count)],
-        **{name: [""] * count for name in ("patient", "source", "view", "license")},
+        **{name: [""] * count for name in ("patient", "source", "view", "sex", "license")},
+        "age": [np.nan] * count,
         **dict.fromkeys(("width", "height"), 512),
     }
     return pd.DataFrame({**defaults, **columns})
@@ -34,16 +35,46 @@ def describe(manifest: pd.DataFrame, duplicate_of: dict[int, int] | None = None)
     return data_card.describe_data(manifest, QUARANTINE, split, np.array(duplicate_groups))
 
 
+def counts(negative: int, positive: int, test: int, patients: tuple[int, int, int] = (0, 0, 0)) -> dict[str, int]:
+    images = {"negative": negative, "positive": positive, "test": test}
+    return images | dict(zip(["negative_patients", "positive_patients", "test_patients"], patients, strict=True))
+
+
+def test_known_patients_are_counted_beside_their_images(tmp_path):
+    patients = ["p1", "p1", "p2", "", "p1", "p3", "p3", "p4", "p5", ""]
+    card = describe(build_manifest(patient=patients, source=["a"] * 10))
+    assert card["source"] == {"a": counts(4, 4, 2, (2, 3, 1))}  # p1 has images of both classes
+    data_card.write_data_card(tmp_path, card)
+    assert "| a | 4 (2 patients) | 4 (3 patients) | 2 (1 patient) |" in (tmp_path / "card.md").read_text()
+
+
 def test_classes_are_counted_by_subset_source_view_license_and_size():
     card = describe(build_manifest(source=["a"] * 6 + ["b"] * 4, view=["PA"] * 9 + [""], license=["CC0"] * 10))
-    assert card["subset"]["validation"] == {"negative": 1, "positive": 1, "test": 0}
-    assert card["source"] == {
-        "a": {"negative": 4, "positive": 2, "test": 0}, "b": {"negative": 0, "positive": 2, "test": 2}
-    }  # fmt: skip
-    assert card["view"]["not known"] == {"negative": 0, "positive": 0, "test": 1}
-    assert card["license"] == {"CC0": {"negative": 4, "positive": 4, "test": 2}}
-    assert card["size"] == {"512×512": {"negative": 4, "positive": 4, "test": 2}}
+    assert card["subset"]["validation"] == counts(1, 1, 0)
+    assert card["source"] == {"a": counts(4, 2, 0), "b": counts(0, 2, 2)}
+    assert card["view"]["not known"] == counts(0, 0, 1)
+    assert card["license"] == {"CC0": counts(4, 4, 2)}
+    assert card["size"] == {"512×512": counts(4, 4, 2)}
     assert card["quarantine"] == {"empty file": 2}
+
+
+def test_sex_is_counted_and_age_summarized_by_class(tmp_path):
+    card = describe(
+        build_manifest(sex=["F"] * 5 + ["M", "", "", "F", ""], age=[30, 50, 70, *[None] * 4, 63.5, 9, None])
+    )
+    assert card["sex"]["F"] == counts(4, 1, 1)
+    assert card["sex"]["not known"] == counts(0, 2, 1)
+    assert card["age"] == {
+        "negative": {"images": 3, "median": 50, "lowest": 30, "highest": 70},
+        "positive": {"images": 1, "median": 63.5, "lowest": 63.5, "highest": 63.5},
+        "test": {"images": 1, "median": 9, "lowest": 9, "highest": 9},
+    }
+    data_card.write_data_card(tmp_path, card)
+    text = (tmp_path / "card.md").read_text()
+    assert "| negative | 3 | 50 | 30 | 70 |" in text
+    assert "| M | 0 | 1 | 0 |" in text
+    data_card.write_data_card(tmp_path, describe(build_manifest()))
+    assert "## Age in years\n\nNot known." in (tmp_path / "card.md").read_text()
 
 
 def test_a_source_that_determines_the_label_scores_one():

@@ -178,6 +178,41 @@ def test_metadata_without_a_column_are_an_error(tmp_path):
     assert message == f"metadata.csv: no column 'patient'; {header}"
 
 
+def read_metadata(tmp_path, header: str, *lines: str) -> pd.DataFrame:
+    metadata = "\n".join([f"File,patient,source,view,{header}", *lines, ""])
+    return layout.read_layout(write_archive(tmp_path, metadata=metadata)).images.set_index("file")
+
+
+def test_sex_and_age_are_read_as_people_and_scanners_write_them(tmp_path):
+    values = {"F": "F", " m ": "M", "Female": "F", "MALE": "M", "o": "O", "unknown": "", "U": "", "": ""}
+    lines = [f"a{row:03}.jpg,p,A,PA,{text}" for row, text in enumerate(values)]
+    train = labels(*label_lines(6), "a006.jpg,0", "a007.jpg,1")
+    images = layout.read_layout(
+        write_archive(tmp_path, metadata="\n".join(["File,patient,source,view,sex", *lines]), train_labels=train)
+    ).images
+    assert list(images["sex"][:8]) == list(values.values())
+    assert images["age"].isna().all()
+    ages = {"63": 63, "63Y": 63, "063Y": 63, "63.5": 63.5, "018M": 1.5, "0": 0}
+    images = read_metadata(tmp_path, "age", *(f"a{row:03}.jpg,p,A,PA,{text}" for row, text in enumerate(ages)))
+    assert list(images["age"][:6]) == list(ages.values())
+    assert images["age"][6:].isna().all()
+    assert (images["sex"] == "").all()
+
+
+@pytest.mark.parametrize("value", ["x", "1", "FM", "f.", "w"])
+def test_an_invalid_sex_is_reported_with_its_line(tmp_path, value):
+    metadata = f"File,patient,source,view,age,sex\na001.jpg,p,A,PA,,F\na000.jpg,p,A,PA,,{value}\na002.jpg,p,A,PA,,?\n"
+    message = layout_error(write_archive(tmp_path, metadata=metadata))
+    assert message.startswith(f"metadata.csv line 3: sex is {value!r} (2 invalid in total); it must be F, M or O")
+
+
+@pytest.mark.parametrize("value", ["60-70", "60s", "411", "-1", "Y", "1e2", "²", "inf", "63 years", "12/05/1960"])
+def test_an_age_that_is_no_number_of_years_is_reported_with_its_line(tmp_path, value):
+    metadata = f"File,patient,source,view,sex,age\na001.jpg,p,A,PA,F,63\na000.jpg,p,A,PA,F,{value}\n"
+    message = layout_error(write_archive(tmp_path, metadata=metadata))
+    assert message.startswith(f"metadata.csv line 3: age is {value!r} (1 invalid in total); it must be years from 0 to")
+
+
 @pytest.mark.parametrize("column", ["license", "licence"])
 def test_licenses_are_read_in_either_spelling(tmp_path, column):
     metadata = f"File,patient,source,view,{column}\na000.jpg,p1,A,PA,CC BY 4.0\n"
@@ -187,7 +222,8 @@ def test_licenses_are_read_in_either_spelling(tmp_path, column):
 
 def test_without_metadata_all_values_are_empty(tmp_path):
     images = layout.read_layout(write_archive(tmp_path)).images
-    assert (images[[*layout.METADATA, "license"]] == "").all(axis=None)
+    assert (images[[*layout.METADATA, "sex", "license"]] == "").all(axis=None)
+    assert images["age"].isna().all()
 
 
 def write_folder(tmp_path):

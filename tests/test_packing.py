@@ -51,20 +51,31 @@ def test_row_i_of_the_array_is_image_i_of_the_manifest(raw_zip, tmp_path):
 def test_the_manifest_lists_every_image_with_its_label_and_shape(raw_zip, tmp_path):
     packing.pack_images(raw_zip, params(), tmp_path)
     table, rows = manifest.read_manifest(tmp_path), layout.read_layout(raw_zip).images
-    columns = ["file", "set", "label", "patient", "source", "view", "license"]
+    columns = ["file", "set", "label", "patient", "source", "view", "sex", "age", "license"]
     pd.testing.assert_frame_equal(table[columns], rows[columns])
     assert (table[["width", "height"]] == 64).all(axis=None)
     assert list(table.columns) == [*columns, "width", "height", "bytes", "jpeg_quantization", "xxh128", "phash"]
 
 
 def test_metadata_are_in_the_manifest_and_a_patient_named_na_is_not_missing(tmp_path):
-    metadata = b"File,patient,source,view\na000.jpg,NA,A,PA\na001.jpg,007,B,AP\n"
+    metadata = b"File,patient,source,view,sex,age\na000.jpg,NA,A,PA,female,063Y\na001.jpg,007,B,AP,,\n"
     packing.pack_images(
         write_zip(tmp_path / "raw.zip", archive_members() | {"metadata.csv": metadata}), params(), tmp_path
     )
     table = manifest.read_manifest(tmp_path)
     assert list(table["patient"][:3]) == ["NA", "007", ""]
     assert list(table["view"][:3]) == ["PA", "AP", ""]
+    assert list(table["sex"][:3]) == ["F", "", ""]
+    assert table["age"][0] == 63
+    assert table["age"][1:].isna().all()
+
+
+@pytest.mark.parametrize("test_labels", [b"File,Label\nt000.jpg,1\nt001.jpg,0\n", b"no table \xff"])
+def test_labels_of_test_images_in_the_archive_are_not_read(tmp_path, test_labels):
+    for name, added in (("without", {}), ("with", {"test_labels.csv": test_labels})):
+        packing.pack_images(write_zip(tmp_path / f"{name}.zip", archive_members() | added), params(), tmp_path / name)
+    for name in ("images.npy", "images.json", "manifest.csv", "quarantine.csv"):
+        assert (tmp_path / "with" / name).read_bytes() == (tmp_path / "without" / name).read_bytes()
 
 
 def test_no_image_of_an_intact_archive_is_quarantined(raw_zip, tmp_path):

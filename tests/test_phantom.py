@@ -20,7 +20,7 @@ from pipeline.data.sources import phantom
 
 SMALL = PhantomParams(
     source="phantom",
-    version=1,
+    version=2,
     train=24,
     test=8,
     prevalence=0.25,
@@ -29,7 +29,7 @@ SMALL = PhantomParams(
     confounding=0.6,
     seed=7,
 )
-MD5 = {1: "9526c049b4113bc79eaae1dad71202a6"}  # of the archive of SMALL, without SIMD extensions
+MD5 = {2: "180a480094336140f937c11344842235"}  # of the archive of SMALL, without SIMD extensions
 WRITE_ARCHIVE = """
 import sys
 from pathlib import Path
@@ -88,7 +88,7 @@ def test_the_zip_has_the_layout_of_the_competition(archive):
     with zipfile.ZipFile(archive) as content:
         assert content.testzip() is None
         assert content.namelist() == [
-            "train_labels.csv", "sample_submission.csv", "metadata.csv",
+            "train_labels.csv", "sample_submission.csv", "metadata.csv", "test_labels.csv",
             *(f"{case.split}/{case.split}/{case.file}" for case in cases),
         ]  # fmt: skip
         entries = content.infolist()
@@ -97,20 +97,25 @@ def test_the_zip_has_the_layout_of_the_competition(archive):
     assert {entry.external_attr >> 16 for entry in entries} == {0o644}
 
 
-def test_the_tables_list_all_cases_without_labels_of_test_images(archive):
+def test_the_tables_list_all_cases_and_the_labels_of_test_images_apart(archive):
     cases = draw_cases()
     train = [case for case in cases if case.split == "train"]
     test = [case for case in cases if case.split == "test"]
     assert read_table(archive, "train_labels.csv") == [{"File": c.file, "Label": str(c.label)} for c in train]
     assert read_table(archive, "sample_submission.csv") == [{"File": c.file, "Label": "0"} for c in test]
     assert read_table(archive, "metadata.csv") == [
-        {"File": c.file, "patient": f"p{c.patient:05d}", "source": c.source, "view": c.view} for c in cases
-    ]
+        {
+            "File": c.file, "patient": f"p{c.patient:05d}", "source": c.source, "view": c.view, "sex": c.sex,
+            "age": str(c.age),
+        }
+        for c in cases
+    ]  # fmt: skip
+    assert read_table(archive, "test_labels.csv") == [{"File": c.file, "Label": str(c.label)} for c in test]
 
 
 def test_images_are_gray_512_pixel_jpegs_with_chroma_subsampling(archive):
     with zipfile.ZipFile(archive) as content:
-        for name in content.namelist()[3:]:
+        for name in content.namelist()[4:]:
             with Image.open(io.BytesIO(content.read(name))) as image:
                 assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (512, 512))
                 assert [layer[1:3] for layer in image.layer] == [(2, 2), (1, 1), (1, 1)]
@@ -137,6 +142,23 @@ def test_a_patient_has_one_to_four_images_of_one_label_source_and_split():
     for images in patients.values():
         assert 1 <= len(images) <= 4
         assert len({(case.label, case.source, case.split) for case in images}) == 1
+
+
+def test_sex_and_age_belong_to_the_patient_and_are_independent_of_label_and_source():
+    cases = draw_cases(train=4000, test=1000, prevalence=0.5)
+    patients = {case.patient: case for case in cases}
+    assert all((case.sex, case.age) == (patients[case.patient].sex, patients[case.patient].age) for case in cases)
+    women = np.array([case.sex == "F" for case in patients.values()])
+    ages = np.array([case.age for case in patients.values()])
+    assert women.mean() == pytest.approx(0.5, abs=0.04)
+    assert all(case.sex == "F" for case in cases if case.breasts)
+    assert 1 <= ages.min() < 18
+    assert 65 < ages.max() <= 95
+    for trait in ("label", "source", "split"):
+        values = np.array([getattr(case, trait) for case in patients.values()])
+        for value in np.unique(values):
+            assert women[values == value].mean() == pytest.approx(women.mean(), abs=0.06)
+            assert ages[values == value].mean() == pytest.approx(ages.mean(), abs=2.5)
 
 
 def test_name_order_and_patient_number_do_not_reveal_the_label():

@@ -12,6 +12,7 @@ from pipeline.core.config import ArchiveParams, ColumnsParams, CovidChestXrayPar
 from pipeline.core.files import sha256_of_file
 from pipeline.data import layout
 from pipeline.data.sources import archive_writer, fetch_source
+from pipeline.data.test_labels import read_archived_labels
 
 SNIPPETS = [
     yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/data.md").read_text(), re.DOTALL)
@@ -35,6 +36,11 @@ def fetch_rows(params: config.DownloadParams, folder: Path) -> pd.DataFrame:
     with zipfile.ZipFile(folder / "one.zip") as archive:
         assert all(archive.read(member).startswith(b"\xff\xd8") for member in filter(None, rows["member"]))
     return rows.set_index("file")
+
+
+def labels_kept_apart(path: Path) -> dict[str, int]:
+    """Return the labels of the test images, which the archive keeps apart."""
+    return read_archived_labels(path).to_dict()
 
 
 def test_documented_sources_are_valid_and_their_misspelled_keys_are_named(tmp_path):
@@ -87,6 +93,7 @@ def test_covidx_may_have_spaces_in_patients_misspelled_sources_and_patients_in_b
     assert list(rows["set"]) == ["train"] * 4 + ["test"] * 2
     assert list(rows["label"][:4]) == [1, 1, 0, 0]
     assert rows["label"][4:].isna().all()
+    assert labels_kept_apart(tmp_path / "one.zip") == {"e.jpg": 0, "f.jpg": 1}
 
 
 def test_a_byte_order_mark_is_not_part_of_the_patient(covidx, tmp_path):
@@ -160,6 +167,23 @@ def test_covid_chestxray_has_frontal_views_with_a_finding_and_a_test_set_of_sepa
     assert set(rows["license"]) == {"CC0", ""}
 
 
+def test_covid_chestxray_passes_on_sex_age_and_the_labels_of_test_images(tmp_path):
+    params = covid_chestxray_params(tmp_path / "checkout")
+    path = tmp_path / "checkout/metadata.csv"
+    header, *lines = path.read_text().splitlines()
+    traits = ["M,65", "F,", ",28.0", *["female,070Y"] * (len(lines) - 3)]
+    path.write_text("\n".join([f"{header},sex,age", *(f"{a},{b}" for a, b in zip(lines, traits, strict=True))]))
+    rows = fetch_rows(params, tmp_path)
+    assert list(rows.loc[["0.jpg", "1.jpg", "2.jpg", "3.jpg"], "sex"]) == ["M", "F", "", "F"]
+    assert list(rows.loc[["0.jpg", "1.jpg", "2.jpg", "3.jpg"], "age"].fillna(-1)) == [65, -1, 28, 70]
+    apart = labels_kept_apart(tmp_path / "one.zip")
+    assert set(apart) == set(rows.index[rows["set"] == "test"])
+    assert all(label == int(name[0].isdigit()) for name, label in apart.items() if name != "later.jpg")
+    path.write_text(path.read_text().replace("M,65", "M,sixty"))
+    message = f"{path} line 2: age is 'sixty' (1 invalid in total); it must be years from 0 to 120"
+    assert error_message(fetch_source, params, tmp_path / "raw.zip").startswith(message)
+
+
 def covid_chestxray_params(folder: Path, *, patients: int = 40) -> CovidChestXrayParams:
     path = write_covid_chestxray(folder, patients=patients)
     return CovidChestXrayParams(source="covid_chestxray", path=path, test_share=0.3)
@@ -196,6 +220,22 @@ def test_a_table_may_have_columns_for_the_source_and_the_set(tmp_path):
     assert list(rows["label"][:2]) == [1, 0]
     assert list(rows["patient"]) == ["7", "NA", ""]
     assert list(rows["source"]) == ["A", "B", ""]
+
+
+def test_a_table_may_have_columns_for_sex_and_age_and_labels_of_test_images(tmp_path):
+    write_images(tmp_path, "1.jpg", "2.jpg", "3.jpg", "4.jpg")
+    columns = COLUMNS.model_copy(update={"set": "set", "sex": "Patient Gender", "age": "Patient Age"})
+    header = "image,diagnosis,case,set,Patient Gender,Patient Age\n"
+    text = "1.jpg,1,a,train,F,058Y\n2.jpg,0,b,train,M,009M\n3.jpg,1,c,test,,\n4.jpg,secret,d,test,F,40\n"
+    rows = fetch_rows(table_params(tmp_path, header + text, columns=columns), tmp_path)
+    assert list(rows["sex"]) == ["F", "M", "", "F"]
+    assert list(rows["age"].fillna(-1)) == [58, 0.75, -1, 40]
+    assert labels_kept_apart(tmp_path / "one.zip") == {"3.jpg": 1}
+    for wrong, column, value in (("411", "Patient Age", "40"), ("?", "Patient Gender", "F")):
+        params = table_params(tmp_path, header + text.replace(value, wrong), columns=columns)
+        assert f"labels.csv line {'2' if value == 'F' else '5'}: {column} is '{wrong}'" in error_message(
+            fetch_source, params, tmp_path / "raw.zip"
+        )
 
 
 def test_without_a_column_for_the_set_the_test_set_has_separate_patients(tmp_path):
@@ -256,8 +296,8 @@ def folder_params(folder: Path) -> ArchiveParams:
 @pytest.mark.parametrize(
     ("write_input", "sha256"),
     [
-        (covidx_params, "a2723e65b7d993eeb91bc976cf3430aa1597bcb38882ac8276024549bf3017ed"),
-        (covid_chestxray_params, "fbde0c071000db25e93670a28000a73d0619b123e94b2fa02f30467d96bb361e"),
+        (covidx_params, "5c3c095879af9932a0eea19043299670ef3aa54ade579fc3097453c3a04d4f7a"),
+        (covid_chestxray_params, "25bec3b11a46c6b27b151f53a17e57a2df2044503ee49fa853e6031e72af4e60"),
         (table_with_all_columns, "bd3a1685694ec941ee40c4cdd9b3e42b623935075c0d78510bb2e9ebeff9c9ad"),
         (folder_params, "b1b7c99c38fb3ccff5f1662358dec799449c7562aaf845a31ed6be926bae0790"),
     ],

@@ -4,7 +4,7 @@ train/train/*.jpg or train/*.jpg     labeled images
 test/test/*.jpg or test/*.jpg        test images
 train_labels.csv                     File,Label; Label is 0 (negative) or 1 (COVID-19)
 sample_submission.csv                File,Label; lists the test images in the order of a submission
-metadata.csv                         optional: File,patient,source,view and optionally license
+metadata.csv                         optional: File,patient,source,view and optionally sex,age,license
 """
 
 import io
@@ -18,10 +18,11 @@ import pandas as pd
 
 from pipeline.core.errors import UserError
 from pipeline.core.files import DamagedFileError, detect_damage, read_text_table
+from pipeline.data.demographics import read_age, read_sex
 
 METADATA = ["patient", "source", "view"]
+OPTIONAL_METADATA = ["sex", "age", "license"]  # columns that metadata.csv may lack; the license is that of the image
 IGNORED_FILES = ("", ".DS_Store", "Thumbs.db")  # "" is a folder; file managers write the others, and names with ._
-LICENSE = "license"  # of the image; an optional column of metadata.csv
 MAX_MEMBER_SIZE = 2**28  # bytes, uncompressed
 ENCRYPTION_FLAGS = 0b1100001  # flag bits of a member: encryption, strong encryption, or patch data
 MAX_COMPRESSION_RATIO = 200  # of members above MIN_BOMB_SIZE; far above that of any radiograph
@@ -33,7 +34,8 @@ class Layout:
     """The content of a zip: `images` with one row per image, labeled images first, and the sample submission.
 
     The columns of `images` are file, set (train or test), member (name inside the zip; empty if a labeled image is
-    missing), label (0, 1, or missing for the test set), patient, source, view and license (empty if unknown).
+    missing), label (0, 1, or missing for the test set), patient, source, view, sex (F, M or O), license (all empty if
+    unknown) and age (years, NaN if unknown).
     """
 
     images: pd.DataFrame
@@ -44,14 +46,14 @@ def read_layout(path: Path) -> Layout:
     """Read the tables of the zip and match them with its images, without opening any image.
 
     Raises:
-        UserError: a table or a test image is missing, a label is not 0 or 1, or a member of the zip is unsafe.
+        UserError: a table or a test image is missing, a label, sex or age is invalid, or a member of the zip is unsafe.
     """
     with _open(path) as archive:
         train_members, test_members = _members(archive, path, "train"), _members(archive, path, "test")
         labels = _read_table(archive, path, "train_labels.csv", ["File", "Label"])
         sample = _read_table(archive, path, "sample_submission.csv", ["File", "Label"])
         has_metadata = "metadata.csv" in archive.namelist()
-        metadata = _read_table(archive, path, "metadata.csv", ["File", *METADATA], LICENSE) if has_metadata else None
+        metadata = _read_metadata(archive, path) if has_metadata else None
     invalid = labels[~labels["Label"].isin(["0", "1"])]
     if len(invalid):
         raise UserError(
@@ -119,8 +121,17 @@ def read_member(archive: zipfile.ZipFile, member: str) -> bytes:
         return stream.read(archive.getinfo(member).file_size)
 
 
+def _read_metadata(archive: zipfile.ZipFile, path: Path) -> pd.DataFrame:
+    name = "metadata.csv"
+    table = _read_table(archive, path, name, ["File", *METADATA], [*OPTIONAL_METADATA, "licence"])
+    table = table.rename(columns={} if "license" in table else {"licence": "license"})  # as older versions spelled it
+    table = table.reindex(columns=["File", *METADATA, *OPTIONAL_METADATA], fill_value="")
+    sex, age = (read(table[key], f"{path}: {name}") for key, read in (("sex", read_sex), ("age", read_age)))
+    return table.assign(sex=sex, age=age)
+
+
 def _read_table(
-    archive: zipfile.ZipFile, path: Path, name: str, columns: list[str], optional: str = ""
+    archive: zipfile.ZipFile, path: Path, name: str, columns: list[str], optional: list[str] | None = None
 ) -> pd.DataFrame:
     try:
         content = read_member(archive, name)
@@ -129,13 +140,12 @@ def _read_table(
     except DamagedFileError as error:
         raise UserError(f"{path}: {name} is damaged ({error}); download or copy the zip again") from None
     table = read_text_table(io.BytesIO(content), f"{path}: {name}", columns)
-    table = table.rename(columns={} if LICENSE in table else {"licence": LICENSE})  # the spelling of older versions
     repeated = table["File"][table["File"].duplicated()]
     if len(repeated):
         raise UserError(
             f"{path}: {name} line {repeated.index[0] + 2}: {repeated.iloc[0]} is listed twice; keep one line"
         )
-    return table[[*columns, *table.columns.intersection([optional])]]
+    return table[[*columns, *table.columns.intersection(optional or [])]]
 
 
 def _members(archive: zipfile.ZipFile, path: Path, folder: str) -> dict[str, str]:
@@ -161,6 +171,8 @@ def _with_metadata(path: Path, images: pd.DataFrame, metadata: pd.DataFrame | No
         name = images["file"][images["file"].duplicated()].iloc[0]
         raise UserError(f"{path}: {name} is in train and in test; give every image a unique name")
     if metadata is None:
-        metadata = pd.DataFrame(columns=["File"])
-    by_file = metadata.set_index("File").reindex(index=images["file"], columns=[*METADATA, LICENSE], fill_value="")
-    return images.join(by_file.astype("str"), on="file")
+        metadata = pd.DataFrame(columns=["File", *METADATA, *OPTIONAL_METADATA])
+    by_file = metadata.set_index("File").reindex(images["file"])
+    text = by_file.drop(columns="age").fillna("").astype("str")
+    columns = text.assign(age=by_file["age"].astype(float))[[*METADATA, *OPTIONAL_METADATA]]
+    return images.join(columns, on="file")

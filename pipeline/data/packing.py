@@ -33,10 +33,10 @@ def pack_images(raw: Path, params: PrepareParams, target: Path) -> None:
     """Write `images.npy`, `images.json`, `manifest.csv` and `quarantine.csv` into the folder `target`.
 
     The array is uint8 (N, size, size). Row i of the manifest describes image i: file, set, label, patient, source,
-    view, license, width and height (of the upright image, pixels), bytes and `jpeg_quantization` (of the file), the
-    XXH3 hash of the pixels, so that the hash of the manifest identifies the array, and the perceptual hash. Workers
-    write their rows directly into the file, so memory does not grow with N. The JSON records the resize method, which
-    inference must repeat.
+    view, sex, age (years), license, width and height (of the upright image, pixels), bytes and `jpeg_quantization` (of
+    the file), the XXH3 hash of the pixels, so that the hash of the manifest identifies the array, and the perceptual
+    hash. Workers write their rows directly into the file, so memory does not grow with N. The JSON records the resize
+    method, which inference must repeat.
 
     Args:
         raw: zip in the competition's layout.

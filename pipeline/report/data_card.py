@@ -16,6 +16,7 @@ MAX_LISTED = 20  # rows of a table or list of `card_sections`; card.json is comp
 UNKNOWN = "not known"
 COLUMNS = ["negative", "positive", "test"]
 COLUMN_LABELS = ["negative", "positive", "unlabeled (test)"]
+PATIENTS_OF = {column: f"{column}_patients" for column in COLUMNS}
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,18 @@ def describe_data(
         duplicate_groups: (N,), from `duplicates.find_duplicates`.
 
     Returns:
-        Counts of negative, positive (both labeled) and test images; `duplicates`, one entry per radiograph with several
-        copies; patients in both train and test; and the metrics of a baseline that predicts from the source only, with
-        `majority_accuracy`, that of predicting the class more common in training.
+        Counts of negative, positive (both labeled) and test images, and of their known patients; the `age` in years by
+        class; `duplicates`, an entry per radiograph with several copies; patients in both train and test; and the
+        metrics of a baseline that predicts from the source only, with `majority_accuracy`, that of predicting the class
+        more common in training.
     """
     label = manifest["label"].map({0: "negative", 1: "positive"}).fillna("test")
     size = manifest["width"].astype(str) + "×" + manifest["height"].astype(str)
-    keys = {"subset": split["subset"], **{name: manifest[name] for name in ("source", "view", "license")}, "size": size}
+    keys = {
+        "subset": split["subset"],
+        **{name: manifest[name] for name in ("source", "view", "sex", "license")},
+        "size": size,
+    }
     train_patients, test_patients = (
         set(manifest.loc[manifest["set"] == name, "patient"]) - {""} for name in ("train", "test")
     )
@@ -55,7 +61,8 @@ def describe_data(
         "images": len(manifest),
         "patients": len(train_patients | test_patients),
         "groups": split["group"].nunique(),
-        **{name: _count_images(key.replace("", UNKNOWN), label) for name, key in keys.items()},
+        **{name: _count_images(key.replace("", UNKNOWN), label, manifest["patient"]) for name, key in keys.items()},
+        "age": _describe_age(manifest["age"], label),
         "quarantine": quarantine["reason"].value_counts().sort_index().to_dict(),
         "source_only_baseline": _score_source_only(manifest, split["subset"]),
         "duplicates": _describe_duplicates(manifest, duplicate_groups),
@@ -93,7 +100,9 @@ def card_sections(card: Mapping[str, Any]) -> list[CardSection]:
     counts = f"{card['images']} images, {card['patients'] or 'no'} known patients, {card['groups']} groups"
     return [
         _counts_section("subset", card["subset"], f"{counts}. Training and validation set never share a group."),
-        *(_counts_section(name, card[name]) for name in ("source", "view", "size", "license")),
+        *(_counts_section(name, card[name]) for name in ("source", "view", "sex")),
+        _age_section(card["age"]),
+        *(_counts_section(name, card[name]) for name in ("size", "license")),
         CardSection("Source-only baseline", _describe_source_only(card["source_only_baseline"])),
         CardSection(
             "Duplicates", f"Radiographs with several copies: {len(duplicates)}; with identical pixels: {identical}."
@@ -113,11 +122,23 @@ def card_sections(card: Mapping[str, Any]) -> list[CardSection]:
     ]
 
 
-def _count_images(key: pd.Series, label: pd.Series) -> dict[str, dict[str, int]]:
-    """Count images by key and label, the most frequent key first."""
+def _count_images(key: pd.Series, label: pd.Series, patient: pd.Series) -> dict[str, dict[str, int]]:
+    """Count images, and known patients, by key and label, the most frequent key first."""
     counts = pd.crosstab(key, label).reindex(columns=COLUMNS, fill_value=0)
+    known = pd.DataFrame({"key": key, "label": label, "patient": patient})[patient != ""].drop_duplicates()
+    patients = pd.crosstab(known["key"], known["label"]).reindex(counts.index, columns=COLUMNS, fill_value=0)
+    table = counts.join(patients.rename(columns=PATIENTS_OF))
     order = counts.sum(axis="columns").sort_values(ascending=False, kind="stable").index
-    return {str(name): {column: int(counts.loc[name, column]) for column in COLUMNS} for name in order}
+    rows = table.loc[order].to_dict("index")
+    return {str(name): {str(column): int(count) for column, count in row.items()} for name, row in rows.items()}
+
+
+def _describe_age(age: pd.Series, label: pd.Series) -> dict[str, dict[str, float]]:
+    """Return, for each class with known ages, the number of images with one and their median, lowest and highest."""
+    ages = age.groupby(label).agg(["count", "median", "min", "max"]).reindex(COLUMNS)
+    ages.columns = pd.Index(["images", "median", "lowest", "highest"])
+    known = ages[ages["images"] > 0]
+    return {str(name): {str(key): float(value) for key, value in row.items()} for name, row in known.iterrows()}
 
 
 def _score_source_only(manifest: pd.DataFrame, subset: pd.Series) -> dict[str, float] | None:
@@ -193,9 +214,22 @@ def _describe_source_only(baseline: Mapping[str, float] | None) -> str:
 
 
 def _counts_section(name: str, counts: Mapping[str, Mapping[str, int]], text: str = "") -> CardSection:
-    rows = [[key, *map(str, row.values())] for key, row in counts.items()]
+    rows = [[key, *(_format_count(row, column) for column in COLUMNS)] for key, row in counts.items()]
     text = text or _truncation_note(rows)
     return CardSection(f"Images by {name}", text, [name, *COLUMN_LABELS], rows[:MAX_LISTED])
+
+
+def _format_count(row: Mapping[str, int], column: str) -> str:
+    """Format a number of images with that of their patients, if any is known."""
+    patients = row[PATIENTS_OF[column]]
+    return f"{row[column]} ({patients} patient{'' if patients == 1 else 's'})" if patients else str(row[column])
+
+
+def _age_section(age: Mapping[str, Mapping[str, float]]) -> CardSection:
+    names = dict(zip(COLUMNS, COLUMN_LABELS, strict=True))
+    rows = [[names[key], *(f"{value:g}" for value in row.values())] for key, row in age.items()]
+    header = ["class", "images of known age", "median", "lowest", "highest"]
+    return CardSection("Age in years", "" if rows else "Not known.", header, rows)
 
 
 def _list_sections(lists: Mapping[str, Sequence[str]]) -> list[CardSection]:

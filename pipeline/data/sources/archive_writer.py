@@ -11,7 +11,8 @@ import pandas as pd
 from pipeline.core.errors import UserError
 from pipeline.core.files import read_text_table
 from pipeline.core.progress import track_progress
-from pipeline.data.layout import LICENSE, METADATA
+from pipeline.data.layout import METADATA, OPTIONAL_METADATA
+from pipeline.data.test_labels import TEST_LABELS
 
 log = logging.getLogger(__name__)
 
@@ -23,20 +24,23 @@ def write_zip(rows: pd.DataFrame, images: Iterable[bytes | None], target: Path) 
 
     Args:
         rows: one per image, with the columns file (name), label (0 or 1, missing for the test set), patient, source,
-            view and optionally license.
+            view, optionally sex, age and license, and optionally test_label (0 or 1, missing if unknown), which
+            `cxr score` alone reads.
         images: content of the image files in the order of the rows; None if the image of a label is missing.
         target: the zip.
     """
     table, labeled = rows.rename(columns={"file": "File", "label": "Label"}), rows["label"].notna()
-    optional = [LICENSE] if LICENSE in rows and (rows[LICENSE] != "").any() else []
+    optional = [name for name in OPTIONAL_METADATA if name in rows and rows[name].replace("", pd.NA).notna().any()]
     tables = {
         "train_labels.csv": table.loc[labeled, ["File", "Label"]],
         "sample_submission.csv": table.loc[~labeled, ["File"]].assign(Label=0),
         "metadata.csv": table[["File", *METADATA, *optional]],
     }
+    if "test_label" in rows and rows["test_label"].notna().any():
+        tables[TEST_LABELS] = table[["File", "test_label"]].dropna().rename(columns={"test_label": "Label"})
     with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
         for name, content in tables.items():
-            archive.writestr(_zip_info(name), content.to_csv(index=False, lineterminator="\n"))
+            archive.writestr(_zip_info(name), content.to_csv(index=False, float_format="%.9g", lineterminator="\n"))
         for file, is_labeled, image in zip(rows["file"], labeled, images, strict=True):
             folder = "train/train" if is_labeled else "test/test"
             if image is not None:

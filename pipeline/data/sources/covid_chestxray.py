@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from pipeline.core.config import CovidChestXrayParams
+from pipeline.data.demographics import read_age, read_sex
 from pipeline.data.sources import archive_writer
 
 FRONTAL = ["PA", "AP", "AP Supine", "AP semi erect", "AP erect"]
@@ -16,19 +17,24 @@ def write_source(params: CovidChestXrayParams, target: Path) -> None:
     Lateral views, CT and images without a finding are excluded; `test_share` of the patients are the test set.
 
     Raises:
-        UserError: metadata.csv or an image is missing.
+        UserError: metadata.csv or an image is missing, or a sex or age is invalid.
     """
     folder = archive_writer.source_folder(params.path, "a checkout of ieee8023/covid-chestxray-dataset")
     table = archive_writer.read_source_table(folder / "metadata.csv", COLUMNS)
     frontal = table["view"].str.strip().str.lower().isin([view.lower() for view in FRONTAL])
     table = table[frontal & ~table["finding"].str.strip().str.lower().isin(UNLABELED)].drop_duplicates("filename")
     positive = table["finding"].str.contains("COVID-19", regex=False).astype("Int64")
+    is_test = archive_writer.draw_test_set(table["patientid"], table["filename"], params.test_share)
+    optional = table.reindex(columns=["sex", "age", "license"], fill_value="")
     rows = table[["view"]].assign(
         file=table["filename"],
-        label=positive.mask(archive_writer.draw_test_set(table["patientid"], table["filename"], params.test_share)),
+        label=positive.mask(is_test),
+        test_label=positive.where(is_test),
         patient=table["patientid"],
         source="cohen",
-        license=table.get("license", ""),
+        sex=read_sex(optional["sex"], str(folder / "metadata.csv")),
+        age=read_age(optional["age"], str(folder / "metadata.csv")),
+        license=optional["license"],
         path=[folder / parent / file for parent, file in zip(table["folder"], table["filename"], strict=True)],
     )
     archive_writer.write_zip_of_files(rows, target)

@@ -54,5 +54,5 @@ def _read_list(folder: Path, subset: str) -> pd.DataFrame:
         rows.append((" ".join(patient), file, LABELS[class_name.lower()], source, folder / subset / file))
     table = pd.DataFrame(rows, columns=["patient", "file", "label", "source", "path"]).astype({"label": "Int64"})
     if subset == "test":
-        table["label"] = pd.NA
+        table = table.rename(columns={"label": "test_label"})
     return table.assign(view="")

@@ -31,6 +31,7 @@ SIZE = 512  # edge of a radiograph, pixels
 ANATOMY_SIZE = 256  # edge of the grid on which anatomy is computed, pixels; the anatomy has no finer detail
 VISIBILITY = 0.7  # attenuation of the densest opacity at strength 1; air in the lung subtracts 1.2
 MARKERS = {"PA": ("L", "R", ""), "AP": ("AP", "PORTABLE", "SUPINE", "L", "R", "")}
+BREASTS_SHARE = 0.3  # of the patients
 MIMICS = ("consolidation", "edema", "effusion", "nodule")
 
 
@@ -51,23 +52,42 @@ class PhantomCase:
     breasts: bool = False
 
     @property
+    def sex(self) -> str:
+        """F or M: half of the patients each, of whom only women have breasts; not in the image otherwise."""
+        return "F" if self.breasts or self._demographics[0] < (0.5 - BREASTS_SHARE) / (1 - BREASTS_SHARE) else "M"
+
+    @property
+    def age(self) -> int:
+        """Years; not in the image, nor related to the label."""
+        return int(np.clip(round(55 + 20 * self._demographics[1]), 1, 95))
+
+    @property
+    def _demographics(self) -> tuple[float, float]:
+        rng = np.random.default_rng([self.seed, 5, self.patient])  # draw_radiograph has the purposes 1 to 4
+        return rng.random(), rng.standard_normal()
+
+    @property
     def file(self) -> str:
         return f"cxr-{self.number:05d}.jpg"
 
 
 def write_source(params: "PhantomParams", target: Path) -> None:
-    """Write the zip: images in `train/train` and `test/test`, labels, sample submission and metadata.
+    """Write the zip: images in `train/train` and `test/test`, labels, sample submission, metadata and test labels.
 
-    The bytes depend only on `params`, not on the time or the number of processors. The zip does not contain the labels
-    of the test images.
+    The bytes depend only on `params`, not on the time or the number of processors.
     """
     cases = draw_cases(params)
     rows = pd.DataFrame({
         "file": [case.file for case in cases],
-        "label": pd.array([case.label if case.split == "train" else None for case in cases], dtype="Int64"),
+        **{
+            column: pd.array([case.label if case.split == split else None for case in cases], dtype="Int64")
+            for column, split in (("label", "train"), ("test_label", "test"))
+        },
         "patient": [f"p{case.patient:05d}" for case in cases],
         "source": [case.source for case in cases],
         "view": [case.view for case in cases],
+        "sex": [case.sex for case in cases],
+        "age": [case.age for case in cases],
     })  # fmt: skip
     # Spawned, because a forked worker could inherit a lock that the thread of the progress bar holds.
     with ProcessPoolExecutor(cpu_count(), multiprocessing.get_context("spawn")) as pool:
@@ -112,7 +132,7 @@ def _draw_patients(
     while len(cases) < count:
         patient += 1
         source = "A" if rng.random() < source_a_probability else "B"
-        breasts = bool(rng.random() < 0.3)
+        breasts = bool(rng.random() < BREASTS_SHARE)
         mimic = str(rng.choice(MIMICS)) if not template.label and rng.random() < 0.4 else ""
         patient_case = replace(template, patient=patient, source=source, breasts=breasts, mimic=mimic)
         for _ in range(min(int(rng.integers(1, 5)), count - len(cases))):

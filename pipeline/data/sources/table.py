@@ -6,6 +6,7 @@ import pandas as pd
 
 from pipeline.core.config import TableParams
 from pipeline.core.errors import UserError
+from pipeline.data.demographics import read_age, read_sex
 from pipeline.data.sources import archive_writer
 
 
@@ -16,7 +17,7 @@ def write_source(params: TableParams, target: Path) -> None:
     `test_share` of the patients are the test set.
 
     Raises:
-        UserError: the CSV, a column or a test image is missing, or an image has no label.
+        UserError: the CSV, a column or a test image is missing, an image has no label, or a sex or age is invalid.
     """
     folder = archive_writer.source_folder(params.path, "the folder of images")
     path, columns = folder / params.labels, params.columns
@@ -38,14 +39,19 @@ def write_source(params: TableParams, target: Path) -> None:
         raise UserError(
             f"{path} line {unnamed.index[0] + 2}: {columns.file} is empty; name the image or delete the line"
         )
-    unlabeled = rows[~is_test & ~rows["label"].isin([*params.positive, *params.negative])]
+    is_labeled = rows["label"].isin([*params.positive, *params.negative])
+    unlabeled = rows[~is_test & ~is_labeled]
     if len(unlabeled):
         raise UserError(
             f"{path} line {unlabeled.index[0] + 2}: {columns.label} is {unlabeled['label'].iloc[0]!r}, which is in "
             "neither download.positive nor download.negative; add it to one of them"
         )
+    positive = rows["label"].isin(params.positive).astype("Int64")
     rows = rows.assign(
-        label=rows["label"].isin(params.positive).astype("Int64").mask(is_test),
+        label=positive.mask(is_test),
+        test_label=positive.where(is_test & is_labeled),
+        sex=read_sex(rows["sex"].rename(columns.sex), str(path)),
+        age=read_age(rows["age"].rename(columns.age), str(path)),
         path=[folder / file for file in rows["file"]],
         file=[str(PurePosixPath(file)).replace("/", "_") for file in rows["file"]],
     )
