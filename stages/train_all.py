@@ -160,7 +160,8 @@ def _progress_table(processes: list[SeedProcess]) -> "Table":
     for process in processes:
         progress, cells = process.progress(), ["–"] * 3
         if progress:
-            cells[0] = f"{progress.epoch}/{progress.epochs}"
+            fold = "" if progress.fold is None else f"fold {progress.fold}: "
+            cells[0] = f"{fold}{progress.epoch}/{progress.epochs}"
             if progress.f1 is not None:
                 cells[1] = f"{progress.f1:.3f}"
             if progress.images_per_second is not None:

@@ -32,8 +32,8 @@ DEFAULTS = {
     "table": {
         "path": None, "labels": Path("labels.csv"), "positive": ["1"], "negative": ["0"], "test_share": 0.1,
         "columns": {
-            "file": "file", "label": "label", "patient": None, "source": None, "view": None, "license": None,
-            "set": None,
+            "file": "file", "label": "label", "patient": None, "source": None, "view": None, "sex": None,
+            "age": None, "license": None, "set": None,
         },
     },
     "phantom": {
@@ -45,7 +45,8 @@ DEFAULTS = {
     "split": {"folds": 5, "seed": 1, "cross_validate": False, "held_out_source": None},
     "train": {
         "backbone": "timm/tf_efficientnet_lite0", "head_hidden": [], "dropout": 0.2, "size": 160,
-        "normalization": "imagenet", "epochs": 8, "frozen_epochs": 1, "early_stopping_patience": None,
+        "normalization": "imagenet", "epochs": 8, "frozen_epochs": 1, "keep": "best_f1",
+        "early_stopping_patience": None,
         "batch_size": 32, "gradient_accumulation_steps": 1, "sampling": "shuffle", "positive_oversampling": 1.0,
         "class_weights": (1.0, 1.0), "flip": 0.5, "rotation": 0.0, "zoom": 0.0, "shift": 0.0, "gamma_jitter": 0.0,
         "mixup_alpha": 0.0, "optimizer": "adamw", "reset_optimizer_each_epoch": False, "lr": 1e-3, "eps": 1e-8,
@@ -54,11 +55,11 @@ DEFAULTS = {
     },
     "evaluate": {
         "batch_size": 64, "cpu_threads": 2, "operating_point": "half", "min_sensitivity": 0.9,
-        "expected_prevalence": None, "resamples": 2000,
+        "recalibration": "platt", "expected_prevalence": None, "resamples": 2000,
     },
     "bag": {"method": "mean", "tie": "mean", "members": "all"},
     "promote": {
-        "margin": 0.0, "min_probability": 0.8, "resamples": 2000, "min_sensitivity": 0.5, "min_specificity": 0.5,
+        "margin": 0.0, "false_promotion_rate": 0.05, "resamples": 2000, "min_sensitivity": 0.5, "min_specificity": 0.5,
         "max_calibration_error": 0.2,
     },
 }  # fmt: skip
@@ -214,6 +215,12 @@ def test_other_old_names_are_refused_with_the_new_ones(tmp_path):
     )
 
 
+def test_a_removed_key_is_refused_with_what_replaces_it(tmp_path):
+    message = config_error(write(tmp_path, set_value("demo.promote.min_probability", 0.8)))
+    assert message.startswith("demo.promote.min_probability: removed; false_promotion_rate, ")
+    assert message.endswith("write false_promotion_rate: 0.05")
+
+
 def test_all_old_names_are_listed_at_once(tmp_path):
     params = rename_key("demo.train.optimizer", "optimiser")
     for profile in ("competition", "local"):
@@ -245,7 +252,7 @@ def test_the_keys_that_dvc_needs_one_by_one_are_those_of_the_first_release():
     named = {path.removeprefix("${profile}.") for stage in stages for path in stage["params"] if path.count(".") > 1}
     assert named == {
         "bag.members", "evaluate.batch_size", "evaluate.cpu_threads", "evaluate.min_sensitivity",
-        "evaluate.operating_point", "split.held_out_source", "train.backbone", "train.head_hidden", "weights.source",
+        "evaluate.operating_point", "train.backbone", "train.head_hidden", "weights.source",
     }  # fmt: skip
 
 

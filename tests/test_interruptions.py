@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 TRAIN_WITH_SHORT_TIMEOUT = (
     "from pipeline.tracking import outbox; outbox.TIMEOUT_SECONDS = 3; from stages.train import train; train()"
 )
-OUTS = ["model.safetensors", "model.json", "history.csv", "metrics.json"]
+OUTS = ["model.safetensors", "model.json", "history.csv", "metrics.json", "validation.csv"]
 EPOCHS = 8
 
 

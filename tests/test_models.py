@@ -210,7 +210,7 @@ def test_predict_proba_is_the_softmax_of_the_positive_class():
 @pytest.fixture
 def saved(tmp_path):
     network = Classifier(architecture(LITE, packed_size=80, head_hidden=[8])).eval()
-    classifier.save_weights(network, tmp_path)
+    classifier.save_weights([network], tmp_path)
     classifier.save_description(network, tmp_path, {"fingerprint": "abc"})
     return network, tmp_path
 
@@ -246,7 +246,7 @@ def test_the_weights_file_is_safetensors_with_only_the_state_dict(saved):
 def test_weights_saved_with_channels_last_are_loaded_correctly(tmp_path):
     network = Classifier(architecture()).eval()
     expected = network.predict_proba(make_pixels())
-    classifier.save_weights(network.to(memory_format=torch.channels_last), tmp_path)
+    classifier.save_weights([network.to(memory_format=torch.channels_last)], tmp_path)
     classifier.save_description(network, tmp_path, {})
     loaded = classifier.load_classifier(tmp_path, CPU)
     assert torch.equal(loaded.predict_proba(make_pixels()), expected)
@@ -255,9 +255,22 @@ def test_weights_saved_with_channels_last_are_loaded_correctly(tmp_path):
 def test_weights_that_do_not_match_the_description_are_an_error(saved):
     network, folder = saved
     nn.init.zeros_(network.head.logits.weight)
-    classifier.save_weights(network, folder)
+    classifier.save_weights([network], folder)
     message, weights = error_message(classifier.load_classifier, folder, CPU), folder / "model.safetensors"
     assert message == f"{weights}: not the weights that model.json describes; run: dvc checkout {weights}"
+
+
+def test_a_cross_validated_model_is_the_mean_of_the_networks_of_its_folds(tmp_path):
+    networks = [Classifier(architecture()).eval() for _ in range(11)]
+    classifier.save_weights(networks, tmp_path)
+    classifier.save_description(networks[0], tmp_path, {})
+    pixels = make_pixels()
+    expected = [network.predict_proba(pixels) for network in networks]
+    loaded = classifier.load_networks(tmp_path, CPU)  # fold 10 comes after fold 9, not after fold 1
+    assert all(torch.equal(one.predict_proba(pixels), other) for one, other in zip(loaded, expected, strict=True))
+    mean = classifier.load_classifier(tmp_path, CPU)
+    assert torch.equal(mean.predict_proba(pixels), torch.stack(expected).mean(dim=0))
+    assert mean.architecture == networks[0].architecture
 
 
 @pytest.mark.parametrize("missing", ["model.safetensors", "model.json"])

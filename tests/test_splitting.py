@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from pipeline.core.config import SplitParams
 from pipeline.core.errors import UserError
 from pipeline.data import splitting
-from pipeline.data.manifest import validation_fold
 
 
 def table(labels: list[int], patients: list[str] | None = None, tests: int = 2) -> pd.DataFrame:
@@ -138,9 +137,9 @@ def test_in_cross_validation_a_fold_without_both_classes_is_an_error():
     assert result.equals(split(rows, params(3)))
 
 
-def test_the_validation_fold_of_a_seed_is_its_number_only_in_cross_validation():
-    assert [validation_fold(params(4, cross_validate=True), seed) for seed in range(6)] == [0, 1, 2, 3, 0, 1]
-    assert {validation_fold(params(4), seed) for seed in range(6)} == {0}
+def test_every_fold_validates_only_in_cross_validation():
+    assert params(4, cross_validate=True).validation_folds == [0, 1, 2, 3]
+    assert params(4).validation_folds == [0]
 
 
 def test_patients_that_share_a_radiograph_are_one_group():
@@ -180,12 +179,32 @@ def test_a_split_that_leaks_is_an_error(patients, duplicate_groups, shared):
         splitting.check_split(rows, np.array(duplicate_groups), leaking)
 
 
-def test_the_validation_set_has_all_images_of_the_patients_of_the_held_out_source():
+@pytest.mark.parametrize("cross_validate", [False, True])
+def test_all_images_of_the_patients_of_the_held_out_source_are_external_and_in_no_fold(cross_validate):
     rows = table([0, 1, 0, 1, 0, 1, 0, 1], ["p", "q", "r", "s", "t", "u", "v", "p"])
     rows["source"] = ["A"] * 2 + ["B"] * 6 + ["A", ""]
-    result = split(rows, params(source="A"))
-    assert list(result["subset"]) == ["validation"] * 2 + ["train"] * 5 + ["validation"] + ["test"] * 2
-    assert list(result["fold"][:8]) == [0, 0, 1, 1, 1, 1, 1, 0]
+    result = split(rows, params(2, cross_validate=cross_validate, source="A"))
+    external = [0, 1, 7]
+    assert list(result.index[result["subset"] == "external"]) == external
+    assert result["fold"].isna().tolist() == [row in (*external, 8, 9) for row in range(10)]
+    # The other images are split as if the source did not exist.
+    rest = split(rows.drop(index=external).reset_index(drop=True), params(2, cross_validate=cross_validate))
+    assert result.drop(index=external)["fold"].tolist() == rest["fold"].tolist()
+    assert result.drop(index=external)["subset"].tolist() == rest["subset"].tolist()
+
+
+def test_an_external_image_of_a_training_patient_is_an_error():
+    rows = table([0, 1, 0, 1], ["p1", "p2", "p3", "p1"], tests=0)
+    leaking = pd.DataFrame(
+        {
+            "file": rows["file"],
+            "group": rows["file"],
+            "subset": ["train", "train", "validation", "external"],
+            "fold": pd.array([1, 1, 0, None], dtype="Int64"),
+        }
+    )
+    with pytest.raises(UserError, match=r"^data/split.csv: patient p1 is in 2 folds"):
+        splitting.check_split(rows, np.arange(4), leaking)
 
 
 def test_holding_out_a_source_without_both_classes_is_an_error():
@@ -196,12 +215,7 @@ def test_holding_out_a_source_without_both_classes_is_an_error():
             split(rows, params(source=source))
         inside, outside = ("2 negative", "2 negative, 2 positive") if source == "A" else ("0 negative", "4 negative, 2")
         assert str(error.value).startswith(
-            f"split.held_out_source = {source}: training and validation need both classes, but the patients of this "
-            f"source have {inside}, 0 positive, and all others {outside}"
+            f"split.held_out_source = {source}: external validation and training need both classes, but the patients "
+            f"of this source have {inside}, 0 positive, and all others {outside}"
         )
         assert str(error.value).endswith("choose another of the sources: A, B")
-
-
-def test_a_held_out_source_and_cross_validation_exclude_each_other():
-    with pytest.raises(ValueError, match="exclude each other"):
-        params(cross_validate=True, source="here")

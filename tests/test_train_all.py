@@ -63,6 +63,12 @@ def test_a_seed_whose_training_wrote_progress_is_done(fake_dvc):
     assert all(text in render(process) for text in ("done", "2/8", "0.750", "120"))
 
 
+def test_in_cross_validation_the_epoch_is_that_of_a_fold(fake_dvc):
+    process = fake_dvc(WRITE_PROGRESS.replace('"epoch"', '"fold": 3, "epoch"') % "finished")
+    finish(process)
+    assert "fold 3: 2/8" in render(process)
+
+
 def test_a_seed_that_dvc_skips_is_up_to_date_regardless_of_earlier_progress_and_of_the_log(fake_dvc):
     process = fake_dvc("echo 'seed 3  epoch 2/8  loss 0.5  F1 0.75  120 images/s'")
     progress_path(3).write_text(PROGRESS % "finished")

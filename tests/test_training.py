@@ -30,7 +30,7 @@ SMALL, LITE = "squeezenet1_1", "timm/tf_efficientnet_lite0"
 
 TINY = {
     "backbone": SMALL, "head_hidden": [], "dropout": 0.2, "size": 32, "normalization": "imagenet", "epochs": 2,
-    "frozen_epochs": 0, "early_stopping_patience": None, "batch_size": 8, "sampling": "shuffle",
+    "frozen_epochs": 0, "keep": "best_f1", "early_stopping_patience": None, "batch_size": 8, "sampling": "shuffle",
     "positive_oversampling": 1.0, "class_weights": (1.0, 1.0), "flip": 0.5, "rotation": 5.0, "zoom": 0.0, "shift": 0.0,
     "gamma_jitter": 0.0, "mixup_alpha": 0.0, "optimizer": "adamw", "reset_optimizer_each_epoch": False, "lr": 1e-3,
     "eps": 1e-8, "weight_decay": 0.01, "ema_decay": 0.0, "schedule": "cosine", "warmup_epochs": 0.0,
@@ -201,7 +201,7 @@ def test_training_changes_the_weights_and_depends_on_the_seed(pack, weights):
 
 def test_training_learns_to_detect_a_bright_center(pack, weights):
     trained, _ = train(pack, weights, epochs=4)
-    assert trained.best.scores["auroc"] == 1
+    assert trained.kept.scores["auroc"] == 1
     assert trained.history[-1].train_loss < trained.history[0].train_loss
 
 
@@ -269,10 +269,10 @@ def test_batch_size_one_trains_on_every_image(pack, weights):
     ]
 
 
-def test_the_last_of_equally_good_epochs_is_the_best(pack, weights):
+def test_the_last_of_equally_good_epochs_is_kept(pack, weights):
     trained, calls = train(pack, weights, epochs=3, optimizer="sgd", lr=1e-12)
     assert len({entry.scores["f1"] for entry in trained.history}) == 1
-    assert trained.best is trained.history[-1]
+    assert trained.kept is trained.history[-1]
     assert all(best is not None for _, best in calls)
 
 
@@ -281,7 +281,7 @@ def overfitting_run(pack, weights):
     """A seed whose F1 is best before the last epochs, its result and its calls of `on_epoch`."""
     for seed in range(20):
         trained, calls = train(pack, weights, seed, epochs=5, optimizer="sgd", lr=0.02, schedule="constant")
-        if trained.best.epoch < 4:
+        if trained.kept.epoch < 4:
             return seed, trained, calls
     raise AssertionError("for every seed the last epoch is the best")
 
@@ -289,14 +289,39 @@ def overfitting_run(pack, weights):
 def test_the_result_is_the_best_epoch_and_on_epoch_gets_only_improved_models(overfitting_run, pack):
     _, trained, calls = overfitting_run
     f1 = [entry.scores["f1"] for entry in trained.history]
-    assert trained.best.epoch == max(range(1, 6), key=lambda epoch: (f1[epoch - 1], epoch))
+    assert trained.kept.epoch == max(range(1, 6), key=lambda epoch: (f1[epoch - 1], epoch))
     rows = torch.arange(16, 24)
     probabilities = trained.network.predict_proba(pack.pixels(rows))
-    assert score_predictions(np.array([0, 1] * 4), probabilities.numpy()) == trained.best.scores
+    assert score_predictions(np.array([0, 1] * 4), probabilities.numpy()) == trained.kept.scores
     assert [entry for entry, _ in calls] == trained.history
     has_model = [best is not None for _, best in calls]
     assert has_model == [value == max(f1[: index + 1]) for index, value in enumerate(f1)]
     assert not all(has_model)
+
+
+@pytest.mark.parametrize("keep", ["best_f1", "best_loss", "last"])
+def test_the_weights_of_the_epoch_that_keep_selects_are_the_result(overfitting_run, pack, weights, keep):
+    seed, whole, _ = overfitting_run
+    trained, calls = train(pack, weights, seed, epochs=5, optimizer="sgd", lr=0.02, schedule="constant", keep=keep)
+    scores = [entry.scores for entry in trained.history]
+    assert scores == [entry.scores for entry in whole.history]
+    expected = {
+        "best_f1": whole.kept.epoch,
+        "best_loss": 1 + int(np.argmin([entry["loss"] for entry in scores])),
+        "last": 5,
+    }[keep]
+    assert trained.kept.epoch == expected
+    kept = trained.predictions[:, expected - 1]
+    assert torch.equal(trained.network.predict_proba(pack.pixels(torch.arange(16, 24))), kept)
+    assert [call[0].epoch for call in calls if call[1] is not None][-1] == expected
+
+
+def test_the_predictions_of_every_epoch_reproduce_its_scores(overfitting_run):
+    _, trained, _ = overfitting_run
+    assert trained.predictions.shape == (8, 5)
+    labels = np.array([0, 1] * 4)
+    for entry, predictions in zip(trained.history, trained.predictions.T, strict=True):
+        assert score_predictions(labels, predictions.numpy()) == entry.scores
 
 
 @pytest.mark.parametrize("patience", [1, 2])
@@ -412,6 +437,7 @@ def test_an_interrupted_and_resumed_training_ends_in_the_same_bytes(pack, weight
     result, epochs = train_with_interruptions(pack, weights, interruptions, **changes)
     assert data(result.network) == data(whole.network)
     assert [entry.row() for entry in result.history] == [entry.row() for entry in whole.history]
+    assert torch.equal(result.predictions, whole.predictions)
     assert sorted(set(epochs)) == [entry.epoch for entry in whole.history]
 
 
@@ -480,6 +506,7 @@ def test_a_training_writes_its_progress_at_the_start_after_each_epoch_and_at_the
     ]  # fmt: skip
     assert written[0] == {
         "seed": 4, "epoch": 1, "epochs": 2, "f1": None, "loss": None, "images_per_second": None, "state": "training",
+        "fold": None,
     }  # fmt: skip
     for entry, metrics in zip(written[1:3], result.history, strict=True):
         assert (entry["f1"], entry["loss"]) == (metrics.scores["f1"], metrics.train_loss)
@@ -533,11 +560,21 @@ def test_read_split_joins_manifest_and_split(tmp_path):
     rows = "a.jpg,NA,train,1\nb.jpg,image:b.jpg,validation,0\nt.jpg,image:t.jpg,test,\n"
     write_tables(tmp_path, f"file,group,subset,fold\n{rows}")
     split = read_split(tmp_path)
-    assert list(read_split(tmp_path, fold=1)["subset"]) == ["validation", "train", "test"]
+    assert list(read_split(tmp_path, [0, 1])["subset"]) == ["validation", "validation", "test"]
+    assert list(split["fold"].isna()) == [False, False, True]
+    assert list(read_split(tmp_path, [1])["subset"]) == ["validation", "train", "test"]
     assert list(split["subset"]) == ["train", "validation", "test"]
     assert list(split["patient"]) == ["NA", "", ""]
     assert list(split["group"]) == ["NA", "image:b.jpg", "image:t.jpg"]
     assert split["label"].tolist() == [1, 0, pd.NA]
+
+
+def test_images_of_a_held_out_source_are_external_whatever_validates(tmp_path):
+    write_tables(tmp_path, "file,group,subset,fold\na.jpg,1,external,\nb.jpg,2,validation,0\nt.jpg,3,test,\n")
+    for folds in ([0], [1], [0, 1]):
+        subset = list(read_split(tmp_path, folds)["subset"])
+        assert subset == ["external", "validation" if 0 in folds else "train", "test"]
+    assert list(read_split(tmp_path)["group"]) == ["1", "2", "3"]
 
 
 def test_a_split_of_other_images_is_an_error(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from pipeline.core.errors import UserError
 
@@ -14,6 +14,8 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Resize = Literal["stretch", "pad"]
 Method = Literal["vote", "mean", "logits", "greedy"]
 Tie = Literal["positive", "negative", "mean"]
+Recalibration = Literal["none", "temperature", "platt"]
+Keep = Literal["best_f1", "best_loss", "last"]
 BAG = "bag"  # name of the candidate that combines the models
 
 # Keys and sources of earlier releases, by what they are called now.
@@ -29,6 +31,10 @@ RENAMED = {
     "gamma": "gamma_jitter",
     "licence": "license",
     "cohen": "covid_chestxray",
+}
+REMOVED = {
+    "min_probability": "removed; false_promotion_rate, the probability that an equal model is promoted, decides "
+    "instead; write false_promotion_rate: 0.05",
 }
 
 
@@ -46,7 +52,7 @@ class PhantomParams(Section):
     """Synthetic radiographs, drawn by the pipeline itself."""
 
     source: Literal["phantom"] = Field("phantom", description="Data source: synthetic images.")
-    version: Literal[1] = Field(1, description="Version of the drawing; a new one draws other images.")
+    version: Literal[1, 2] = Field(1, description="Version of the archive; a new one is written anew.")
     train: int = Field(832, gt=0, description="Number of labeled images.")
     test: int = Field(100, gt=0, description="Number of test images.")
     prevalence: float = Field(0.125, ge=0, le=1, description="Share of positives among the labeled images.")
@@ -98,6 +104,8 @@ class ColumnsParams(Section):
     patient: str | None = Field(None, description="Identifier of the patient.")
     source: str | None = Field(None, description="Where the image comes from.")
     view: str | None = Field(None, description="View, such as PA or AP.")
+    sex: str | None = Field(None, description="Sex of the patient: F, M, female, male.")
+    age: str | None = Field(None, description="Age of the patient, years.")
     license: str | None = Field(None, description="License of the image.")
     set: str | None = Field(None, description="Column with the values train and test.")
 
@@ -140,14 +148,13 @@ class SplitParams(Section):
 
     folds: int = Field(5, ge=2, description="Number of folds; one validates.")
     seed: Seed = Field(1, description="Seed of the split.")
-    cross_validate: bool = Field(False, description="Validate seed k on fold k mod folds; else all on fold 0.")
-    held_out_source: str | None = Field(None, description="Source that validates and is not trained on, or null.")
+    cross_validate: bool = Field(False, description="Train each seed once per fold, which validates; else fold 0 does.")
+    held_out_source: str | None = Field(None, description="Source for external validation only, or null.")
 
-    @model_validator(mode="after")
-    def _check_validation_scheme(self) -> "SplitParams":
-        if self.cross_validate and self.held_out_source is not None:
-            raise ValueError("cross_validate and held_out_source exclude each other; set one to false or null")
-        return self
+    @property
+    def validation_folds(self) -> list[int]:
+        """The folds that validate in turn."""
+        return list(range(self.folds)) if self.cross_validate else [0]
 
 
 class TrainParams(Section):
@@ -160,8 +167,9 @@ class TrainParams(Section):
     normalization: Literal["none", "imagenet"] = Field("imagenet", description="none (0 to 1) or imagenet.")
     epochs: int = Field(8, gt=0, description="Number of epochs.")
     frozen_epochs: int = Field(1, ge=0, description="First epochs that train the head only.")
+    keep: Keep = Field("best_f1", description="Epoch whose weights are kept: best_f1, best_loss or last.")
     early_stopping_patience: Annotated[int, Field(gt=0)] | None = Field(
-        None, description="Epochs without a better F1 before training stops, or null."
+        None, description="Epochs without a better one before training stops, or null."
     )
     batch_size: int = Field(32, gt=0, description="Images per optimizer step.")
     gradient_accumulation_steps: int = Field(1, gt=0, description="Micro-batches per optimizer step, to save memory.")
@@ -195,6 +203,13 @@ class TrainParams(Section):
     loader_threads: int = Field(1, gt=0, description="Threads that read the next batches; no result depends on them.")
     cpu_threads: int = Field(2, gt=0, description="CPU threads: the order of float sums, and so the result.")
 
+    @field_validator("early_stopping_patience")
+    @classmethod
+    def _check_early_stopping(cls, patience: int | None, info: ValidationInfo) -> int | None:
+        if patience is not None and info.data.get("keep") == "last":
+            raise ValueError("keep: last watches no metric; set this to null, or keep to best_f1 or best_loss")
+        return patience
+
 
 class EvaluateParams(Section):
     """Predictions and their evaluation."""
@@ -204,7 +219,12 @@ class EvaluateParams(Section):
     operating_point: Literal["half", "best_f1", "youden", "sensitivity"] = Field(
         "half", description="half (0.5), best_f1, youden or sensitivity."
     )
-    min_sensitivity: float = Field(0.9, ge=0, le=1, description="Minimum sensitivity for operating_point: sensitivity.")
+    min_sensitivity: float = Field(
+        0.9, ge=0, le=1, description="Sensitivity that operating_point: sensitivity keeps with 95 % confidence."
+    )
+    recalibration: Recalibration = Field(
+        "platt", description="Of the probabilities: none, temperature, or platt (temperature and bias)."
+    )
     expected_prevalence: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="Prevalence where the model will be used, or null."
     )
@@ -223,8 +243,10 @@ class PromoteParams(Section):
     """The gate in front of the champion alias."""
 
     margin: float = Field(0.0, ge=0, le=1, description="F1 by which a challenger must beat the champion.")
-    min_probability: float = Field(0.8, ge=0, le=1, description="Least share of resamples where it is better.")
-    resamples: int = Field(2000, gt=0, description="Paired bootstrap resamples.")
+    false_promotion_rate: float = Field(
+        0.05, gt=0, le=1, description="Largest probability that an equal model is promoted."
+    )
+    resamples: int = Field(2000, gt=0, description="Resamples of the comparison.")
     min_sensitivity: float = Field(0.5, ge=0, le=1, description="Minimum sensitivity to pass the gate.")
     min_specificity: float = Field(0.5, ge=0, le=1, description="Minimum specificity to pass the gate.")
     max_calibration_error: float = Field(0.2, ge=0, le=1, description="Maximum calibration error to pass.")
@@ -353,7 +375,8 @@ def _describe(error: ValidationError) -> str:
     name, loc = _dotted(first["loc"]), first["loc"]
     match first["type"]:
         case "extra_forbidden":
-            return f"{name}: unknown key; {_suggest(str(loc[-1]), _keys(loc))}"
+            removed = REMOVED.get(str(loc[-1]))
+            return f"{name}: {removed or f'unknown key; {_suggest(str(loc[-1]), _keys(loc))}'}"
         case "union_tag_invalid":
             return f"{name}.source: unknown source {first['ctx']['tag']!r}; {_suggest(first['ctx']['tag'], SOURCES)}"
         case "value_error":

@@ -12,19 +12,19 @@ from pipeline.core.errors import UserError
 
 
 def split_dataset(manifest: pd.DataFrame, duplicate_groups: np.ndarray, params: SplitParams) -> pd.DataFrame:
-    """Assign every image of the manifest to train, validation or test, and every labeled image to a fold.
+    """Assign every image of the manifest to train, validation, test or external, and the first two to folds.
 
     A group is never divided: it has all images of a patient, and of all patients that share a radiograph. Fold 0 is
-    the validation set. The folds are those of scikit-learn's StratifiedGroupKFold, which keeps the prevalence similar,
-    or fold 0 is one source, held out of training.
+    the validation set. The folds are those of scikit-learn's StratifiedGroupKFold, which keeps the prevalence similar.
+    Groups with a labeled image of `held_out_source` are external: they neither train nor choose anything.
 
     Args:
         manifest: N rows.
         duplicate_groups: (N,), from `duplicates.find_duplicates`.
-        params: number of folds, seed, and whether all folds must have both classes; or the held-out source.
+        params: number of folds, seed, whether all folds must have both classes, and the held-out source.
 
     Returns:
-        Columns file, group, subset and fold (missing for the test set), in the order of the manifest.
+        Columns file, group, subset and fold (missing for test and external images), in the order of the manifest.
 
     Raises:
         UserError: a class has too few groups for training and validation, or one of them would lack a class.
@@ -32,11 +32,11 @@ def split_dataset(manifest: pd.DataFrame, duplicate_groups: np.ndarray, params: 
     all_groups = _name_groups(manifest, duplicate_groups)
     table = pd.DataFrame({"file": manifest["file"], "group": all_groups, "subset": manifest["set"]})
     labeled = manifest["set"] == "train"
-    labels, groups = manifest.loc[labeled, "label"], all_groups[labeled]
-    if params.held_out_source is None:
-        folds = _stratified_folds(labels, groups, params)
-    else:
-        folds = _hold_out_source(labels, groups, manifest.loc[labeled, "source"], params)
+    if params.held_out_source is not None:
+        external = _held_out(manifest[labeled], all_groups[labeled], params.held_out_source)
+        table.loc[external.index[external], "subset"] = "external"
+        labeled &= table["subset"] != "external"
+    folds = _stratified_folds(manifest.loc[labeled, "label"], all_groups[labeled], params)
     table["fold"] = folds.astype("Int64").reindex(table.index)
     table.loc[table["fold"] == 0, "subset"] = "validation"
     return table
@@ -71,25 +71,25 @@ def _stratified_folds(labels: pd.Series, groups: pd.Series, params: SplitParams)
     return folds.map({fold: number for number, fold in enumerate(order)})
 
 
-def _hold_out_source(labels: pd.Series, groups: pd.Series, sources: pd.Series, params: SplitParams) -> pd.Series:
-    """Assign every group with an image of the source to fold 0, and all others to fold 1."""
-    held_out = groups.isin(groups[sources == params.held_out_source])
-    if labels[held_out].nunique() < 2 or labels[~held_out].nunique() < 2:
-        validation_counts, training_counts = (
-            f"{(subset == 0).sum()} negative, {(subset == 1).sum()} positive"
-            for subset in (labels[held_out], labels[~held_out])
+def _held_out(labeled: pd.DataFrame, groups: pd.Series, source: str) -> pd.Series:
+    """Return whether each labeled image is in a group with an image of the source."""
+    external = groups.isin(groups[labeled["source"] == source])
+    if labeled.loc[external, "label"].nunique() < 2 or labeled.loc[~external, "label"].nunique() < 2:
+        external_counts, other_counts = (
+            f"{(labels == 0).sum()} negative, {(labels == 1).sum()} positive"
+            for labels in (labeled.loc[external, "label"], labeled.loc[~external, "label"])
         )
-        names = ", ".join(sorted(set(sources) - {""})) or "none"
+        names = ", ".join(sorted(set(labeled["source"]) - {""})) or "none"
         raise UserError(
-            f"split.held_out_source = {params.held_out_source}: training and validation need both classes, but the "
-            f"patients of this source have {validation_counts}, and all others {training_counts}; choose another of "
-            f"the sources: {names}"
+            f"split.held_out_source = {source}: external validation and training need both classes, but the patients "
+            f"of this source have {external_counts}, and all others {other_counts}; choose another of the sources: "
+            f"{names}"
         )
-    return pd.Series(np.where(held_out, 0, 1), labels.index)
+    return external
 
 
 def check_split(manifest: pd.DataFrame, duplicate_groups: np.ndarray, split: pd.DataFrame) -> None:
-    """Verify that the folds share no patient, no radiograph and no group.
+    """Verify that the folds and the external images share no patient, no radiograph and no group.
 
     Args:
         manifest: N rows.
@@ -102,8 +102,9 @@ def check_split(manifest: pd.DataFrame, duplicate_groups: np.ndarray, split: pd.
     patients = manifest["patient"].where(manifest["patient"] != "")
     radiographs = pd.Series(manifest["file"].to_numpy()[duplicate_groups])
     keys: dict[str, pd.Series] = {"patient": patients, "radiograph": radiographs, "group": split["group"]}
+    folds = split["fold"].mask(split["subset"] == "external", -1)
     for kind, key in keys.items():
-        fold_counts = split["fold"].groupby(key).nunique()
+        fold_counts = folds.groupby(key).nunique()
         if (fold_counts > 1).any():
             raise UserError(
                 f"data/split.csv: {kind} {fold_counts.idxmax()} is in {fold_counts.max()} folds, so training images "

@@ -1,4 +1,4 @@
-"""Predictions of every model for the validation and test images, in one pass over the pack."""
+"""Predictions of every model for the validation, test and external images."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,18 +9,22 @@ import torch
 
 from pipeline.core.config import Config
 from pipeline.core.errors import UserError
-from pipeline.core.files import write_csv
+from pipeline.core.files import atomic_path, write_csv
 from pipeline.core.progress import track_progress
 from pipeline.data.dataset import PackedImages
 from pipeline.evaluation import ensemble
 from pipeline.models import classifier, soup
-from pipeline.models.classifier import Classifier
+from pipeline.models.classifier import Classifier, FoldEnsemble
 
 SOUP = "soup"  # the model with the average of the members' weights
+EMBEDDING_SIZE = 64
 
 
 def predict_dataset(config: Config, table: pd.DataFrame, device: torch.device) -> pd.DataFrame:
-    """Write `predictions/validation.csv`, `test.csv` and `soup.csv`.
+    """Write `predictions/validation.csv`, `test.csv`, `external.csv`, `soup.csv` and `embeddings.npy`.
+
+    A validation image is predicted by the network of its fold, which was not trained on it. On test and external
+    images, a cross-validated model is the mean of its networks.
 
     Args:
         config: names the models.
@@ -31,42 +35,71 @@ def predict_dataset(config: Config, table: pd.DataFrame, device: torch.device) -
         The table in `validation.csv`, unrounded: `file`, `label` and P(positive), with a column per seed.
 
     Raises:
-        UserError: the seeds have different validation sets.
+        UserError: a model has other folds than those that validate.
     """
-    if config.active.split.cross_validate:
-        raise UserError(
-            f"{config.profile}.split.cross_validate: every seed has its own validation set, so the seeds cannot be "
-            "compared or combined; see their scores with dvc metrics show, or set it to false"
-        )
-    networks = {name: classifier.load_classifier(Path("models", name), device) for name in config.model_names}
+    folds, batch_size = config.active.split.validation_folds, config.active.evaluate.batch_size
+    networks = {name: classifier.load_networks(Path("models", name), device) for name in config.model_names}
+    for name, of_folds in networks.items():
+        if len(of_folds) != len(folds):
+            raise UserError(f"models/{name}: {len(of_folds)} networks for {len(folds)} folds; run: dvc repro")
     members = config.bag_members
     unavailable_reason = ensemble.soup_unavailable_reason(
         config.active.weights.source, config.active.train.head_hidden, len(members)
     )
     if not unavailable_reason:
-        networks[SOUP] = soup.average_weights([networks[name] for name in members])
-    table = table[table["subset"].isin(["validation", "test"])]
-    pack = PackedImages(Path("data/images.npy"), device)
-    batch_size = config.active.evaluate.batch_size
-    probabilities = probability_table(networks, pack, list(table.index), batch_size).set_index(table.index)
+        by_fold = zip(*(networks[name] for name in members), strict=True)
+        networks[SOUP] = [soup.average_weights(of_fold) for of_fold in by_fold]
 
-    soup_probabilities = np.nan if unavailable_reason else probabilities.pop(SOUP)
-    write_csv(Path("predictions/soup.csv"), table[["subset", "file", "label"]].assign(**{SOUP: soup_probabilities}))
+    pack = PackedImages(Path("data/images.npy"), device)
     is_validation = table["subset"] == "validation"
-    validation = pd.concat([table[["file", "label"]], probabilities], axis="columns")[is_validation]
+    predictions = []
+    for index, fold in enumerate(folds):
+        of_fold = {name: of_folds[index] for name, of_folds in networks.items()}
+        rows = list(table.index[is_validation & (table["fold"] == fold)])
+        predictions.append(probability_table(of_fold, pack, rows, batch_size))
+    ensembles = {name: FoldEnsemble(of_folds) for name, of_folds in networks.items()}
+    rows = list(table.index[table["subset"].isin(["test", "external"])])
+    predictions.append(probability_table(ensembles, pack, rows, batch_size))
+
+    probabilities = pd.concat(predictions).sort_index()
+    table = table.loc[probabilities.index]
+    soup_probabilities = np.nan if unavailable_reason else probabilities.pop(SOUP)
+    soup_table = table[["subset", "file", "label"]].assign(**{SOUP: soup_probabilities})
+    write_csv(Path("predictions/soup.csv"), soup_table[table["subset"] != "external"])
+    labeled = pd.concat([table[["file", "label"]], probabilities], axis="columns")
+    validation = labeled[table["subset"] == "validation"]
     write_csv(Path("predictions/validation.csv"), validation)
-    test = pd.concat([table[["file"]], probabilities], axis="columns")[~is_validation]
-    write_csv(Path("predictions/test.csv"), test)
+    write_csv(Path("predictions/test.csv"), labeled[table["subset"] == "test"].drop(columns="label"))
+    write_csv(Path("predictions/external.csv"), labeled[table["subset"] == "external"])
+    embedded = table.index[(table["fold"] == folds[0]) | (table["subset"] == "test")]
+    embeddings = embed_images(networks[members[0]][0], pack, list(embedded), batch_size)
+    with atomic_path(Path("predictions/embeddings.npy")) as temporary, temporary.open("wb") as out:
+        np.save(out, embeddings)
     return validation
 
 
+def embed_images(network: Classifier, pack: PackedImages, rows: list[int], batch_size: int) -> np.ndarray:
+    """Return random projections of the backbone's features, float32 (rows, EMBEDDING_SIZE).
+
+    They keep distances about as they are (Johnson and Lindenstrauss 1984) and, unlike principal components, do not
+    depend on the images.
+    """
+    batches, chunks = torch.tensor(rows).split(batch_size), list[torch.Tensor]()
+    for _, pixels in track_progress(pack.batches(batches), "embedding", len(batches)):
+        features = network.embed(pixels).cpu()
+        projection = np.random.default_rng(0).standard_normal((features.shape[1], EMBEDDING_SIZE), dtype=np.float32)
+        chunks.append(features @ torch.from_numpy(projection))
+    return torch.cat(chunks).numpy()
+
+
 def probability_table(
-    networks: Mapping[str, Classifier], pack: PackedImages, rows: list[int], batch_size: int
+    networks: Mapping[str, Classifier | FoldEnsemble], pack: PackedImages, rows: list[int], batch_size: int
 ) -> pd.DataFrame:
-    """Return P(positive), with a column per network and a row per image, in the order of `rows`."""
-    batches = torch.tensor(rows).split(batch_size)
+    """Return P(positive), with a column per network, for the images at `rows` of the pack, which are the index."""
+    batches = torch.tensor(rows, dtype=torch.int64).split(batch_size) if rows else ()
     probabilities = [
         torch.stack([network.predict_proba(pixels) for network in networks.values()], dim=1).cpu()
         for _, pixels in track_progress(pack.batches(batches), "predicting", len(batches))
     ]
-    return pd.DataFrame(torch.cat(probabilities).numpy(), columns=list(networks))
+    values = torch.cat(probabilities).numpy() if probabilities else np.empty((0, len(networks)), np.float32)
+    return pd.DataFrame(values, index=rows, columns=list(networks))

@@ -78,6 +78,12 @@ class Classifier(nn.Module):
         logits: Tensor = self(self.normalize(self.resize(pixels)))
         return logits.float().softmax(1)[:, POSITIVE_CLASS]
 
+    @torch.inference_mode()
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Return the backbone's features, float32 (B, width), of gray images (B, H, W), uint8."""
+        features: Tensor = self.backbone(self.normalize(self.resize(pixels)))
+        return features.flatten(1).float()
+
 
 class Head(nn.Module):
     """Dropout, hidden layers, dropout and two logits.
@@ -139,11 +145,35 @@ def load_pretrained(network: Classifier, folder: Path) -> None:
     network.backbone.load_state_dict({name: state[name] for name in expected})
 
 
-def save_weights(network: Classifier, folder: Path) -> None:
-    """Write the weights to the folder, as safetensors."""
+class FoldEnsemble:
+    """The networks of one cross-validated seed, one per fold; on new images, P(positive) is their mean."""
+
+    def __init__(self, networks: Sequence[Classifier]) -> None:
+        self.networks = networks
+        self.architecture, self.scale = networks[0].architecture, networks[0].scale
+
+    @torch.inference_mode()
+    def predict_proba(self, pixels: Tensor) -> Tensor:
+        """Predict P(positive), see `Classifier.predict_proba`."""
+        return torch.stack([network.predict_proba(pixels) for network in self.networks]).mean(dim=0)
+
+
+def save_weights(networks: Sequence[Classifier], folder: Path) -> None:
+    """Write the weights to the folder, as safetensors.
+
+    Args:
+        networks: one, or in cross-validation one per fold, whose tensors get the prefix `fold-0.`, `fold-1.`, …
+        folder: where the file is written.
+    """
+    prefixes = [f"fold-{fold}." if len(networks) > 1 else "" for fold in range(len(networks))]
+    tensors = {
+        prefix + name: value.contiguous()
+        for prefix, network in zip(prefixes, networks, strict=True)
+        for name, value in network.state_dict().items()
+    }
     with atomic_path(folder / WEIGHTS_FILE) as temporary:
         # safetensors' save_file does not report a full disk.
-        temporary.write_bytes(save_tensors({name: value.contiguous() for name, value in network.state_dict().items()}))
+        temporary.write_bytes(save_tensors(tensors))
 
 
 def save_description(network: Classifier, folder: Path, metadata: dict[str, Any]) -> None:
@@ -152,8 +182,14 @@ def save_description(network: Classifier, folder: Path, metadata: dict[str, Any]
     write_json(folder / DESCRIPTION_FILE, {**asdict(network.architecture), "weights_sha256": digest, **metadata})
 
 
-def load_classifier(folder: Path, device: torch.device) -> Classifier:
-    """Load a saved model in evaluation mode; no code in the files is executed.
+def load_classifier(folder: Path, device: torch.device) -> Classifier | FoldEnsemble:
+    """Load a saved model in evaluation mode; see `load_networks`."""
+    networks = load_networks(folder, device)
+    return networks[0] if len(networks) == 1 else FoldEnsemble(networks)
+
+
+def load_networks(folder: Path, device: torch.device) -> list[Classifier]:
+    """Load the network of every fold in evaluation mode; no code in the files is executed.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -162,6 +198,13 @@ def load_classifier(folder: Path, device: torch.device) -> Classifier:
     description, weights = read_json(folder / DESCRIPTION_FILE), folder / WEIGHTS_FILE
     if sha256_of_file(weights) != description["weights_sha256"]:
         raise UserError(f"{weights}: not the weights that {DESCRIPTION_FILE} describes; run: dvc checkout {weights}")
-    network = Classifier(Architecture(**{name: description[name] for name in Architecture.__dataclass_fields__}))
-    network.load_state_dict(load_file(weights))
-    return network.to(device).eval()
+    folds: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in load_file(weights).items():
+        number, _, name = key.removeprefix("fold-").partition(".") if key.startswith("fold-") else ("0", "", key)
+        folds.setdefault(int(number), {})[name] = tensor
+    networks = []
+    for fold in sorted(folds):
+        network = Classifier(Architecture(**{name: description[name] for name in Architecture.__dataclass_fields__}))
+        network.load_state_dict(folds[fold])
+        networks.append(network.to(device).eval())
+    return networks

@@ -1,4 +1,4 @@
-"""Training of one seed, from pretrained weights to the epoch with the best validation F1."""
+"""Training of one network, from pretrained weights to the epoch that `train.keep` selects."""
 
 import copy
 import time
@@ -18,7 +18,7 @@ from pipeline.core import memory
 from pipeline.core.config import TrainParams
 from pipeline.core.errors import Interrupted, UserError
 from pipeline.data.dataset import PackedImages
-from pipeline.evaluation.metrics import Scores, score_predictions
+from pipeline.evaluation.metrics import Scores, kept_epoch, score_predictions
 from pipeline.models.classifier import Architecture, Classifier, load_pretrained
 from pipeline.training.augment import augment, draw_epoch_order, mixup
 from pipeline.training.checkpoint import Checkpoint
@@ -49,9 +49,10 @@ class EpochMetrics:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    network: Classifier  # with the weights of the best epoch
-    best: EpochMetrics
+    network: Classifier  # with the weights of the kept epoch
+    kept: EpochMetrics
     history: list[EpochMetrics]
+    predictions: Tensor  # P(positive) of the validation images after every epoch, float32 (N, epochs)
 
 
 class Trainer:
@@ -112,7 +113,8 @@ class Trainer:
         self.epoch, self.step = 1, 0  # the epoch in progress, and the number of its completed steps
         self.losses: list[Tensor] = []  # of the completed steps
         self.history: list[EpochMetrics] = []
-        self.best_weights: dict[str, Tensor] = {}
+        self.predictions: list[Tensor] = []  # P(positive) of the validation images after each epoch in the history
+        self.kept_weights: dict[str, Tensor] = {}
         self.forward: Any = None  # the network as it is called in training: data parallel, compiled
 
     def run(
@@ -121,15 +123,17 @@ class Trainer:
         on_epoch: Callable[[EpochMetrics, Classifier | None], None],
         stop: Callable[[], int],
         progress_path: Path | None = None,
+        fold: int | None = None,
     ) -> TrainingResult:
         """Train until the last epoch, or until early stopping.
 
         Args:
             checkpoint: loaded if it exists, and written after every epoch.
-            on_epoch: called after every epoch, with the model if it is the best so far; on resuming, called first for
-                every epoch in the checkpoint, without a model.
+            on_epoch: called after every epoch, with the model if its weights are kept so far; on resuming, called
+                first for every epoch in the checkpoint, without a model.
             stop: called after every step; returns the number of a signal that asks to stop, or 0.
             progress_path: the JSON file for the progress, if one is written.
+            fold: in cross-validation, the fold that validates; only shown.
 
         Raises:
             UserError: the loss is not finite, or there is not enough memory.
@@ -141,7 +145,8 @@ class Trainer:
             for entry in self.history:
                 on_epoch(entry, None)
         f1 = self.history[-1].scores["f1"] if self.history else None
-        progress = TrainingProgress(self.seed, min(self.epoch, self.params.epochs), self.params.epochs, f1)
+        epoch, epochs = min(self.epoch, self.params.epochs), self.params.epochs
+        progress = TrainingProgress(self.seed, epoch, epochs, f1, fold=fold)
         self.reporter = ProgressReporter(
             progress, self.steps_per_epoch, progress_path, enabled=self.group.is_main_process
         )
@@ -154,12 +159,12 @@ class Trainer:
                     entry = self._validate_epoch(images_per_second)
                     self._save(checkpoint)
                     self.reporter.report_epoch(entry.epoch, entry.train_loss, entry.scores["f1"], images_per_second)
-                    on_epoch(entry, self.eval_model if self.best is entry else None)
+                    on_epoch(entry, self.eval_model if self.kept is entry else None)
             except Interrupted:
                 self._save(checkpoint)
                 raise
-        self.eval_model.load_state_dict(self.best_weights)
-        return TrainingResult(self.eval_model.eval(), self.best, self.history)
+        self.eval_model.load_state_dict(self.kept_weights)
+        return TrainingResult(self.eval_model.eval(), self.kept, self.history, torch.stack(self.predictions, dim=1))
 
     @property
     def eval_model(self) -> Classifier:
@@ -167,14 +172,14 @@ class Trainer:
         return self.averaged.module if self.averaged else self.network  # type: ignore[return-value]
 
     @property
-    def best(self) -> EpochMetrics:
-        """The epoch with the best validation F1; a later one wins a tie."""
-        return max(self.history, key=lambda entry: (entry.scores["f1"], entry.epoch))
+    def kept(self) -> EpochMetrics:
+        """The epoch whose weights `train.keep` keeps; a later one wins a tie."""
+        return self.history[kept_epoch([entry.scores for entry in self.history], self.params.keep)]
 
     @property
     def finished(self) -> bool:
         patience, done = self.params.early_stopping_patience, len(self.history)
-        return done == self.params.epochs or bool(patience and done and done - self.best.epoch >= patience)
+        return done == self.params.epochs or bool(patience and done and done - self.kept.epoch >= patience)
 
     def state(self) -> dict[str, Any]:
         """Return everything that training changes, as numbers, strings and tensors."""
@@ -187,7 +192,8 @@ class Trainer:
             "step": self.step,
             "losses": self.losses,
             "history": [asdict(entry) for entry in self.history],
-            "best_weights": self.best_weights,
+            "predictions": self.predictions,
+            "kept_weights": self.kept_weights,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -199,7 +205,7 @@ class Trainer:
         self.epoch, self.step = state["epoch"], state["step"]
         self.losses = [loss.to(self.pack.device) for loss in state["losses"]]
         self.history = [EpochMetrics(**entry) for entry in state["history"]]
-        self.best_weights = state["best_weights"]
+        self.predictions, self.kept_weights = state["predictions"], state["kept_weights"]
 
     def _start_phase(self) -> None:
         """Freeze or unfreeze the backbone; data parallelism and compilation must be set up after that."""
@@ -275,7 +281,7 @@ class Trainer:
         return self.group.all_reduce_sum(loss)
 
     def _validate_epoch(self, images_per_second: float) -> EpochMetrics:
-        """Evaluate on the validation set, keep the weights if they are the best so far, and start the next epoch."""
+        """Evaluate on the validation set, keep the weights if `train.keep` selects them, and start the next epoch."""
         probabilities = self._predict_proba(self.validation_rows)
         if not probabilities.isfinite().all():
             raise self._divergence_error(f"epoch {self.epoch}: not all predictions are finite")
@@ -288,8 +294,9 @@ class Trainer:
             time.time(),
         )
         self.history.append(entry)
-        if self.best is entry:
-            self.best_weights = copy.deepcopy(self.eval_model.state_dict())
+        self.predictions.append(probabilities)
+        if self.kept is entry:
+            self.kept_weights = copy.deepcopy(self.eval_model.state_dict())
         self.epoch, self.step, self.losses = self.epoch + 1, 0, []
         return entry
 

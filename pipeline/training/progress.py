@@ -23,6 +23,11 @@ class TrainingProgress:
     loss: float | None = None  # on the training set
     images_per_second: float | None = None
     state: Literal["training", "finished", "interrupted", "failed"] = "training"
+    fold: int | None = None  # that validates, in cross-validation
+
+    @property
+    def label(self) -> str:
+        return f"seed {self.seed}" if self.fold is None else f"seed {self.seed}  fold {self.fold}"
 
 
 def progress_path(seed: int) -> Path:
@@ -64,7 +69,7 @@ class ProgressReporter:
     def __enter__(self) -> Self:
         self._bar.start()
         total = self._progress.epochs * self._steps
-        self._task = self._bar.add_task(f"seed {self._progress.seed}", total=total, **self._fields())
+        self._task = self._bar.add_task(self._progress.label, total=total, **self._fields())
         self._update()
         return self
 
@@ -88,8 +93,8 @@ class ProgressReporter:
         """Report a complete epoch, and print its line."""
         self._update(epoch=epoch, loss=loss, f1=f1, images_per_second=images_per_second)
         if self._enabled:
-            line = "seed {seed}  epoch {epoch}/{epochs}  loss {loss}  F1 {f1}  {rate} images/s"
-            self._bar.print(line.format(**{**asdict(self._progress), **self._fields()}))
+            line = "{label}  epoch {epoch}/{epochs}  loss {loss}  F1 {f1}  {rate} images/s"
+            self._bar.print(line.format(label=self._progress.label, **{**asdict(self._progress), **self._fields()}))
 
     def _update(self, **changes: Any) -> None:
         self._progress = replace(self._progress, **changes)
