@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from common import compare_metrics
 
 from pipeline.core.files import read_csv
 from pipeline.evaluation import intervals
@@ -44,7 +45,7 @@ def main(project: str, labels_file: str) -> None:
     for kind, mean in means.items():
         line = {"predictions": kind, "accuracy": round(mean["accuracy"][0], 3)}
         for reference in list(means)[: list(means).index(kind)]:
-            difference = intervals.compare_metrics(mean, means[reference], ["accuracy"]).iloc[0]
+            difference = compare_metrics(mean, means[reference], ["accuracy"]).iloc[0]
             line[f"over {reference}"] = [round(difference[key], 3) for key in ("difference", "low", "high")]
         print(json.dumps(line))
     estimated, deviation = round(np.mean(prevalences), 3), round(np.std(prevalences), 3)

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from torchvision.transforms import v2
 from pipeline.core import config
 from pipeline.core.config import PhantomParams, TrainParams
 from pipeline.data.sources import phantom
+from pipeline.evaluation.intervals import percentile_interval
 
 UNIQUE_IMAGES = 64  # the other radiographs are copies with other names
 ROOT = Path(__file__).parents[1]
@@ -65,6 +66,32 @@ def recipe(**changes: object) -> TrainParams:
     """Return the training parameters of the competition profile, with changes."""
     defaults = config.load_config(ROOT / "params.yaml").profiles["competition"].train
     return TrainParams.model_validate({**defaults.model_dump(), **changes})
+
+
+def compare_metrics(
+    ours: pd.DataFrame, theirs: pd.DataFrame, metrics: Iterable[str] | None = None, margin: float = 0
+) -> pd.DataFrame:
+    """Compare two models by a paired bootstrap.
+
+    Args:
+        ours: metrics of one model on every resample, from `compute_metrics`.
+        theirs: metrics of the other model, with the same weights.
+        metrics: names of the metrics to compare; by default, all that both tables have.
+        margin: difference above which ours counts as greater.
+
+    Returns:
+        A row per metric: `metric`, `difference` (ours minus theirs), `low` and `high` of its 95 % confidence interval,
+        and `probability`, the share of resamples with a difference above the margin. NaN where no resample defines the
+        metric.
+    """
+    rows = []
+    for metric in metrics or ours.columns.intersection(theirs.columns, sort=False):
+        sample = ours[metric] - theirs[metric]
+        low, high = percentile_interval(sample)
+        resampled = sample[1:].dropna()
+        probability = float((resampled > margin).mean()) if len(resampled) else np.nan
+        rows.append({"metric": metric, "difference": sample[0], "low": low, "high": high, "probability": probability})
+    return pd.DataFrame(rows)
 
 
 def seconds(work: Callable[[], object]) -> float:

@@ -1,4 +1,4 @@
-"""Seconds for the intervals of eleven models on 1527 images, against one call of scikit-learn per resample.
+"""Seconds for metrics on bootstrap resamples and for intervals of eleven models, against scikit-learn in a loop.
 
 python bench/intervals.py [RESAMPLES]
 """
@@ -10,7 +10,7 @@ import numpy as np
 from common import alternate, seconds
 from sklearn.metrics import average_precision_score, confusion_matrix, f1_score, log_loss, roc_auc_score
 
-from pipeline.evaluation.intervals import bootstrap_weights
+from pipeline.evaluation.intervals import bootstrap_weights, confidence_intervals
 from pipeline.evaluation.metrics import compute_metrics
 
 MODELS, IMAGES = 11, 1527
@@ -31,6 +31,11 @@ def main(count: int = 2000) -> None:
 
         return seconds(work)
 
+    def intervals() -> float:
+        return seconds(
+            lambda: [confidence_intervals(labels, (model >= 0.5).astype(int), groups, model) for model in models.T]
+        )
+
     def loop() -> float:
         def work() -> None:
             for _ in range(LOOP_RESAMPLES):
@@ -42,9 +47,9 @@ def main(count: int = 2000) -> None:
 
         return seconds(work) / LOOP_RESAMPLES * count * MODELS
 
-    fast, slow = alternate(vectorized, loop, rounds=3)
-    result = {"models": MODELS, "images": IMAGES, "resamples": count}
-    print(json.dumps(result | {"seconds": round(fast, 2), "loop": round(slow), "ratio": round(slow / fast, 1)}))
+    fast, slow, analytic = alternate(vectorized, loop, intervals, rounds=3)
+    result = {"models": MODELS, "images": IMAGES, "resamples": count, "seconds": round(fast, 2), "loop": round(slow)}
+    print(json.dumps(result | {"ratio": round(slow / fast, 1), "intervals": round(analytic, 2)}))
 
 
 if __name__ == "__main__":

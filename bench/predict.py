@@ -29,9 +29,9 @@ def main(count: int = 8, backbone: str = "alexnet", size: int = 224, rounds: int
         models = [folder / name for name in names]
         for model in models:
             network = Classifier(Architecture(backbone, [256, 128], 0, size, "none", size, "stretch"))
-            classifier.save_weights(network, model)
+            classifier.save_weights([network], model)
             classifier.save_description(network, model, {})
-        config = EnsembleConfig(names, "mean", "mean", 0.5, [0.5] * MEMBERS, [1 / MEMBERS] * MEMBERS)
+        config = EnsembleConfig(names, "mean", "mean", [1 / MEMBERS] * MEMBERS, 0.5)
         candidate.assemble_candidate(folder / "bag", folder, config)
         files = [folder / f"{index}.jpg" for index in range(count)]
         for index, file in enumerate(files):

@@ -24,7 +24,9 @@ pytestmark = pytest.mark.slow
         ("python bench/memory.py", ["150", "200"], 1),
         ("python bench/allocator.py", ["1", "1"], 2),
         ("python bench/intervals.py", ["20"], 1),
+        ("python bench/recipe_intervals.py", ["2", "3"], 7),
         ("python bench/predict.py", ["1", "squeezenet1_1", "64"], 1),
+        ("python bench/shift.py", ["4"], 15),
     ],
 )
 def test_a_benchmark_prints_its_results(command, arguments, lines):
@@ -50,21 +52,6 @@ def copy_with_changed_predictions(
         table[seed] = change(table[seed], table.get("label", pd.Series([0, 1] * len(table))[: len(table)]))
     table.to_csv(path, index=False)
     return target
-
-
-def test_an_ablation_finds_the_better_of_two_recipes(demo_project, tmp_path):
-    better = copy_with_changed_predictions(
-        demo_project, tmp_path / "better", "validation", lambda _, label: 0.1 + 0.8 * label
-    )
-    worse = copy_with_changed_predictions(
-        demo_project, tmp_path / "worse", "validation", lambda _, label: 0.9 - 0.8 * label
-    )
-    lines = {line["metric"]: line for line in run_benchmark("python bench/ablation.py", str(better), str(worse))}
-    assert list(lines) == ["loss", "calibrated_loss", "auroc", "average_precision", "f1"]
-    assert lines["loss"]["difference"] < 0 < lines["auroc"]["difference"]
-    assert {line["better"] for metric, line in lines.items() if metric != "calibrated_loss"} == {"2 of 2"}
-    result = run(ROOT, "python", "bench/ablation.py", str(better), str(demo_project.parent))
-    assert result.returncode
 
 
 def test_adaptation_is_evaluated_with_the_labels_of_the_test_set(demo_project, tmp_path):

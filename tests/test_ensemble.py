@@ -8,9 +8,10 @@ import torch
 from conftest import ROOT, error_message
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import expit, logit
 
 from pipeline.core.config import EvaluateParams, load_config
-from pipeline.core.files import write_json
+from pipeline.core.files import read_json, write_json
 from pipeline.evaluation import ensemble
 from pipeline.evaluation.ensemble import EnsembleConfig
 from pipeline.inference import candidate
@@ -20,7 +21,7 @@ from pipeline.models.classifier import Architecture, Classifier
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 PARAMS = EvaluateParams(
-    batch_size=1, cpu_threads=1, operating_point="half", min_sensitivity=0.9, expected_prevalence=None, resamples=10
+    operating_point="half", min_sensitivity=0.9, recalibration="none", expected_prevalence=None, resamples=10
 )
 probabilities = st.floats(0, 1, width=32)
 members = st.integers(1, 7).flatmap(
@@ -31,12 +32,12 @@ members = st.integers(1, 7).flatmap(
 def make_config(predictions: pd.DataFrame, tie: str = "mean", method: str = "vote") -> EnsembleConfig:
     """Return an ensemble of all columns with equal weights and the threshold 0.5."""
     count = predictions.shape[1]
-    return EnsembleConfig(list(predictions), method, tie, 0.5, [0.5] * count, [1 / count] * count)
+    return EnsembleConfig(list(predictions), method, tie, [1 / count] * count, 0.5)
 
 
 def majority(rows: list[list[float]], tie: str) -> list[int]:
     predictions = pd.DataFrame(rows)
-    return list(ensemble.combine(predictions, make_config(predictions, tie))["vote"])
+    return list(ensemble.predict(predictions, make_config(predictions, tie))["label"])
 
 
 @pytest.mark.parametrize(("tie", "low", "high"), [("positive", 1, 1), ("negative", 0, 0), ("mean", 0, 1)])
@@ -48,18 +49,20 @@ def test_mean_of_exactly_one_half_decides_an_even_vote_as_positive():
     assert majority([[0.25, 0.75]], "mean") == [1]
 
 
-@settings(max_examples=60, deadline=None)
-@given(members, st.sampled_from(["positive", "negative", "mean"]))
-def test_tie_parameter_does_not_affect_a_majority(rows, tie):
+@settings(max_examples=100, deadline=None)
+@given(members, st.sampled_from(["positive", "negative", "mean"]), st.sampled_from([0.5, 0.1, 0.9]))
+def test_label_of_the_vote_is_that_of_a_count_of_votes(rows, tie, threshold):
     table = pd.DataFrame(rows)
-    combined = ensemble.combine(table, make_config(table, tie))
+    config = replace(make_config(table, tie), threshold=threshold)
+    combined, label = ensemble.combine(table, config), ensemble.predict(table, config)["label"]
     for index, row in enumerate(rows):
-        count, mean = sum(value >= 0.5 for value in row), combined["mean"][index]
+        count, mean = sum(value >= threshold for value in row), combined["mean"][index]
         assert combined["votes"][index] == count
         assert mean == pytest.approx(sum(row) / len(row))
         assert combined["greedy"][index] == pytest.approx(mean)  # the weights are equal
-        even = {"positive": 1, "negative": 0, "mean": int(mean >= 0.5)}[tie]
-        assert combined["vote"][index] == (even if 2 * count == len(row) else int(2 * count > len(row)))
+        even = {"positive": 1, "negative": 0, "mean": int(mean >= threshold)}[tie]
+        assert label[index] == (even if 2 * count == len(row) else int(2 * count > len(row)))
+        assert min(row) <= combined["vote"][index] <= max(row)
 
 
 @settings(max_examples=40, deadline=None)
@@ -68,13 +71,6 @@ def test_vote_does_not_depend_on_the_order_of_the_members(rows):
     reversed_rows = [row[::-1] for row in rows]
     for tie in ("positive", "negative"):
         assert majority(rows, tie) == majority(reversed_rows, tie)
-
-
-def test_each_member_votes_at_its_own_threshold():
-    rows = pd.DataFrame([[0.2, 0.7, 0.8], [0.2, 0.6, 0.8]])
-    combined = ensemble.combine(rows, replace(make_config(rows), thresholds=[0.1, 0.7, 0.9]))
-    assert list(combined["votes"]) == [2, 1]
-    assert list(combined["vote"]) == [1, 0]
 
 
 def test_mean_logit_is_the_geometric_mean_of_odds_and_finite_at_0_and_1():
@@ -90,7 +86,18 @@ def test_ensemble_label_is_the_vote_or_the_probability_at_the_threshold():
     assert list(ensemble.predict(rows, make_config(rows, method="mean"))["label"]) == [0, 1]
     assert list(ensemble.predict(rows, replace(make_config(rows, method="mean"), threshold=0.3))["label"]) == [1, 1]
     weighted = replace(make_config(rows, method="greedy"), weights=[0.5, 0.5, 0.0])
-    assert list(ensemble.predict(rows, weighted)["probability"]) == [0.6, 0.5]
+    assert list(ensemble.predict(rows, weighted)["score"]) == [0.6, 0.5]
+
+
+def test_probability_is_the_recalibrated_score_and_the_label_is_decided_before():
+    rows = pd.DataFrame([[0.2, 0.2], [0.5, 0.9]])
+    recalibrated = replace(make_config(rows, method="mean"), temperature=2.0, bias=-2.0, prevalence=0.1)
+    predicted = ensemble.predict(rows, recalibrated)
+    assert list(predicted["score"]) == pytest.approx([0.2, 0.7])
+    assert predicted["probability"].to_numpy() == pytest.approx(expit(logit([0.2, 0.7]) / 2 - 2))
+    assert list(predicted["label"]) == [0, 1]
+    assert "0.119; probabilities are calibrated for 10.0% positives" in ensemble.describe_output(recalibrated)
+    assert "0.500; probabilities are not calibrated" in ensemble.describe_output(make_config(rows))
 
 
 def test_ensemble_keeps_the_index_of_the_predictions():
@@ -150,9 +157,9 @@ def test_subsets_of_many_members_are_sampled_reproducibly():
 
 def test_pairwise_disagreement_is_the_share_of_images_with_different_labels():
     predictions = pd.DataFrame({"a": [0.9, 0.1, 0.6, 0.2], "b": [0.9, 0.7, 0.2, 0.2]})
-    assert ensemble.pairwise_disagreement(predictions, [0.5, 0.5]).to_numpy().tolist() == [["a", "b", 0.5]]
-    assert ensemble.pairwise_disagreement(predictions, [0.5, 0.75])["share"][0] == 0.25
-    assert ensemble.pairwise_disagreement(predictions[["a"]], [0.5]).empty
+    assert ensemble.pairwise_disagreement(predictions, 0.5).to_numpy().tolist() == [["a", "b", 0.5]]
+    assert ensemble.pairwise_disagreement(predictions, 0.65)["share"][0] == 0.25
+    assert ensemble.pairwise_disagreement(predictions[["a"]], 0.5).empty
 
 
 def test_disagreements_list_the_closest_votes_first():
@@ -167,16 +174,36 @@ def test_single_member_ignores_method_and_tie():
     labels, predictions = make_predictions()
     for method in ensemble.METHODS:
         member = predictions[["seed-0"]]
-        assert ensemble.fit_ensemble(labels, member, method, "positive", PARAMS) == make_config(member, method="mean")
+        config = ensemble.fit_ensemble(labels, member, labels, method, "positive", PARAMS)
+        assert config == make_config(member, method="mean")
 
 
-def test_thresholds_of_members_and_ensemble_follow_the_operating_point_rule():
+@pytest.mark.parametrize("method", ensemble.METHODS)
+def test_threshold_of_every_method_follows_the_operating_point_rule(method):
     labels, predictions = make_predictions()
     params = PARAMS.model_copy(update={"operating_point": "sensitivity", "min_sensitivity": 1.0})
-    config = ensemble.fit_ensemble(labels, predictions, "logits", "mean", params)
-    assert (predictions.to_numpy() >= config.thresholds)[labels == 1].all()
+    config = ensemble.fit_ensemble(labels, predictions, np.arange(len(labels)), method, "mean", params)
     assert ensemble.predict(predictions, config)["label"][labels == 1].all()
-    assert len({config.threshold, *config.thresholds}) == 6
+    assert config.threshold != 0.5
+
+
+@pytest.mark.parametrize("method", ensemble.METHODS)
+def test_recalibration_of_every_method_is_fitted_to_its_score(method):
+    labels, predictions = make_predictions(2000)
+    params = PARAMS.model_copy(update={"recalibration": "platt"})
+    config = ensemble.fit_ensemble(labels, predictions, np.arange(len(labels)), method, "mean", params)
+    predicted = ensemble.predict(predictions, config)
+    assert config.prevalence == pytest.approx(0.25)
+    assert log_loss(labels, predicted["probability"]) < log_loss(labels, predicted["score"])
+    assert predicted["probability"].mean() == pytest.approx(0.25, abs=0.005)
+
+
+def test_ensemble_that_cannot_be_recalibrated_is_calibrated_for_no_prevalence():
+    labels, predictions = make_predictions()
+    params = PARAMS.model_copy(update={"recalibration": "platt"})
+    for wrong in (0 * labels, 1 - labels):
+        config = ensemble.fit_ensemble(wrong, predictions, labels, "mean", "mean", params)
+        assert (config.temperature, config.bias, config.prevalence) == (1.0, 0.0, None)
 
 
 # Averaged weights
@@ -216,7 +243,7 @@ def models(tmp_path) -> Path:
     """A folder with seed-0 and seed-1 as written by training."""
     for seed in (0, 1):
         folder = tmp_path / f"models/seed-{seed}"
-        classifier.save_weights(network := make_network(seed), folder)
+        classifier.save_weights([network := make_network(seed)], folder)
         classifier.save_description(network, folder, {})
     return tmp_path / "models"
 
@@ -225,12 +252,26 @@ def test_loaded_candidate_predicts_with_the_config_it_was_written_with(tmp_path,
     pixels = torch.randint(0, 256, (5, 32, 32), dtype=torch.uint8)
     members = pd.DataFrame({f"seed-{seed}": make_network(seed).predict_proba(pixels).numpy() for seed in (0, 1)})
     threshold = float(members["seed-1"].median())
-    config = EnsembleConfig(list(members), "greedy", "mean", threshold, [0.1, 0.2], [0.0, 1.0])
+    config = EnsembleConfig(list(members), "greedy", "mean", [0.0, 1.0], threshold, 2.0, -0.5, 0.1)
     candidate.assemble_candidate(tmp_path / "bag", models, config)
     predicted = candidate.load_candidate(tmp_path / "bag", torch.device("cpu")).predict(pixels)
-    assert predicted["probability"].to_numpy() == pytest.approx(members["seed-1"].to_numpy(), abs=1e-6)
+    assert predicted["score"].to_numpy() == pytest.approx(members["seed-1"].to_numpy(), abs=1e-6)
+    expected = expit(logit(members["seed-1"].to_numpy()) / 2 - 0.5)
+    assert predicted["probability"].to_numpy() == pytest.approx(expected, abs=1e-6)
     assert list(predicted["label"]) == list(ensemble.predict(members, config)["label"])
     assert 0 < predicted["label"].sum() < 5
+
+
+def test_candidate_of_an_earlier_release_is_refused_in_one_line(tmp_path, monkeypatch, models):
+    candidate.assemble_candidate(tmp_path / "bag", models, make_config(MEMBERS))
+    fields = read_json(tmp_path / "bag/candidate.json") | {"thresholds": [0.5, 0.5]}
+    write_json(tmp_path / "bag/candidate.json", fields)
+    message = error_message(candidate.load_candidate, tmp_path / "bag", torch.device("cpu"))
+    assert message.endswith("candidate.json: written by an earlier release; train again with: dvc repro")
+    monkeypatch.chdir(tmp_path)
+    write_json(ensemble.CANDIDATES, {"bag": fields})
+    message = error_message(ensemble.load_candidate_configs, load_config(ROOT / "params.yaml"))
+    assert message == "metrics/candidates.json: written by an earlier release; run: dvc repro bag"
 
 
 def test_candidates_with_different_thresholds_have_different_hashes(tmp_path, models):

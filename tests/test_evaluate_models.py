@@ -1,4 +1,4 @@
-"""Operating points, cross-fitting, calibration, prevalence, shortcut baselines, and the whole evaluation."""
+"""Cross-fitting, calibration, prevalence, shortcut baselines, and the whole evaluation."""
 
 import math
 import warnings
@@ -10,7 +10,6 @@ import pytest
 from conftest import ROOT
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from scipy.stats import beta
 from sklearn import metrics as sklearn
 
 from pipeline.core import config
@@ -21,7 +20,6 @@ from pipeline.evaluation import (
     curves,
     evaluate_models,
     metric_tables,
-    operating_point,
     prevalence,
     shortcuts,
 )
@@ -29,7 +27,6 @@ from pipeline.evaluation.cross_fitting import FOLD_COUNT, cross_fit, grouped_fol
 from pipeline.evaluation.evaluate_models import Evaluation
 from pipeline.evaluation.metrics import score_predictions
 
-OPERATING_POINT_RULES = ("best_f1", "youden", "sensitivity")
 rows = st.lists(st.tuples(st.integers(0, 1), st.floats(0, 1, width=32)), min_size=2, max_size=25)
 
 
@@ -41,46 +38,6 @@ def make_config(seeds: int = 2, **evaluate: object) -> Config:
     section = DEFAULT_CONFIG.active.evaluate.model_copy(update={"resamples": 50, **evaluate})
     profile = DEFAULT_CONFIG.active.model_copy(update={"evaluate": section})
     return DEFAULT_CONFIG.model_copy(update={"seeds": list(range(seeds)), "profiles": {"demo": profile}})
-
-
-def make_params(rule: str, min_sensitivity: float = 0.9) -> config.EvaluateParams:
-    return make_config(operating_point=rule, min_sensitivity=min_sensitivity).active.evaluate
-
-
-# Operating points
-
-
-@settings(max_examples=80, deadline=None)
-@given(rows, st.sampled_from([0.5, 0.8, 1.0]))
-def test_no_threshold_has_a_better_objective_than_the_chosen_one(rows, min_sensitivity):
-    labels, probabilities = (np.array(column) for column in zip(*rows, strict=True))
-    assume(len(set(labels)) == 2)
-
-    def evaluate(threshold: float) -> tuple[float, float, float]:
-        """Return sensitivity, specificity and F1."""
-        predicted = probabilities >= threshold
-        tp = int((predicted & (labels == 1)).sum())
-        sensitivity, specificity = tp / labels.sum(), (~predicted & (labels == 0)).sum() / (labels == 0).sum()
-        return sensitivity, specificity, 2 * tp / (predicted.sum() + labels.sum())
-
-    alternatives = [evaluate(value) for value in probabilities]
-    chosen = {
-        rule: evaluate(operating_point.choose_threshold(labels, probabilities, make_params(rule, min_sensitivity)))
-        for rule in OPERATING_POINT_RULES
-    }
-    assert chosen["best_f1"][2] == pytest.approx(max(f1 for *_, f1 in alternatives))
-    assert sum(chosen["youden"][:2]) == pytest.approx(max(sens + spec for sens, spec, _ in alternatives))
-    assert chosen["sensitivity"][0] >= min_sensitivity
-    best = max(spec for sens, spec, _ in alternatives if sens >= min_sensitivity)
-    assert chosen["sensitivity"][1] == pytest.approx(best)
-
-
-def test_threshold_is_midway_between_two_probabilities_and_nearest_to_one_half():
-    labels, probabilities = np.array([0, 0, 1, 1]), np.array([0.1, 0.2, 0.4, 0.9])
-    assert operating_point.choose_threshold(labels, probabilities, make_params("best_f1")) == pytest.approx(0.3)
-    assert operating_point.choose_threshold(labels, np.full(4, 0.7), make_params("youden")) == pytest.approx(0.35)
-    assert operating_point.choose_threshold(labels, probabilities, make_params("half")) == 0.5
-    assert operating_point.choose_threshold(np.zeros(4), probabilities, make_params("best_f1")) == 0.5
 
 
 # Cross-fitting
@@ -207,9 +164,15 @@ def make_pack(sources: list[str], size: int = 37) -> tuple[pd.DataFrame, np.ndar
         {
             "label": pd.array(labels.astype(int), dtype="Int64"),
             "subset": ["train"] * 60 + ["validation"] * 24 + ["test"] * 6,
+            "fold": pd.array([1] * 60 + [0] * 24 + [None] * 6, dtype="Int64"),
             "source": np.resize(sources, count),
             "width": 512,
             "height": np.where(labels, 400, 512),
+            "bytes": 9000,
+            "jpeg_quantization": 20.0,
+            "view": np.where(labels, "AP", "PA"),
+            "sex": np.resize(["F", "M", ""], count),
+            "age": np.where(labels, 70.0, np.nan),
         }
     )
     images = np.random.default_rng(0).integers(0, 200, (count, size, size)).astype(np.uint8)
@@ -222,19 +185,25 @@ def test_baselines_find_shortcuts_that_predict_the_label_and_no_others():
     probabilities, info = shortcuts.fit_baselines(table, images)
     labels = table.loc[probabilities.index, "label"].to_numpy(dtype=int)
     assert list(probabilities.index) == list(range(60, 84))
-    for name in ("source", "file_metadata", "thumbnail", "border"):
+    for name in ("source", "view", "demographics", "file_metadata", "thumbnail", "border"):
         assert sklearn.roc_auc_score(labels, probabilities[name]) > 0.95, name
         assert info[name]["threshold"] == pytest.approx(1 / 3)
-    table = table.assign(source=np.resize(["a", "b", "a", "b", "b"], 90))
-    probabilities, _ = shortcuts.fit_baselines(table, 0 * images + 1)
+    ages = np.where(np.arange(90) % 2, 30.0, 70.0)
+    table = table.assign(source=np.resize(["a", "b", "a", "b", "b"], 90), sex="", age=ages, height=512)
+    probabilities, info = shortcuts.fit_baselines(table, 0 * images + 1)
     assert sklearn.roc_auc_score(labels, probabilities["source"]) < 0.8
+    assert sklearn.roc_auc_score(labels, probabilities["demographics"]) < 0.8
+    assert info["file_metadata"]["reason"], "the age is no property of the file"
 
 
 def test_unavailable_baselines_have_a_reason():
     table, images = make_pack([""])
-    probabilities, info = shortcuts.fit_baselines(table.assign(height=512), 0 * images)
+    unknown = table.assign(height=512, view="", sex="", age=np.nan)
+    probabilities, info = shortcuts.fit_baselines(unknown, 0 * images)
     assert probabilities.isna().all(axis=None)
     assert info["source"]["reason"] == "no source is known of the training images, or one only"
+    assert info["view"]["reason"] == "no view is known of the training images, or one only"
+    assert info["demographics"]["reason"] == "all training images have the same features"
     assert info["file_metadata"]["reason"] == "all training images have the same features"
     assert "the same" in info["border"]["reason"]
     _, info = shortcuts.fit_baselines(table.assign(label=0), images)
@@ -268,9 +237,22 @@ def evaluate(
     files = [f"{index}.jpg" for index in range(count)]
     validation = predict(truth).assign(file=files, label=labels)
     test = predict(np.arange(12) % 2).assign(file=[f"t{index}.jpg" for index in range(12)])
-    groups = np.arange(count) // per_group
-    metadata = pd.DataFrame({"file": files, "group": groups, "source": np.resize(sources, count)})
-    metadata = metadata.assign(view="", width=600, height=np.resize([500, 700], count)).set_index("file")
+    all_files, groups = [*files, *test["file"]], [f"g{index // per_group}" for index in range(count + 12)]
+    metadata = pd.DataFrame({"file": all_files, "group": groups, "patient": groups, "label": [*labels, *[pd.NA] * 12]})
+    metadata = metadata.assign(
+        subset=["validation"] * count + ["test"] * 12,
+        fold=pd.array([0] * count + [None] * 12, dtype="Int64"),
+        source=np.resize(sources, count + 12),
+        view="",
+        sex="",
+        age=np.nan,
+        width=600,
+        height=np.resize([500, 700], count + 12),
+    ).set_index("file")
+    traits = pd.DataFrame({"file": all_files, "cluster": "", "bytes": rng.normal(size=count + 12)})
+    write_csv(folder / "acquisition.csv", traits)
+    np.save(folder / "thumbnails.npy", rng.random((count + 12, 4, 4)))
+    np.save(folder / "embeddings.npy", rng.normal(size=(count + 12, 3)))
     soup = validation[["file", "label"]].assign(subset="validation", soup=validation[names].mean(axis="columns"))
     write_csv(folder / "soup.csv", soup)
     baselines = validation[["file", "label"]].assign(source=0.2 + 0.5 * truth, file_metadata=np.nan)
@@ -279,10 +261,14 @@ def evaluate(
     write_json(folder / "evaluate.json", scores)
     info = {"source": {"threshold": 0.4, "reason": ""}, "file_metadata": {"threshold": None, "reason": "all the same"}}
     write_json(folder / "shortcuts.json", info)
+    for name in names:
+        epochs = pd.DataFrame({"fold": 0, "file": files, "epoch-1": 0.4 + 0.2 * rng.random(count)})
+        write_csv(folder / name / "validation.csv", epochs.assign(**{"epoch-2": validation[name]}))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         predictions = {"validation": validation, "test": test}
-        evaluation = evaluate_models.evaluate_models(settings, predictions, metadata, folder, folder)
+        epochs = evaluate_models.load_epoch_predictions(names, validation["file"], folder)
+        evaluation = evaluate_models.evaluate_models(settings, predictions, epochs, metadata, folder, folder)
         for path, table in evaluation.tables.items():
             write_csv(folder / path, table)
         write_json(folder / "summary.json", evaluation.summary)
@@ -304,7 +290,61 @@ def test_every_model_ensemble_and_baseline_has_metrics_or_a_reason(tmp_path):
     assert table[available]["value"].notna().all()
     assert set(table.loc[~available, "model"]) >= {"shortcut (file_metadata)"}
     assert set(table.loc[table["model"] == "bag (greedy)", "estimate_type"]) == {"cross-fitted"}
-    assert set(table.loc[table["model"] == "seed-0", "estimate_type"]) == {"fixed"}
+    types = table.set_index(["model", "metric"])["estimate_type"]
+    assert types["seed-0"]["f1"] == types["seed-0"]["auroc"] == "fixed"
+    assert types["seed-0"]["loss"] == "cross-fitted", "the recalibration is fitted"
+
+
+def make_selecting_config(keep: str, seeds: int = 2, **evaluate: object) -> Config:
+    settings = make_config(seeds, **evaluate)
+    train = settings.active.train.model_copy(update={"keep": keep})
+    profile = settings.active.model_copy(update={"train": train})
+    return settings.model_copy(update={"profiles": {settings.profile: profile}})
+
+
+@pytest.mark.parametrize(("keep", "seeds"), [("last", 1), ("last", 3), ("best_f1", 1), ("best_f1", 3)])
+def test_what_was_selected_on_the_validation_set_is_corrected_or_called_apparent(tmp_path, keep, seeds):
+    evaluation = evaluate(tmp_path, LABELS, make_selecting_config(keep, seeds, resamples=200))
+    table, summary = evaluation.tables["metrics/intervals.csv"], evaluation.summary
+    assert list(summary) == ["bag", "best", "validation"]
+    bag, best = summary["bag"]["model"], summary["best"]["model"]
+    types = table[table["metric"] == "f1"].groupby("model")["estimate_type"].agg(list)
+    corrected = ["apparent", "corrected"]
+    assert types[bag] == (["fixed"] if keep == "last" else corrected)
+    assert types[best] == (["fixed"] if keep == "last" and seeds == 1 else corrected)
+    others = [f"seed-{seed}" for seed in range(seeds) if f"seed-{seed}" != best]
+    assert all(types[seed] == (["fixed"] if keep == "last" else corrected) for seed in others)
+    for role, name in (("bag", bag), ("best", best)):
+        f1 = table.query("model == @name and metric == 'f1'")["value"]
+        assert summary[role]["f1"] == f1.iloc[-1]
+        assert summary[role].get("apparent_f1", f1.iloc[0]) == f1.iloc[0]
+        assert summary[role]["estimate_type"] == types[name][-1]
+        assert summary[role]["f1_low"] < summary[role]["f1"] < summary[role]["f1_high"]
+    if seeds > 1:
+        assert summary["best"]["f1"] < summary["best"]["apparent_f1"]
+    assert summary["validation"] == {
+        "images": 90, "positives": 30, "patients": 45, "positive_patients": 30, "negative_patients": 45,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["vote", "greedy"])
+def test_correction_covers_every_way_to_combine_and_a_fitted_threshold(tmp_path, method):
+    settings = make_selecting_config("best_loss", 3, operating_point="youden")
+    bag = settings.active.bag.model_copy(update={"method": method})
+    profile = settings.active.model_copy(update={"bag": bag})
+    summary = evaluate(tmp_path, LABELS, settings.model_copy(update={"profiles": {settings.profile: profile}})).summary
+    assert summary["bag"]["model"] == f"bag ({method})"
+    assert summary["bag"]["estimate_type"] == "corrected"
+    bag_metrics = summary["bag"]
+    apparent = bag_metrics["apparent_recall"] + bag_metrics["apparent_specificity"]
+    assert bag_metrics["recall"] + bag_metrics["specificity"] < apparent
+
+
+def test_ranks_of_the_candidates_add_up_to_1(tmp_path):
+    ranks = evaluate(tmp_path, LABELS, make_config()).tables["metrics/ranks.csv"]
+    assert list(ranks["model"])[:2] == ["seed-0", "seed-1"]
+    assert ranks["model"].iloc[2].startswith("bag (")
+    assert ranks["probability"].sum() == pytest.approx(1)
 
 
 def test_evaluation_is_written_reproducibly(tmp_path):
@@ -319,62 +359,70 @@ def test_metrics_at_a_fitted_operating_point_are_cross_fitted(tmp_path):
     tables = evaluate(tmp_path, LABELS, make_config(operating_point="best_f1")).tables
     points = tables["metrics/operating_points.csv"].set_index(["model", "estimate_type"])
     assert (points.xs("apparent", level=1)["f1"] >= points.xs("cross-fitted", level=1)["f1"] - 0.05).all()
-    assert set(tables["metrics/intervals.csv"].query("model == 'seed-0'")["estimate_type"]) == {"cross-fitted"}
+    types = tables["metrics/intervals.csv"].query("model == 'seed-0'").set_index("metric")["estimate_type"]
+    assert set(types[["f1", "recall", "loss"]]) == {"cross-fitted"}
+    assert types["auroc"] == "fixed", "it needs no threshold"
 
 
-def test_summary_has_the_expected_accuracy_at_the_expected_prevalence(tmp_path):
+def test_summary_has_the_expected_accuracy_of_the_bag(tmp_path):
     evaluation = evaluate(tmp_path, LABELS, make_config(expected_prevalence=0.4))
-    best = evaluation.summary["best"]
-    assert best["expected_accuracy"] == pytest.approx(0.4 * best["recall"] + 0.6 * best["specificity"])
-    assert best["expected_accuracy_low"] <= best["expected_accuracy"] <= best["expected_accuracy_high"]
+    bag, best = evaluation.summary["bag"], evaluation.summary["best"]
+    assert bag["expected_accuracy_low"] <= bag["expected_accuracy"] <= bag["expected_accuracy_high"]
+    assert best["expected_accuracy"] is None
+    assert best["expected_accuracy_reason"]
     assert 0 < best["estimated_test_prevalence"] < 1
-    assert 0.4 in set(evaluation.tables["metrics/prevalence.csv"]["prevalence"])
-    without_expected = evaluate(tmp_path, LABELS, make_config(expected_prevalence=None)).summary["best"]
-    assert without_expected["expected_accuracy"] is None
+
+
+def test_metrics_at_the_expected_prevalence_are_those_of_the_rates_in_the_summary(tmp_path):
+    evaluation = evaluate(tmp_path, LABELS, make_config(expected_prevalence=0.4))
+    for role in ("bag", "best"):
+        metrics = evaluation.summary[role]
+        table = evaluation.tables["metrics/prevalence.csv"].set_index(["model", "prevalence"])
+        row = table.loc[(metrics["model"], 0.4)]
+        assert row["estimate_type"] == metrics["estimate_type"]
+        assert row["accuracy"] == pytest.approx(0.4 * metrics["recall"] + 0.6 * metrics["specificity"])
+        assert row["accuracy_low"] < row["accuracy"] < row["accuracy_high"]
+
+
+def accuracy_at_half(labels: np.ndarray, predicted: np.ndarray, bias: dict[str, float] | None = None) -> pd.Series:
+    """Return the row of the prevalence table for a prevalence of 0.5; every image is its own group."""
+    validation = metric_tables.ValidationSet(labels, np.arange(len(labels)), 10)
+    rows = pd.DataFrame([bias] if bias else [], ["model"] if bias else [], columns=["recall", "specificity"])
+    models = {"model": metric_tables.Predictions(predicted, None)}
+    return metric_tables.prevalence_table(validation, models, rows, 0.5).set_index("prevalence").loc[0.5]
+
+
+def wilson_draws(successes: int, count: int, seed: int) -> np.ndarray:
+    """Return draws that have the limits of Wilson's interval, of any confidence level, as their quantiles."""
+    draws = np.random.default_rng(seed).normal(size=40_000)
+    squares, share = draws**2 / count, successes / count
+    half_width = np.sign(draws) * np.sqrt(squares * (share * (1 - share) + squares / 4))
+    return (share + squares / 2 + half_width) / (1 + squares)
 
 
 def test_prevalence_interval_of_a_class_without_errors_is_wide():
     labels = np.repeat([0, 1], [150, 20])
-    validation = metric_tables.ValidationSet(labels, np.arange(170), 2000)
     predicted = np.where(np.arange(170) < 7, 1, labels)  # seven false positives, no false negative
-    sample = validation.bootstrap_metrics(metric_tables.Predictions(predicted, None))
-    metrics = metric_tables.prevalence_table(validation, {"model": sample}, 0.5).set_index("prevalence").loc[0.5]
+    metrics = accuracy_at_half(labels, predicted)
     assert metrics["accuracy"] == pytest.approx((1 + 143 / 150) / 2)
-    # The mean of Jeffreys' lower limit for 20 of 20 and the specificity
-    assert metrics["accuracy_low"] == pytest.approx((beta.ppf(0.025, 20.5, 0.5) + 143 / 150) / 2, abs=0.01)
+    draws = (wilson_draws(20, 20, 0) + wilson_draws(143, 150, 1)) / 2
+    assert metrics["accuracy_low"] == pytest.approx(np.quantile(draws, 0.025), abs=0.003)
     assert metrics["npv_low"] < 0.95 < metrics["npv"] == 1
 
 
 def test_prevalence_interval_of_a_perfect_model_draws_the_classes_independently():
     labels = np.repeat([0, 1], 30)
-    validation = metric_tables.ValidationSet(labels, np.arange(60), 2000)
-    sample = validation.bootstrap_metrics(metric_tables.Predictions(labels, None))
-    metrics = metric_tables.prevalence_table(validation, {"model": sample}, 0.5).set_index("prevalence").loc[0.5]
-    draws = np.random.default_rng(1).beta(30.5, 0.5, (2, 20_000)).mean(axis=0)
-    assert metrics["accuracy_low"] == pytest.approx(np.quantile(draws, 0.025), abs=0.005)
+    draws = (wilson_draws(30, 30, 0) + wilson_draws(30, 30, 1)) / 2
+    assert accuracy_at_half(labels, labels)["accuracy_low"] == pytest.approx(np.quantile(draws, 0.025), abs=0.003)
 
 
-def test_held_out_source_has_metrics_in_the_slices(tmp_path):
-    settings = make_config()
-    split = settings.active.split.model_copy(update={"held_out_source": "a"})
-    profile = settings.active.model_copy(update={"split": split})
-    settings = settings.model_copy(update={"profiles": {settings.profile: profile}})
-    slices = evaluate(tmp_path, LABELS, settings, sources=("a",)).tables["metrics/slices.csv"]
-    held_out = slices[slices["by"] == "held-out source"]
-    assert set(held_out["slice"]) == {"a"}
-    assert held_out["value"].notna().any()
-    assert "source" not in set(slices["by"])
-
-
-def test_slices_mark_small_ones_and_sources_that_need_another_training(tmp_path):
-    tables = evaluate(tmp_path, [*LABELS, 0], make_config(), sources=("a",) * 88 + ("b",) * 3).tables
-    slices = tables["metrics/slices.csv"].drop_duplicates(["by", "slice"]).set_index(["by", "slice"])
-    assert not slices.loc[("source", "a"), "small"]
-    assert slices.loc[("source", "b"), "small"]
-    assert slices.loc[("source", "b"), "images"] == 3
-    assert "training without this source" in slices.loc[("held-out source", "a"), "reason"]
-    assert slices.loc[("view", ""), "reason"] == "no view is known"
-    assert {slice_ for by, slice_ in slices.index if by == "size"} == {"below 512", "512 to 1023"}
+def test_expected_accuracy_is_corrected_for_selection():
+    labels = np.repeat([0, 1], 30)
+    predicted = np.where(np.arange(60) % 10 == 0, 1 - labels, labels)  # three errors in each class
+    metrics = accuracy_at_half(labels, predicted, {"recall": 0.1, "specificity": 0.05})
+    assert metrics["estimate_type"] == "corrected"
+    assert metrics["accuracy"] == pytest.approx(0.9 - (0.1 + 0.05) / 2)
+    assert metrics["accuracy_low"] < metrics["accuracy"] < metrics["accuracy_high"]
 
 
 @pytest.mark.parametrize("labels", [[0] * 12, [1] * 12, [0, 1, 1], [1, 0], [0]])

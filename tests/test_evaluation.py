@@ -13,7 +13,8 @@ from sklearn import metrics as sklearn
 from pipeline.core.errors import UserError
 from pipeline.data.dataset import PackedImages
 from pipeline.evaluation import calibration, curves
-from pipeline.evaluation.intervals import compare_f1
+from pipeline.evaluation.intervals import compare_predictions
+from pipeline.evaluation.metric_tables import Predictions
 from pipeline.evaluation.metrics import best_model, score_predictions
 from pipeline.inference.dataset import probability_table
 from pipeline.kaggle import submission_file
@@ -146,6 +147,27 @@ def test_model_table_has_a_column_per_model_and_a_row_per_metric():
     assert math.isnan(table.loc["loss", "bag (vote)"])
 
 
+def test_model_table_has_the_corrected_headline_first_and_says_what_each_column_is(tmp_path):
+    intervals = pd.DataFrame(
+        [
+            ["seed-0", "apparent", "f1", 8 / 11],
+            ["seed-1", "fixed", "f1", 6 / 11],
+            ["bag (vote)", "cross-fitted", "f1", 0.7],
+            ["seed-0", "corrected", "f1", 0.6],
+        ],
+        columns=["model", "estimate_type", "metric", "value"],
+    )
+    table = model_table.build_table(models(), intervals, ["bag (vote)", "seed-0"])
+    assert list(table.columns) == ["seed-0, corrected", "seed-0", "seed-1", "bag (vote)"]
+    assert table.loc["f1"].tolist() == pytest.approx([0.6, 8 / 11, 6 / 11, 8 / 11])
+    assert math.isnan(table.loc["loss", "seed-0, corrected"])
+    model_table.write_table(tmp_path, table, model_table.describe_estimates(table, intervals))
+    assert (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()[-1] == (
+        "Corrected for selection on the validation set: seed-0. Not selected on the validation set: seed-1. "
+        "Apparent, that is selected on the validation set and therefore optimistic: seed-0, bag (vote)."
+    )
+
+
 def test_model_table_is_written_as_csv_markdown_and_png(tmp_path):
     model_table.write_table(tmp_path, model_table.build_table(models()))
     table = pd.read_csv(tmp_path / "table.csv", index_col="metric")
@@ -218,7 +240,7 @@ def test_predictions_that_do_not_match_the_sample_raise(tmp_path, labels, expect
 
 LABELS = np.array([0, 0, 1, 1, 0, 1])
 MODELS = pd.DataFrame({"seed-0": [0.1, 0.6, 0.4, 0.9, 0.2, 0.8], "seed-1": [0.3, 0.2, 0.9, 0.7, 0.6, 0.1]})
-HISTORY = pd.DataFrame({"epoch": [1, 2], "f1": [0.1, 0.5], "loss": [0.7, 0.6], "train_loss": [0.8, 0.6]})
+HISTORY = pd.DataFrame({"fold": 0, "epoch": [1, 2], "f1": [0.1, 0.5], "loss": [0.7, 0.6], "train_loss": [0.8, 0.6]})
 
 
 @pytest.mark.parametrize(
@@ -254,37 +276,48 @@ def test_areas_under_the_curve_points_equal_the_scores():
 # Paired comparison
 
 
+def compare_f1(labels, groups, ours, theirs, margin=0):
+    table = compare_predictions(labels, groups, Predictions(ours, None), Predictions(theirs, None), margin)
+    return table.set_index("metric").loc["f1"]
+
+
 @given(st.lists(st.tuples(*[st.integers(0, 1)] * 3, st.integers(0, 4)), min_size=1, max_size=40))
 @settings(deadline=None)
-def test_difference_in_f1_equals_that_of_scikit_learn_and_its_interval_lies_within_1(rows):
+def test_difference_in_f1_equals_that_of_scikit_learn(rows):
     labels, ours, theirs, groups = np.array(rows).T
-    result = compare_f1(labels, groups, ours, theirs, resamples=50)
+    result = compare_f1(labels, groups, ours, theirs)
     expected = sklearn.f1_score(labels, ours, zero_division=0) - sklearn.f1_score(labels, theirs, zero_division=0)
+    reverse = compare_f1(labels, groups, theirs, ours)
+    if not labels.any():
+        assert result["reason"] == "no positive image"
+        return
     assert result["difference"] == pytest.approx(expected)
-    reverse = compare_f1(labels, groups, theirs, ours, resamples=50)
     assert reverse["difference"] == pytest.approx(-expected)
-    if len(set(groups)) == 1 or not labels.any():  # a resample has no variation or no F1
-        assert (result["low"], result["high"], result["probability"]) == (None, None, None)
-    else:
-        assert -1 <= result["low"] <= result["high"] <= 1
-        assert result["probability"] + reverse["probability"] <= 1
+    if len(set(groups)) == 1:
+        assert np.isnan(result["low"])
+        assert result["reason"]
+    if not np.isnan(result["low"]):
+        assert result["low"] <= result["difference"] <= result["high"]
+        assert result["probability"] + reverse["probability"] == pytest.approx(1)
 
 
-def test_probability_of_a_higher_f1_is_1_for_a_perfect_model_and_0_for_an_equal_one():
+def test_a_perfect_model_is_better_than_a_wrong_one_and_not_than_an_equal_one():
     labels = np.tile([0, 1], 50)
-    result = compare_f1(labels, np.arange(100), labels, 1 - labels, resamples=200)
-    assert result == {"difference": 1.0, "low": 1.0, "high": 1.0, "probability": 1.0}
-    assert compare_f1(labels, np.arange(100), labels, labels, resamples=200)["probability"] == 0
-    assert compare_f1(labels, np.arange(100), labels, 1 - labels, resamples=200, margin=1)["probability"] == 0
+    result = compare_f1(labels, np.arange(100), labels, 1 - labels)
+    assert result["difference"] == 1
+    assert result["low"] > 0.5
+    assert result["probability"] > 0.999
+    assert compare_f1(labels, np.arange(100), labels, labels)["probability"] == pytest.approx(0.5)
+    assert compare_f1(labels, np.arange(100), labels, 1 - labels, margin=1)["probability"] == pytest.approx(0.5)
 
 
 def test_grouping_images_by_patient_widens_the_interval_of_the_difference():
     labels = np.tile([0, 1, 1, 1], 30)
     ours, theirs = labels.copy(), labels.copy()
     ours[1:20:4], theirs[1:40:4] = 0, 0
-    ungrouped = compare_f1(labels, np.arange(120), ours, theirs, resamples=500)
-    grouped = compare_f1(labels, np.arange(120) // 20, ours, theirs, resamples=500)
-    assert grouped["difference"] == ungrouped["difference"]
+    ungrouped = compare_f1(labels, np.arange(120), ours, theirs)
+    grouped = compare_f1(labels, np.arange(120) // 20, ours, theirs)
+    assert grouped["difference"] == pytest.approx(ungrouped["difference"])
     assert grouped["high"] - grouped["low"] > ungrouped["high"] - ungrouped["low"]
 
 

@@ -7,7 +7,9 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import minimize_scalar
 from scipy.special import expit, logit
+from scipy.stats import beta
 
+from pipeline.core.config import Recalibration
 from pipeline.evaluation.metrics import bin_indices, compute_metrics, has_single_class
 
 PROBABILITY_EPS = 1e-7  # distance from 0 and 1 to which probabilities are clipped; about the precision of float32
@@ -30,25 +32,56 @@ def expected_calibration_error(labels: np.ndarray, probabilities: np.ndarray) ->
     return float(metrics["calibration_error"][0])
 
 
-def reliability_curve(labels: np.ndarray, probabilities: np.ndarray) -> pd.DataFrame:
-    """Return a row per non-empty bin: `bin`, `images`, mean `probability` and `positives`, the share of positives."""
+def reliability_curve(labels: np.ndarray, probabilities: np.ndarray, groups: np.ndarray | None = None) -> pd.DataFrame:
+    """Compare predicted probabilities with the observed share of positives, bin by bin.
+
+    Args:
+        labels: (N,), 0 or 1.
+        probabilities: (N,), P(positive).
+        groups: (N,), the name of each image's group; by default, every image is its own.
+
+    Returns:
+        A row per non-empty bin: `bin`, the numbers of `images`, `groups` and `positive_images`, the mean `probability`,
+        the share of `positives`, and `low` and `high`, Jeffreys' 95 % interval (Brown, Cai and DasGupta 2001) of that
+        share, for which a group counts as one observation.
+    """
     table = pd.DataFrame(
-        {"bin": bin_indices(probabilities), "probability": np.asarray(probabilities, float), "label": labels}
+        {
+            "bin": bin_indices(probabilities),
+            "probability": np.asarray(probabilities, float),
+            "label": labels,
+            "group": np.arange(len(labels)) if groups is None else groups,
+        }
     )
     bins = table.groupby("bin").agg(
-        images=("label", "size"), probability=("probability", "mean"), positives=("label", "mean")
+        images=("label", "size"),
+        groups=("group", "nunique"),
+        positive_images=("label", "sum"),
+        probability=("probability", "mean"),
+        positives=("label", "mean"),
     )
-    return bins.reset_index()
+    successes = bins["positives"] * bins["groups"]
+    failures = bins["groups"] - successes
+    # By convention, the interval of no (or only) positives reaches to 0 (or 1).
+    low = np.where(successes == 0, 0, beta.ppf(0.025, successes + 0.5, failures + 0.5))
+    high = np.where(failures == 0, 1, beta.ppf(0.975, successes + 0.5, failures + 0.5))
+    return bins.assign(low=low, high=high).reset_index()
 
 
 @dataclass(frozen=True)
 class Recalibrator:
-    """Recalibrates P(positive): its logit is divided by `temperature`, then `bias` is added."""
+    """Recalibrates P(positive): its logit is divided by `temperature`, then `bias` is added.
 
-    temperature: float
+    `reason` says why it is the identity, if nothing was fitted. The identity returns probabilities unchanged.
+    """
+
+    temperature: float = 1.0
     bias: float = 0.0
+    reason: str = ""
 
     def __call__(self, probabilities: np.ndarray) -> np.ndarray:
+        if (self.temperature, self.bias) == (1, 0):
+            return np.asarray(probabilities, dtype=float)
         return np.asarray(expit(log_odds(probabilities) / self.temperature + self.bias))
 
 
@@ -69,10 +102,12 @@ def fit_temperature(labels: np.ndarray, probabilities: np.ndarray) -> Recalibrat
 
 
 def fit_platt(labels: np.ndarray, probabilities: np.ndarray) -> Recalibrator | None:
-    """Fit temperature and bias (Platt 1999).
+    """Fit temperature and bias to smoothed labels (Platt 1999).
 
     Weighted sampling shifts all logits by a constant, which a temperature alone cannot correct, and estimates of label
-    shift need calibrated probabilities (Alexandari, Kundaje and Shrikumar 2020, arXiv:1901.06852).
+    shift need calibrated probabilities (Alexandari, Kundaje and Shrikumar 2020, arXiv:1901.06852). Platt's targets,
+    (positives + 1) / (positives + 2) and 1 / (negatives + 2), keep few or separable images from giving probabilities
+    near 0 and 1.
 
     Returns:
         None for a single class, or if the share of positives does not increase with the probability.
@@ -81,7 +116,28 @@ def fit_platt(labels: np.ndarray, probabilities: np.ndarray) -> Recalibrator | N
 
     if has_single_class(labels):
         return None
-    # The weak penalty keeps the coefficients finite if the classes are separable.
-    model = LogisticRegression(C=1e3).fit(log_odds(probabilities)[:, None], labels)
+    labels = np.asarray(labels, dtype=int)
+    negatives, positives = np.bincount(labels)
+    targets = np.where(labels == 1, (positives + 1) / (positives + 2), 1 / (negatives + 2))
+    # An image with target t is one positive with weight t and one negative with weight 1 - t.
+    logits, ones = np.tile(log_odds(probabilities), 2)[:, None], np.ones(len(labels), int)
+    weights = np.concatenate([targets, 1 - targets])
+    model = LogisticRegression(C=1e3, solver="newton-cholesky").fit(logits, np.concatenate([ones, 0 * ones]), weights)
     slope, bias = float(model.coef_[0, 0]), float(model.intercept_[0])
     return Recalibrator(1 / slope, bias) if slope > np.exp(-MAX_LOG_TEMPERATURE) else None
+
+
+def fit_recalibrator(labels: np.ndarray, scores: np.ndarray, method: Recalibration) -> Recalibrator:
+    """Fit the recalibration `method`; where that is impossible, return the identity with the reason.
+
+    Args:
+        labels: (N,), 0 or 1.
+        scores: (N,), in [0, 1].
+        method: none, temperature or platt.
+    """
+    if method == "none":
+        return Recalibrator(reason="recalibration: none")
+    if has_single_class(labels):
+        return Recalibrator(reason="images of one class only")
+    fitted = fit_temperature(labels, scores) if method == "temperature" else fit_platt(labels, scores)
+    return fitted or Recalibrator(reason="higher scores do not mean more positives")

@@ -67,12 +67,14 @@ def draw_confusion_matrix(path: Path, labels: np.ndarray, predicted: np.ndarray,
 
 
 def draw_learning_curves(path: Path, histories: Mapping[str, pd.DataFrame]) -> None:
-    """Draw validation F1, validation loss and training loss by epoch, one line per model."""
+    """Draw validation F1, validation loss and training loss by epoch, one line per model and fold."""
     figure = Figure(figsize=(12, 4), layout="constrained")
     panels = {"f1": "validation F1", "loss": "validation loss", "train_loss": "training loss"}
     for axes, (column, title) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-        for name, history in histories.items():
-            axes.plot(history["epoch"], history[column], marker=".", label=name)
+        for number, (name, history) in enumerate(histories.items()):
+            for index, (_, of_fold) in enumerate(history.groupby("fold")):
+                label = name if index == 0 else None
+                axes.plot(of_fold["epoch"], of_fold[column], marker=".", color=f"C{number}", label=label)
         axes.set(title=title, xlabel="epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
     figure.axes[-1].legend(fontsize="x-small")

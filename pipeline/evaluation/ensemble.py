@@ -3,7 +3,6 @@
 The bag is the ensemble of the seeds; despite its name, every member is trained on the same images, not on resamples.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from math import comb
@@ -18,7 +17,7 @@ from pipeline.core.config import BAG, Config, EvaluateParams, Method, Tie
 from pipeline.core.errors import UserError
 from pipeline.core.files import read_csv, read_json
 from pipeline.evaluation import operating_point
-from pipeline.evaluation.calibration import PROBABILITY_EPS, log_odds
+from pipeline.evaluation.calibration import PROBABILITY_EPS, Recalibrator, fit_recalibrator, log_odds
 from pipeline.evaluation.metrics import DEFAULT_THRESHOLD, apply_threshold, best_model
 
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -29,60 +28,81 @@ MAX_SUBSETS = 100  # ensembles per size in `metric_by_ensemble_size`
 
 @dataclass(frozen=True)
 class EnsembleConfig:
-    """How the members' probabilities are combined into one prediction.
+    """How the members' probabilities are combined into a score, a probability and a label.
 
-    `thresholds` are the operating points of the members, in their order, for voting; `threshold` is the one of the
-    combined probability. `weights` are the members' weights in the greedy selection, equal for other methods.
+    The label is positive where the score is at least `threshold`. The probability is the recalibrated score: its logit
+    divided by `temperature`, plus `bias`; it is calibrated for a share of positives of `prevalence`, or, if that is
+    None, not calibrated. `weights` are the members' weights in the greedy selection, equal for other methods.
     """
 
     members: list[str]
     method: Method
     tie: Tie
-    threshold: float
-    thresholds: list[float]
     weights: list[float]
+    threshold: float
+    temperature: float = 1.0
+    bias: float = 0.0
+    prevalence: float | None = None
+
+    @property
+    def recalibrate(self) -> Recalibrator:
+        """The map from scores to probabilities."""
+        return Recalibrator(self.temperature, self.bias)
 
 
 def fit_ensemble(
-    labels: np.ndarray, members: pd.DataFrame, method: Method, tie: Tie, params: EvaluateParams
+    labels: np.ndarray, members: pd.DataFrame, groups: np.ndarray, method: Method, tie: Tie, params: EvaluateParams
 ) -> EnsembleConfig:
-    """Choose all operating points and the weights of the greedy selection on these images.
+    """Fit the weights of the greedy selection, the threshold and the recalibration on these images.
 
     Args:
         labels: (N,), 0 or 1.
         members: (N, M), P(positive), a named column per member; a single member ignores `method` and `tie`.
+        groups: (N,), the name of each image's group.
         method: combines the members.
-        tie: prediction for an even vote.
-        params: contains the rule that chooses thresholds.
+        tie: decides an even vote.
+        params: contains the rule that chooses the threshold, and the method of recalibration.
     """
-    thresholds, names = operating_point.choose_thresholds(labels, members, params), members.columns.tolist()
+    names = members.columns.tolist()
+    weights = [1 / len(names)] * len(names)
     if len(names) == 1:
-        return EnsembleConfig(names, "mean", "mean", thresholds.iloc[0], list(thresholds), [1.0])
-    weights = select_greedily(labels, members.to_numpy()) if method == "greedy" else [1 / len(names)] * len(names)
-    draft = EnsembleConfig(names, method, tie, DEFAULT_THRESHOLD, list(thresholds), weights)
-    probability = predict(members, draft)["probability"]
-    return replace(draft, threshold=operating_point.choose_threshold(labels, probability.to_numpy(), params))
+        method, tie = "mean", "mean"
+    elif method == "greedy":
+        weights = select_greedily(labels, members.to_numpy())
+    draft = EnsembleConfig(names, method, tie, weights, DEFAULT_THRESHOLD)
+    scores = combine(members, draft)[method].to_numpy()
+    recalibrator = fit_recalibrator(labels, scores, params.recalibration)
+    return replace(
+        draft,
+        threshold=operating_point.choose_threshold(labels, scores, groups, params),
+        temperature=recalibrator.temperature,
+        bias=recalibrator.bias,
+        prevalence=None if recalibrator.reason else float(np.mean(labels)),
+    )
 
 
 def combine(predictions: pd.DataFrame, config: EnsembleConfig) -> pd.DataFrame:
     """Combine the members' P(positive) by every method.
+
+    A majority vote is a score too: a median of the members' probabilities is at least a threshold if and only if a
+    majority of them is. With an even number of members, the upper median breaks a tie in favor of positive and the
+    lower median in favor of negative, and the mean, limited to the range between the two, as the mean decides.
 
     Args:
         predictions: a row per image, with a column per member, in [0, 1].
         config: its `tie` decides an even vote: positive, negative, or as the mean probability predicts.
 
     Returns:
-        `votes`, the number of members that predict positive; `vote`, 0 or 1, the majority; and the probabilities
+        `votes`, the number of members whose probability is at least the threshold, and the scores, in [0, 1]: `vote`,
         `mean`, `logits` (of the mean logit) and `greedy` (the weighted mean).
     """
     values = predictions[config.members].to_numpy(dtype=float)
-    votes = (values >= np.array(config.thresholds)).sum(axis=1)
-    mean = values.mean(axis=1)
-    wins_tie = mean >= config.threshold if config.tie == "mean" else config.tie == "positive"
-    vote = (2 * votes > values.shape[1]) | ((2 * votes == values.shape[1]) & wins_tie)
+    mean, ordered = values.mean(axis=1), np.sort(values, axis=1)
+    lower_median, upper_median = ordered[:, (values.shape[1] - 1) // 2], ordered[:, values.shape[1] // 2]
+    vote = {"positive": upper_median, "negative": lower_median, "mean": np.clip(mean, lower_median, upper_median)}
     columns = {
-        "votes": votes,
-        "vote": vote.astype(int),
+        "votes": (values >= config.threshold).sum(axis=1),
+        "vote": vote[config.tie],
         "mean": mean,
         "logits": expit(log_odds(values).mean(axis=1)),
         "greedy": values @ np.array(config.weights),
@@ -91,20 +111,33 @@ def combine(predictions: pd.DataFrame, config: EnsembleConfig) -> pd.DataFrame:
 
 
 def predict(predictions: pd.DataFrame, config: EnsembleConfig) -> pd.DataFrame:
-    """Return the ensemble's `probability` (for a vote, the mean) and `label`, 0 or 1; see `combine`."""
-    combined = combine(predictions, config)
-    probability = combined["mean" if config.method == "vote" else config.method]
-    label = combined["vote"] if config.method == "vote" else apply_threshold(probability, config.threshold)
-    return pd.DataFrame({"probability": probability, "label": label})
+    """Return the ensemble's `score`, `probability` (the recalibrated score) and `label`, 0 or 1; see `combine`."""
+    score = combine(predictions, config)[config.method]
+    label = apply_threshold(score, config.threshold)
+    return pd.DataFrame({"score": score, "probability": config.recalibrate(score.to_numpy()), "label": label})
+
+
+def describe_output(config: EnsembleConfig) -> str:
+    """Say at which probability the label is positive, and for which share of positives probabilities are calibrated."""
+    threshold = config.recalibrate(np.array([config.threshold]))[0]
+    calibration = (
+        "probabilities are not calibrated"
+        if config.prevalence is None
+        else f"probabilities are calibrated for {config.prevalence:.1%} positives, as in the validation set"
+    )
+    return f"label 1 means a probability of at least {threshold:.3f}; {calibration}"
 
 
 def load_candidate_configs(config: Config) -> dict[str, EnsembleConfig]:
     """Return the `EnsembleConfig` of every candidate by name, as the bag stage wrote it.
 
     Raises:
-        UserError: it was written for other seeds or members than those in params.yaml.
+        UserError: it was written by an earlier release, or for other seeds or members than those in params.yaml.
     """
-    candidates = {name: EnsembleConfig(**fields) for name, fields in read_json(CANDIDATES).items()}
+    try:
+        candidates = {name: EnsembleConfig(**fields) for name, fields in read_json(CANDIDATES).items()}
+    except TypeError:
+        raise UserError(f"{CANDIDATES}: written by an earlier release; run: dvc repro bag") from None
     if set(candidates) != {*config.model_names, BAG} or candidates[BAG].members != config.bag_members:
         raise UserError(f"params.yaml: seeds or bag.members differ from those in {CANDIDATES}; run: dvc repro bag")
     return candidates
@@ -158,7 +191,7 @@ def metric_by_ensemble_size(labels: np.ndarray, predictions: pd.DataFrame, confi
         A row per size: `members`, `subsets`, the mean `f1` and its `lowest` and `highest` value.
     """
     values, count = predictions[config.members].to_numpy(dtype=float), len(config.members)
-    votes = values >= np.array(config.thresholds)
+    votes = values >= config.threshold
     positive = np.asarray(labels, dtype=bool)[:, None]
     rng, rows = np.random.default_rng(0), []
     for size in range(1, count + 1):
@@ -174,9 +207,9 @@ def metric_by_ensemble_size(labels: np.ndarray, predictions: pd.DataFrame, confi
     return pd.DataFrame(rows, columns=["members", "subsets", "f1", "lowest", "highest"])
 
 
-def pairwise_disagreement(members: pd.DataFrame, thresholds: Sequence[float]) -> pd.DataFrame:
+def pairwise_disagreement(members: pd.DataFrame, threshold: float) -> pd.DataFrame:
     """Return, for every pair of members, the share of images with different labels: `model`, `other`, `share`."""
-    labels = members >= np.array(thresholds)
+    labels = members >= threshold
     rows = [[one, two, (labels[one] != labels[two]).mean()] for one, two in combinations(members, 2)]
     return pd.DataFrame(rows, columns=["model", "other", "share"])
 

@@ -1,6 +1,6 @@
 """Evaluation of the seeds, the bag and the shortcut baselines on the validation set."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,16 +9,34 @@ import numpy as np
 import pandas as pd
 
 from pipeline.core.config import BAG, Config, Method
+from pipeline.core.errors import UserError
 from pipeline.core.files import read_csv, read_json, write_csv, write_json
-from pipeline.evaluation import curves, ensemble, metric_tables, prevalence
-from pipeline.evaluation.calibration import fit_platt
-from pipeline.evaluation.cross_fitting import cross_fit
+from pipeline.evaluation import (
+    acquisition,
+    curves,
+    decision_curve,
+    ensemble,
+    forecast,
+    metric_tables,
+    operating_point,
+    referral,
+    selection,
+    slices,
+)
+from pipeline.evaluation.cross_fitted_predictor import (
+    CrossFittedPredictor,
+    fair_threshold_comparison,
+    operating_point_table,
+    with_fitted_threshold,
+)
 from pipeline.evaluation.ensemble import EnsembleConfig
+from pipeline.evaluation.expected_accuracy import ExpectedAccuracy
 from pipeline.evaluation.metric_tables import Predictions, ValidationSet
-from pipeline.evaluation.metrics import Scores, best_model, compute_metrics, score_predictions
-from pipeline.evaluation.prevalence import LabelShift
+from pipeline.evaluation.metrics import DEFAULT_THRESHOLD, Scores, best_model, score_predictions
+from pipeline.evaluation.prevalence import PrevalenceEstimate, estimate_prevalence
 
 HEADLINE_METRICS = ["f1", "recall", "specificity", "auroc", "calibration_error"]  # in the summary
+SELECTION_RESAMPLES = 1000  # at most, for the bias of selection; more take longer and change its third decimal
 
 
 @dataclass(frozen=True)
@@ -29,48 +47,26 @@ class Evaluation:
     summary: dict[str, Any]
 
 
-class CrossFittedPredictor:
-    """A model or ensemble with thresholds and weights fitted on the validation set, and its predictions for that set.
+@dataclass(frozen=True)
+class EpochPredictions:
+    """P(positive) of the validation images, (S, E, N), and the fold that validates each of them, (N,).
 
-    Attributes:
-        ensemble_config: fitted on all validation images.
-        predictions: cross-fitted if anything was fitted and the folds allow it; see `Predictions.estimate_type`.
-        apparent_predictions: of `ensemble_config`, on the images that it was fitted on.
-        probabilities: (N,), P(positive) of `predictions`; for a vote, the mean of the members.
+    Seeds are in the order of `Config.model_names`. NaN after the last epoch of a seed in a fold.
     """
 
-    def __init__(
-        self, config: Config, validation: ValidationSet, members: pd.DataFrame, method: Method = "mean"
-    ) -> None:
-        params, tie = config.active.evaluate, config.active.bag.tie
-
-        def fit(rows: np.ndarray) -> EnsembleConfig:
-            return ensemble.fit_ensemble(validation.labels[rows], members.iloc[rows], method, tie, params)
-
-        def predict(fitted: EnsembleConfig, rows: np.ndarray) -> np.ndarray:
-            return ensemble.predict(members.iloc[rows], fitted).to_numpy(float)
-
-        all_rows = np.arange(len(members))
-        self.ensemble_config = fit(all_rows)
-        apparent = predict(self.ensemble_config, all_rows)
-        values, estimate_type = apparent, "fixed"
-        if params.operating_point != "half" or (method == "greedy" and members.shape[1] > 1):
-            cross_fitted = cross_fit(validation.folds, fit, predict)
-            values, estimate_type = (apparent, "apparent") if cross_fitted is None else (cross_fitted, "cross-fitted")
-        self.probabilities = values[:, 0]
-        self.predictions = self._make_predictions(values, estimate_type)
-        self.apparent_predictions = self._make_predictions(apparent, "apparent")
-
-    def _make_predictions(self, values: np.ndarray, estimate_type: str) -> Predictions:
-        probabilities, predicted = values.T
-        return Predictions(predicted, None if self.ensemble_config.method == "vote" else probabilities, estimate_type)
+    probabilities: np.ndarray
+    folds: np.ndarray
 
 
-def write_ensembles(config: Config) -> dict[str, Scores]:
+def write_ensembles(config: Config, groups: pd.Series) -> dict[str, Scores]:
     """Fit the ensembles by every method, and write their predictions, scores and curves.
 
     The files are `metrics/candidates.json`, `metrics/bag.json`, `predictions/bag.csv`, and `plots/bag_roc.csv`,
     `bag_precision_recall.csv` and `bag_confusion.csv`.
+
+    Args:
+        config: contains the rules that choose thresholds and combine models.
+        groups: the name of each image's group, indexed by file.
 
     Returns:
         The apparent scores of every seed, then those of the ensembles by vote, mean and `bag.method`, by name.
@@ -78,10 +74,12 @@ def write_ensembles(config: Config) -> dict[str, Scores]:
     params = config.active.bag
     predictions = _read_predictions()
     validation = predictions["validation"]
-    labels = validation["label"].to_numpy()
+    labels, group_names = validation["label"].to_numpy(), groups.loc[validation["file"]].to_numpy()
 
     def fit(members: list[str], method: Method) -> EnsembleConfig:
-        return ensemble.fit_ensemble(labels, validation[members], method, params.tie, config.active.evaluate)
+        return ensemble.fit_ensemble(
+            labels, validation[members], group_names, method, params.tie, config.active.evaluate
+        )
 
     ensembles = {method: fit(config.bag_members, method) for method in ensemble.METHODS}
     bag = ensembles[params.method]
@@ -92,71 +90,178 @@ def write_ensembles(config: Config) -> dict[str, Scores]:
     for subset, table in predictions.items():
         columns = ensemble.combine(table, bag)
         columns["greedy"] = ensemble.combine(table, ensembles["greedy"])["greedy"]
-        combined[subset] = pd.concat([table.filter(["file", "label"]), columns], axis="columns")
+        predicted = ensemble.predict(table, bag).rename(columns={"label": "predicted"})
+        combined[subset] = pd.concat([table.filter(["file", "label"]), columns, predicted], axis="columns")
     write_csv(Path("predictions/bag.csv"), pd.concat(combined, names=["subset"]).reset_index("subset"))
 
-    predicted = {method: ensemble.predict(validation, fitted) for method, fitted in ensembles.items()}
+    predictions_by_method = {method: ensemble.predict(validation, fitted) for method, fitted in ensembles.items()}
     scores = {
-        method: score_predictions(labels, table["probability"].to_numpy(), table["label"].to_numpy())
-        for method, table in predicted.items()
+        method: score_predictions(labels, table["score"].to_numpy(), table["label"].to_numpy())
+        for method, table in predictions_by_method.items()
     }
-    scores["vote"] |= {"loss": None, "auroc": None, "average_precision": None}
     write_json(Path("metrics/bag.json"), scores)
-    _write_bag_curves(labels, predicted[params.method])
+    _write_bag_curves(labels, predictions_by_method[params.method])
     methods = dict.fromkeys(["vote", "mean", params.method])
     return {**read_json(Path("metrics/evaluate.json")), **{f"bag ({method})": scores[method] for method in methods}}
 
 
-def write_evaluation(config: Config, metadata: pd.DataFrame) -> None:
-    """Write the tables of `evaluate_models` and `metrics/summary.json`."""
-    evaluation = evaluate_models(config, _read_predictions(), metadata, Path("predictions"), Path("metrics"))
+def write_evaluation(config: Config, metadata: pd.DataFrame) -> Evaluation:
+    """Write the tables of `evaluate_models` and `metrics/summary.json`, and return them."""
+    predictions = _read_predictions()
+    epochs = load_epoch_predictions(config.model_names, predictions["validation"]["file"], Path("models"))
+    evaluation = evaluate_models(config, predictions, epochs, metadata, Path("predictions"), Path("metrics"))
     for path, table in evaluation.tables.items():
         write_csv(Path(path), table)
     write_json(Path("metrics/summary.json"), evaluation.summary)
+    return evaluation
+
+
+def load_epoch_predictions(names: Sequence[str], files: pd.Series, models_folder: Path) -> EpochPredictions:
+    """Read the predictions after every epoch, as the train stage wrote them, in the order of `files`.
+
+    Args:
+        names: of the models.
+        files: (N,), the validation images.
+        models_folder: with a folder per model.
+
+    Raises:
+        UserError: a model was validated on other images than `files`, or in other folds than the first model.
+    """
+    tables = []
+    for name in names:
+        path = models_folder / name / "validation.csv"
+        table = read_csv(path).set_index("file")
+        if len(table) != len(files) or set(table.index) != set(files):
+            raise UserError(f"{path}: other images than in predictions/validation.csv; run: dvc repro")
+        tables.append(table.loc[files])
+        if not tables[0]["fold"].equals(tables[-1]["fold"]):
+            raise UserError(f"{path}: other folds than in models/{names[0]}/validation.csv; run: dvc repro")
+    epochs = [table.drop(columns="fold").to_numpy(float).T for table in tables]
+    probabilities = np.full((len(names), max(map(len, epochs)), len(files)), np.nan)
+    for seed, values in enumerate(epochs):
+        probabilities[seed, : len(values)] = values
+    return EpochPredictions(probabilities, tables[0]["fold"].to_numpy())
 
 
 def evaluate_models(
     config: Config,
     predictions: Mapping[str, pd.DataFrame],
+    epochs: EpochPredictions,
     metadata: pd.DataFrame,
     predictions_folder: Path,
     metrics_folder: Path,
 ) -> Evaluation:
-    """Evaluate all models on the validation set, and estimate the prevalence of the test set.
+    """Evaluate all models on the validation set, and estimate what they do on the test set, without its labels.
 
     Args:
         config: contains the rules that choose thresholds and combine models.
         predictions: `validation` and `test`, with a column of P(positive) per seed, from the evaluate stage.
-        metadata: a row per image, indexed by file, with `group`, `source`, `view`, `width` and `height`.
-        predictions_folder: with `soup.csv` and `shortcuts.csv`.
+        epochs: of the same validation images.
+        metadata: a row per image of the pack, from `manifest.read_split`, indexed by file.
+        predictions_folder: with `soup.csv`, `shortcuts.csv`, and the features of the images.
         metrics_folder: with `evaluate.json` and `shortcuts.json`.
     """
     table, test = predictions["validation"], predictions["test"]
-    metadata, labels = metadata.loc[table["file"]], table["label"].to_numpy()
-    validation = ValidationSet(labels, metadata["group"].to_numpy(), config.active.evaluate.resamples)
+    metadata = metadata.assign(acquisition=acquisition.load_clusters(predictions_folder))
+    on_validation, labels = metadata.loc[table["file"]], table["label"].to_numpy()
+    validation = ValidationSet(labels, on_validation["group"].to_numpy(), config.active.evaluate.resamples)
     best, bag = best_model(read_json(metrics_folder / "evaluate.json")), f"bag ({config.active.bag.method})"
-    roles = {"best": best, "bag": bag}
+    roles = {"bag": bag, "best": best}
     predictors = fit_predictors(config, validation, table, predictions_folder / "soup.csv")
-    models = {name: predictor.predictions for name, predictor in predictors.items()}
+    bias = estimate_bias(config, validation, epochs, best, bag)
+    # Where an epoch was chosen on these images, all predictions for them are apparent, else those of the best seed.
+    is_selected = predictors if _selects_epochs(config, epochs) else bias.index
+    models = {
+        name: predictor.predictions.as_apparent() if name in is_selected else predictor.predictions
+        for name, predictor in predictors.items()
+    }
     if reason := _soup_unavailable_reason(config):
         models["bag (soup)"] = metric_tables.unavailable_predictions(reason)
-    models |= load_baselines(predictions_folder / "shortcuts.csv", metrics_folder / "shortcuts.json")
-
-    tables = build_tables(config, validation, metadata, predictors, models, roles)
-    tables |= build_bag_tables(config, predictions, predictors[bag].ensemble_config)
-    shifts = {
-        role: estimate_label_shift(labels, table, test, predictors[name].ensemble_config)
-        for role, name in roles.items()
-    }
-    tables["predictions/adapted.csv"] = pd.DataFrame(
-        {"file": test["file"]} | {role: shift["probabilities"] for role, shift in shifts.items()}
+    models |= load_baselines(
+        config, validation, predictions_folder / "shortcuts.csv", metrics_folder / "shortcuts.json"
     )
-    summary = {
-        role: summarize(name, predictors[name].ensemble_config, tables, config.active.evaluate.expected_prevalence)
-        | {"estimated_test_prevalence": _optional_float(shifts[role]["prevalence"])}
-        for role, name in roles.items()
-    }
+
+    tables = build_tables(config, validation, on_validation, predictors, models, roles, bias)
+    tables |= build_bag_tables(config, predictions, predictors[bag].ensemble_config)
+    test_groups, summary = metadata.loc[test["file"], "group"].to_numpy(), dict[str, Any]()
+    adapted = pd.DataFrame({"file": test["file"]})
+    for role, name in roles.items():
+        bag_config = predictors[name].ensemble_config
+        on_test = ensemble.predict(test, bag_config)["score"].to_numpy()
+        scores = ensemble.predict(table, bag_config)["score"].to_numpy()
+        prevalence = estimate_prevalence(labels, scores, validation.groups, on_test, test_groups)
+        adapted[role] = prevalence.probabilities
+        summary[role] = summarize(name, bag_config, tables) | _summarize_prevalence(prevalence)
+    tables["predictions/adapted.csv"] = adapted
+    shift, accuracy = forecast.forecast_test_set(
+        config, predictions, models[bag].predicted, metadata, predictors[bag].ensemble_config, predictions_folder
+    )
+    tables |= {"metrics/shift.csv": shift, "metrics/strata.csv": accuracy.strata}
+    summary["bag"] |= _summarize_accuracy(accuracy)
+    summary["best"] |= _summarize_accuracy(
+        ExpectedAccuracy(reason="foretold for the bag only: the best seed was selected on the validation images")
+    )
+    summary["validation"] = slices.count_patients(validation, np.arange(len(labels)))
     return Evaluation(tables, summary)
+
+
+def estimate_bias(
+    config: Config, validation: ValidationSet, epochs: EpochPredictions, best: str, bag: str
+) -> pd.DataFrame:
+    """Estimate what selection on the validation set adds to the metrics of the models that it affects.
+
+    Args:
+        config: contains the rules that choose epochs and thresholds and combine models.
+        validation: the set, N images.
+        epochs: predictions for these images after every epoch.
+        best: the name of the best seed.
+        bag: the name of the bag.
+
+    Returns:
+        The columns of `selection.estimate_selection_bias`, and a row for each model that is affected: the bag and all
+        seeds if epochs were chosen; the best seed, of which the choice among the seeds is a part, if there are several.
+    """
+    seeds, params, members = config.model_names, config.active.evaluate, config.bag_members
+    selects_epochs = _selects_epochs(config, epochs)
+    if not selects_epochs and len(seeds) == 1:
+        return pd.DataFrame(columns=selection.CORRECTED_RATES, dtype=float)
+    labels, weights = validation.labels, [1 / len(members)] * len(members)
+    method = config.active.bag.method if len(members) > 1 else "mean"
+    bag_config = EnsembleConfig(members, method, config.active.bag.tie, weights, DEFAULT_THRESHOLD)
+
+    def score_bag(of_members: np.ndarray, resamples: np.ndarray) -> np.ndarray:
+        if method == "greedy":
+            rows = [np.repeat(np.arange(len(labels)), counts) for counts in resamples.astype(int)]
+            fitted = [
+                ensemble.select_greedily(labels[row], values[row]) for row, values in zip(rows, of_members, strict=True)
+            ]
+            return np.asarray(np.einsum("rnm,rm->rn", of_members, np.array(fitted)))
+        stacked = pd.DataFrame(of_members.reshape(-1, len(members)), columns=members)
+        return ensemble.combine(stacked, bag_config)[method].to_numpy().reshape(resamples.shape)
+
+    def choose_thresholds(scores: np.ndarray, resamples: np.ndarray) -> np.ndarray:
+        if params.operating_point == "half":
+            return np.full(len(scores), DEFAULT_THRESHOLD)
+        chosen = [
+            operating_point.choose_thresholds(labels, score, validation.groups, counts[None], params)
+            for score, counts in zip(scores, resamples, strict=True)
+        ]
+        return np.concatenate(chosen)
+
+    bias = selection.estimate_selection_bias(
+        labels,
+        epochs.folds,
+        epochs.probabilities,
+        config.active.train.keep,
+        validation.weights[1 : 1 + SELECTION_RESAMPLES],
+        [seeds.index(member) for member in members],
+        score_bag,
+        choose_thresholds,
+    )
+    bias = bias.rename(index=dict(enumerate(seeds)) | {selection.BAG: bag})
+    if len(seeds) > 1:
+        bias.loc[best] = bias.loc[selection.BEST]
+    return bias.loc[[bag, *seeds] if selects_epochs else [best]]
 
 
 def fit_predictors(
@@ -172,17 +277,17 @@ def fit_predictors(
     return predictors
 
 
-def load_baselines(probabilities_file: Path, info_file: Path) -> dict[str, Predictions]:
-    """Return the predictions of the shortcut baselines by name."""
-    table, baselines = pd.read_csv(probabilities_file), {}
-    for name, info in read_json(info_file).items():
-        probabilities = table[name].to_numpy()
-        baselines[f"shortcut ({name})"] = (
-            metric_tables.unavailable_predictions(info["reason"])
-            if info["reason"]
-            else Predictions(probabilities >= info["threshold"], probabilities)
-        )
-    return baselines
+def load_baselines(
+    config: Config, validation: ValidationSet, probabilities_file: Path, info_file: Path
+) -> dict[str, Predictions]:
+    """Return the predictions of the shortcut baselines by name, at a threshold that is fitted as for models."""
+    table, config = pd.read_csv(probabilities_file), with_fitted_threshold(config)
+    return {
+        f"shortcut ({name})": metric_tables.unavailable_predictions(info["reason"])
+        if info["reason"]
+        else CrossFittedPredictor(config, validation, table[[name]]).predictions
+        for name, info in read_json(info_file).items()
+    }
 
 
 def build_tables(
@@ -192,6 +297,7 @@ def build_tables(
     predictors: Mapping[str, CrossFittedPredictor],
     models: Mapping[str, Predictions],
     roles: Mapping[str, str],
+    bias: pd.DataFrame,
 ) -> dict[str, pd.DataFrame]:
     """Build the tables of metrics on the validation set.
 
@@ -201,27 +307,59 @@ def build_tables(
         metadata: a row per validation image.
         predictors: by name.
         models: the predictions of these and of the shortcut baselines, by name.
-        roles: names of the `best` seed and the `bag`.
+        roles: names of the `bag` and the `best` seed.
+        bias: from `estimate_bias`.
     """
     params, (best, bag) = config.active.evaluate, (roles["best"], roles["bag"])
-    samples = {name: validation.bootstrap_metrics(model) for name, model in models.items()}
+    samples = {
+        name: predictors[name].bootstrap_metrics(validation)
+        if name in predictors
+        else validation.bootstrap_metrics(model)
+        for name, model in models.items()
+    }
+    baselines = {
+        name: model.scores for name, model in models.items() if name.startswith("shortcut") and model.scores is not None
+    }
+    differences = [
+        metric_tables.difference_table(
+            validation, {name: models[name] for name in predictors}, samples, [bag, best]
+        ).assign(rule=params.operating_point),
+        *(
+            fair_threshold_comparison(config, validation, {**baselines, name: predictors[name].scores}, name)
+            for name in dict.fromkeys([bag, best])
+        ),
+    ]
     candidates = [*config.model_names, bag]
+    apparent = {name: predictors[name].apparent_predictions for name in bias.index}
+    corrected = metric_tables.corrected_table(validation, apparent, bias)
     calibrations, reliability = metric_tables.calibration_table(
-        validation, {name: predictors[name].probabilities for name in candidates}
+        validation, {name: predictors[name].scores for name in candidates}
     )
     by_prevalence = metric_tables.prevalence_table(
-        validation, {name: samples[name] for name in candidates}, params.expected_prevalence
+        validation,
+        {name: predictors[name].apparent_predictions if name in bias.index else models[name] for name in candidates},
+        bias,
+        params.expected_prevalence,
     )
     return {
-        "metrics/intervals.csv": metric_tables.interval_table(validation, models, samples),
-        "metrics/differences.csv": metric_tables.difference_table(samples, [bag, best]),
+        "metrics/intervals.csv": pd.concat([metric_tables.interval_table(validation, models, samples), corrected]),
+        "metrics/differences.csv": pd.concat(differences),
+        "metrics/ranks.csv": metric_tables.rank_table({name: samples[name] for name in candidates}),
         "metrics/seeds.csv": metric_tables.seed_table({seed: samples[seed] for seed in config.model_names}),
-        "metrics/operating_points.csv": _operating_point_table(validation.labels, predictors, params.operating_point),
+        "metrics/operating_points.csv": operating_point_table(validation, predictors, params),
         "metrics/calibration.csv": calibrations,
         "metrics/prevalence.csv": by_prevalence,
         "metrics/reliability.csv": reliability,
-        "metrics/slices.csv": metric_tables.slice_table(
-            validation, metadata, {name: models[name] for name in (best, bag)}, config.active.split.held_out_source
+        "metrics/slices.csv": slices.slice_table(validation, metadata, {name: models[name] for name in (best, bag)}),
+        "plots/bag_decision_curve.csv": decision_curve.decision_curve(
+            validation.labels,
+            predictors[bag].probabilities,
+            [params.expected_prevalence] if params.expected_prevalence else [],
+        ),
+        "plots/bag_referral.csv": referral.referral_table(
+            validation,
+            models[bag],
+            referral.threshold_uncertainty(predictors[bag].scores, predictors[bag].ensemble_config.threshold),
         ),
         "plots/bag_prevalence.csv": by_prevalence.query("model == @bag"),
         "plots/bag_reliability.csv": reliability.query("model == @bag and calibration == 'none'"),
@@ -238,46 +376,54 @@ def build_bag_tables(
         for subset, table in predictions.items()
     }
     return {
-        "metrics/disagreement.csv": ensemble.pairwise_disagreement(validation[members], bag.thresholds),
+        "metrics/disagreement.csv": ensemble.pairwise_disagreement(validation[members], bag.threshold),
         "plots/bag_growth.csv": ensemble.metric_by_ensemble_size(validation["label"].to_numpy(), validation, bag),
         "predictions/disputed.csv": pd.concat(disputed, names=["subset"]).reset_index("subset"),
     }
 
 
-def estimate_label_shift(
-    labels: np.ndarray, validation: pd.DataFrame, test: pd.DataFrame, ensemble_config: EnsembleConfig
-) -> LabelShift:
-    """Estimate the prevalence of the test set and adapt its predictions; NaN where they cannot be calibrated.
+def summarize(name: str, ensemble_config: EnsembleConfig, tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
+    """Return the scalar metrics of one model, from the tables of `evaluate_models`.
 
-    Args:
-        labels: (N,), of the validation images, 0 or 1.
-        validation: a row per validation image, with a column of P(positive) per member.
-        test: the same for the test images.
-        ensemble_config: combines the members.
+    Metrics are the corrected ones, with the apparent ones beside them, where there are any; `estimate_type` is that of
+    F1.
     """
-    uncalibrated, on_test = (ensemble.predict(table, ensemble_config)["probability"] for table in (validation, test))
-    recalibrate = fit_platt(labels, uncalibrated.to_numpy())
-    if recalibrate is None or not len(test):
-        return {"prevalence": np.nan, "probabilities": np.full(len(test), np.nan)}
-    return prevalence.adapt_label_shift(recalibrate(on_test.to_numpy()), float(labels.mean()))
-
-
-def summarize(
-    name: str, ensemble_config: EnsembleConfig, tables: Mapping[str, pd.DataFrame], expected_prevalence: float | None
-) -> dict[str, Any]:
-    """Return the scalar metrics of one model, from the tables of `build_tables`."""
-    intervals = tables["metrics/intervals.csv"].query("model == @name").set_index("metric")
+    intervals = tables["metrics/intervals.csv"].query("model == @name")
+    apparent, intervals = (
+        intervals.drop_duplicates("metric", keep=keep).set_index("metric") for keep in ("first", "last")
+    )
     calibrations = tables["metrics/calibration.csv"].query("model == @name").set_index("calibration")
-    by_prevalence = tables["metrics/prevalence.csv"].query("model == @name")
-    expected = by_prevalence[by_prevalence["prevalence"] == expected_prevalence]
-    summary: dict[str, Any] = {"model": name, "threshold": ensemble_config.threshold}
+    summary: dict[str, Any] = {
+        "model": name,
+        "estimate_type": intervals.loc["f1", "estimate_type"],
+        "threshold": ensemble_config.threshold,
+    }
     for metric in HEADLINE_METRICS:
         value, low, high = (_optional_float(intervals.loc[metric, column]) for column in ("value", "low", "high"))
         summary |= {metric: value, f"{metric}_low": low, f"{metric}_high": high}
+        if intervals.loc[metric, "estimate_type"] == "corrected":
+            summary[f"apparent_{metric}"] = _optional_float(apparent.loc[metric, "value"])
     summary["temperature"] = _optional_float(calibrations.loc["temperature", "temperature"])
-    for column in ("accuracy", "accuracy_low", "accuracy_high", "ppv", "npv"):
-        summary[f"expected_{column}"] = _optional_float(expected[column].iloc[0]) if len(expected) else None
     return summary
+
+
+def _summarize_prevalence(estimate: PrevalenceEstimate) -> dict[str, Any]:
+    values = {"": estimate.prevalence, "_low": estimate.low, "_high": estimate.high}
+    return {f"estimated_test_prevalence{end}": _optional_float(value) for end, value in values.items()} | {
+        "test_prevalence_differs": estimate.differs
+    }
+
+
+def _summarize_accuracy(accuracy: ExpectedAccuracy) -> dict[str, Any]:
+    values = {"": accuracy.value, "_low": accuracy.low, "_high": accuracy.high}
+    return {f"expected_accuracy{end}": _optional_float(value) for end, value in values.items()} | {
+        "expected_accuracy_method": accuracy.method,
+        "expected_accuracy_reason": accuracy.reason,
+    }
+
+
+def _selects_epochs(config: Config, epochs: EpochPredictions) -> bool:
+    return config.active.train.keep != "last" and epochs.probabilities.shape[1] > 1
 
 
 def _read_predictions() -> dict[str, pd.DataFrame]:
@@ -285,9 +431,9 @@ def _read_predictions() -> dict[str, pd.DataFrame]:
 
 
 def _write_bag_curves(labels: np.ndarray, bag: pd.DataFrame) -> None:
-    probabilities = bag["probability"].to_numpy()
-    write_csv(Path("plots/bag_roc.csv"), curves.roc_points(labels, probabilities))
-    write_csv(Path("plots/bag_precision_recall.csv"), curves.precision_recall_points(labels, probabilities))
+    scores = bag["score"].to_numpy()
+    write_csv(Path("plots/bag_roc.csv"), curves.roc_points(labels, scores))
+    write_csv(Path("plots/bag_precision_recall.csv"), curves.precision_recall_points(labels, scores))
     confusion = pd.DataFrame({"actual": labels, "predicted": bag["label"]}).replace({0: "negative", 1: "positive"})
     write_csv(Path("plots/bag_confusion.csv"), confusion)
 
@@ -296,27 +442,6 @@ def _soup_unavailable_reason(config: Config) -> str:
     return ensemble.soup_unavailable_reason(
         config.active.weights.source, config.active.train.head_hidden, len(config.bag_members)
     )
-
-
-def _operating_point_table(
-    labels: np.ndarray, predictors: Mapping[str, CrossFittedPredictor], chosen_by: str
-) -> pd.DataFrame:
-    """Return the threshold of every predictor with its metrics, both cross-fitted and apparent where they differ."""
-    rows = []
-    for name, predictor in predictors.items():
-        estimates = [predictor.predictions]
-        if predictor.predictions.estimate_type == "cross-fitted":
-            estimates.append(predictor.apparent_predictions)
-        for estimate in estimates:
-            row = {
-                "model": name,
-                "chosen_by": chosen_by,
-                "threshold": predictor.ensemble_config.threshold,
-                "estimate_type": estimate.estimate_type,
-            }
-            metrics = compute_metrics(labels, estimate.predicted, None, np.ones((1, len(labels)))).iloc[0]
-            rows.append(row | metrics.to_dict())
-    return pd.DataFrame(rows)
 
 
 def _optional_float(value: Any) -> float | None:

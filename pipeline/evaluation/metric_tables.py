@@ -1,22 +1,34 @@
-"""Tables of metrics on the validation set: intervals, differences, calibration, prevalence and subgroups."""
+"""Tables of metrics on the validation set: intervals, differences, calibration and prevalence."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from pipeline.evaluation import calibration, prevalence
+from pipeline.evaluation import calibration, prevalence, selection
 from pipeline.evaluation.cross_fitting import cross_fit, grouped_folds
-from pipeline.evaluation.intervals import bootstrap_weights, compare_metrics, confidence_intervals, percentile_interval
-from pipeline.evaluation.metrics import SCORE_METRICS, THRESHOLD_METRICS, apply_threshold, compute_metrics
+from pipeline.evaluation.intervals import (
+    bootstrap_weights,
+    compare_predictions,
+    confidence_intervals,
+    percentile_interval,
+)
+from pipeline.evaluation.metrics import (
+    CALIBRATION_METRICS,
+    RANK_METRICS,
+    SCORE_METRICS,
+    THRESHOLD_METRICS,
+    apply_threshold,
+    compute_metrics,
+)
 
-MIN_PER_CLASS = 10  # a slice with fewer images of a class is marked as small
-HELD_OUT_SOURCE = "held-out source"
-SIZE_BINS = {"below 512": 0, "512 to 1023": 512, "1024 to 2047": 1024, "2048 and more": 2048}  # shorter edge, pixels
 COLUMNS = ["model", "estimate_type", "metric", "value", "low", "high", "method", "reason"]
+RELIABILITY_COLUMNS = [
+    "model", "calibration", "bin", "images", "groups", "positive_images", "probability", "positives", "low", "high",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -26,16 +38,35 @@ class Predictions:
     `estimate_type` is `fixed` if nothing was fitted on the validation images, `cross-fitted` if threshold and members
     were fitted on other folds than the image's own, or `apparent` if they were fitted on the same images, which is
     optimistically biased. A model that is unavailable only has a `reason`.
+
+    Recalibrated probabilities have another type than the labels and `scores` (N,), by which images are ranked, if their
+    recalibration is all that was fitted: `probability_type` and `score_type` are given where they differ.
     """
 
     predicted: np.ndarray
     probabilities: np.ndarray | None
     estimate_type: str = "fixed"
     reason: str = ""
+    scores: np.ndarray | None = None
+    score_type: str = ""
+    probability_type: str = ""
+
+    def type_of(self, metric: str) -> str:
+        """Return the estimate type of a metric."""
+        if metric in RANK_METRICS:
+            return self.score_type or self.estimate_type
+        of_probabilities = metric in (*SCORE_METRICS, *CALIBRATION_METRICS)
+        return (self.probability_type if of_probabilities else "") or self.estimate_type
+
+    def as_apparent(self) -> "Predictions":
+        """Return the same predictions as apparent ones."""
+        return replace(self, estimate_type="apparent", score_type="apparent", probability_type="apparent")
 
     def subset(self, rows: np.ndarray) -> "Predictions":
-        probabilities = None if self.probabilities is None else self.probabilities[rows]
-        return Predictions(self.predicted[rows], probabilities, self.estimate_type)
+        probabilities, scores = (
+            None if values is None else values[rows] for values in (self.probabilities, self.scores)
+        )
+        return replace(self, predicted=self.predicted[rows], probabilities=probabilities, scores=scores)
 
 
 def unavailable_predictions(reason: str) -> Predictions:
@@ -58,7 +89,9 @@ class ValidationSet:
         """Return the metrics on every resample, from `compute_metrics`; no rows if the model is unavailable."""
         if predictions.reason:
             return pd.DataFrame()
-        return compute_metrics(self.labels, predictions.predicted, predictions.probabilities, self.weights)
+        return compute_metrics(
+            self.labels, predictions.predicted, predictions.probabilities, self.weights, predictions.scores
+        )
 
     def subset(self, rows: np.ndarray) -> "ValidationSet":
         return ValidationSet(self.labels[rows], self.groups[rows], self.resamples)
@@ -72,28 +105,115 @@ def interval_table(
     Args:
         validation: the set.
         predictions: by model.
-        samples: by model, from `ValidationSet.bootstrap_metrics`.
+        samples: by model, from `CrossFittedPredictor.bootstrap_metrics` or `ValidationSet.bootstrap_metrics`.
     """
-    tables, metrics = [], [*THRESHOLD_METRICS, *SCORE_METRICS]
+    tables, metrics = [], [*THRESHOLD_METRICS, *SCORE_METRICS, *CALIBRATION_METRICS]
     for name, model in predictions.items():
         table = pd.DataFrame(columns=["metric", "reason"])
         if not model.reason:
-            table = confidence_intervals(validation.labels, model.predicted, validation.groups, samples[name])
+            table = confidence_intervals(
+                validation.labels, model.predicted, validation.groups, model.probabilities, model.scores
+            )
+            if model.estimate_type != "fixed":
+                table = include_threshold_variation(table, samples[name])
         table = table.set_index("metric").reindex(metrics).rename_axis("metric").reset_index()
-        table["reason"] = table["reason"].fillna(model.reason or "a vote has no probability")
-        tables.append(table.assign(model=name, estimate_type=model.estimate_type).reindex(columns=COLUMNS))
+        table["reason"] = table["reason"].fillna(model.reason)
+        types = [model.type_of(metric) for metric in metrics]
+        tables.append(table.assign(model=name, estimate_type=types).reindex(columns=COLUMNS))
     return pd.concat(tables)
 
 
-def difference_table(samples: Mapping[str, pd.DataFrame], references: Iterable[str]) -> pd.DataFrame:
-    """Compare every model with each reference: `model`, `against` and the columns of `compare_metrics`."""
-    columns = ["model", "against", "metric", "difference", "low", "high", "probability"]
-    tables = [
-        compare_metrics(samples[name], samples[reference]).assign(model=name, against=reference)
-        for reference in dict.fromkeys(references)
-        for name in samples
-        if name != reference and len(samples[name])
-    ]
+def include_threshold_variation(intervals: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:
+    """Extend the intervals of metrics at a fitted threshold to the percentiles over resamples that fit it again.
+
+    Intervals for fixed predictions leave out that another sample would have given another threshold; percentiles are
+    too narrow where hardly an image is on the wrong side of it. Their union covers (`bench/operating_point.py`).
+
+    Args:
+        intervals: from `confidence_intervals`.
+        samples: metrics on every resample, from `CrossFittedPredictor.bootstrap_metrics`.
+    """
+    table = intervals.set_index("metric")
+    for metric in table.index[table["low"].notna()].intersection(THRESHOLD_METRICS):
+        low, high = percentile_interval(samples[metric])
+        table.loc[metric, "low"] = np.fmin(table.loc[metric, "low"], low)
+        table.loc[metric, "high"] = np.fmax(table.loc[metric, "high"], high)
+        table.loc[metric, "method"] += ", threshold refitted"
+    return table.reset_index()
+
+
+def corrected_table(
+    validation: ValidationSet, predictions: Mapping[str, Predictions], bias: pd.DataFrame
+) -> pd.DataFrame:
+    """Correct metrics for selection on the validation set.
+
+    Sensitivity and specificity are corrected, and the other metrics of the confusion matrix follow from them, and so do
+    their intervals. That of the AUROC is shifted.
+
+    Args:
+        validation: the set.
+        predictions: the apparent ones, by model.
+        bias: a row per model, from `selection.estimate_selection_bias`.
+
+    Returns:
+        The columns of `interval_table`; a row per model and metric, `THRESHOLD_METRICS` and `auroc`.
+    """
+    rows = []
+    for name, model in predictions.items():
+        samples = {name: validation.bootstrap_metrics(model)}
+        apparent = interval_table(validation, {name: model}, samples).set_index("metric", drop=False)
+        amount = pd.Series(bias.loc[name])
+        rates = selection.correct_rates(validation.labels, model.predicted, validation.groups, amount)
+        corrected = selection.corrected_metrics(validation.labels, *rates)
+        for metric in [*THRESHOLD_METRICS, "auroc"]:
+            row = apparent.loc[metric].to_dict() | {"estimate_type": "corrected"}
+            if np.isnan(row["value"]):
+                rows.append(row)
+                continue
+            if metric == "auroc":
+                shifted = np.array([row[column] for column in ("value", "low", "high")]) - amount["auroc"]
+                value, low, high = np.clip(shifted, 0, 1)
+            else:
+                value, low, high = corrected.loc[metric]
+            row |= {"value": value, "low": low, "high": high}
+            if np.isnan(low) and not row["reason"]:
+                reason = "one group only" if amount.isna().all() else "undefined in the resamples"
+                row |= {"method": "", "reason": reason}
+            rows.append(row)
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def rank_table(samples: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Return `model` and the `probability` with which it has the highest F1 in a resample; ties are shared."""
+    f1 = pd.DataFrame({name: sample["f1"] for name, sample in samples.items()})
+    ranks = selection.rank_probabilities(f1.iloc[1:])
+    return ranks.rename_axis("model").rename("probability").reset_index()
+
+
+def difference_table(
+    validation: ValidationSet,
+    predictions: Mapping[str, Predictions],
+    samples: Mapping[str, pd.DataFrame],
+    references: Iterable[str],
+) -> pd.DataFrame:
+    """Compare every model with each reference: `model`, `against` and the columns of `compare_predictions`.
+
+    Args:
+        validation: the set.
+        predictions: by model.
+        samples: by model, from `CrossFittedPredictor.bootstrap_metrics`.
+        references: names of models.
+    """
+    columns = ["model", "against", "metric", "difference", "low", "high", "probability", "reason"]
+    tables = []
+    for reference in dict.fromkeys(references):
+        for name, model in predictions.items():
+            if name == reference or model.reason:
+                continue
+            table = compare_predictions(validation.labels, validation.groups, model, predictions[reference])
+            if "fixed" not in (model.estimate_type, predictions[reference].estimate_type):
+                table = include_threshold_variation(table.assign(method=""), samples[name] - samples[reference])
+            tables.append(table.assign(model=name, against=reference))
     return pd.concat(tables)[columns] if tables else pd.DataFrame(columns=columns)
 
 
@@ -141,95 +261,43 @@ def calibration_table(validation: ValidationSet, models: Mapping[str, np.ndarray
                 predicted = apply_threshold(calibrated)
                 metrics = compute_metrics(labels, predicted, calibrated, validation.weights[:1]).iloc[0]
                 row |= {metric: metrics[metric] for metric in ("loss", "brier", "calibration_error")}
-                curves.append(calibration.reliability_curve(labels, calibrated).assign(model=name, calibration=kind))
+                curve = calibration.reliability_curve(labels, calibrated, validation.groups)
+                curves.append(curve.assign(model=name, calibration=kind))
             rows.append(row)
     columns = ["model", "calibration", "temperature", "bias", "loss", "brier", "calibration_error", "reason"]
-    return pd.DataFrame(rows, columns=columns), pd.concat(curves)[
-        ["model", "calibration", "bin", "images", "probability", "positives"]
-    ]
+    return pd.DataFrame(rows, columns=columns), pd.concat(curves)[RELIABILITY_COLUMNS]
 
 
 def prevalence_table(
-    validation: ValidationSet, samples: Mapping[str, pd.DataFrame], expected: float | None
+    validation: ValidationSet, predictions: Mapping[str, Predictions], bias: pd.DataFrame, expected: float | None
 ) -> pd.DataFrame:
     """Compute metrics of every model at `PREVALENCES` and at the expected prevalence.
 
+    Args:
+        validation: the set.
+        predictions: by model; the apparent ones of a model that is corrected.
+        bias: a row per model that is corrected for selection, from `selection.estimate_selection_bias`.
+        expected: the prevalence, if known.
+
     Returns:
-        A row per model and prevalence: `accuracy`, `ppv` and `npv`, each with the ends of its interval.
+        A row per model and prevalence: `estimate_type`, and `accuracy`, `ppv` and `npv`, each with the ends of its
+        interval.
     """
-    rows, is_positive = [], validation.labels == 1
-    positive_groups, negative_groups = (
-        len(np.unique(validation.groups[of_class])) for of_class in (is_positive, ~is_positive)
-    )
-    for name, sample in samples.items():
-        if not len(sample):
+    rows = []
+    for name, model in predictions.items():
+        if model.reason:
             continue
-        rng = np.random.default_rng(0)
-        sensitivity = jeffreys_draws(sample["recall"].to_numpy(), positive_groups, rng)
-        specificity = jeffreys_draws(sample["specificity"].to_numpy(), negative_groups, rng)
+        is_corrected = name in bias.index
+        amount = pd.Series(bias.loc[name]) if is_corrected else pd.Series(0.0, selection.CORRECTED_RATES)
+        rates = selection.correct_rates(validation.labels, model.predicted, validation.groups, amount)
         for share in sorted({*prevalence.PREVALENCES, *([expected] if expected else [])}):
-            row = {"model": name, "prevalence": share}
-            for metric, values in prevalence.metrics_at_prevalence(sensitivity, specificity, share).items():
+            estimate_type = "corrected" if is_corrected else model.estimate_type
+            row = {"model": name, "estimate_type": estimate_type, "prevalence": share}
+            for metric, values in prevalence.metrics_at_prevalence(*rates, share).items():
                 low, high = percentile_interval(pd.Series(values))
                 row |= {metric: values[0], f"{metric}_low": low, f"{metric}_high": high}
             rows.append(row)
     return pd.DataFrame(rows)
-
-
-def jeffreys_draws(proportions: np.ndarray, group_count: int, rng: np.random.Generator) -> np.ndarray:
-    """Replace a bootstrap without variation by draws from Jeffreys' posterior (Brown, Cai and DasGupta 2001).
-
-    A proportion without an observed error is the same in all resamples, but the true one can be lower.
-
-    Args:
-        proportions: (1 + resamples,), the value on the original set, then those on the resamples.
-        group_count: the number of groups in the denominator.
-        rng: makes the draws.
-    """
-    if np.isnan(proportions[0]) or np.nanmin(proportions) < np.nanmax(proportions):
-        return proportions
-    successes = proportions[0] * group_count
-    draws = rng.beta(successes + 0.5, group_count - successes + 0.5, len(proportions))
-    return np.append(proportions[:1], draws[1:])
-
-
-def slice_table(
-    validation: ValidationSet, table: pd.DataFrame, predictions: Mapping[str, Predictions], held_out: str | None
-) -> pd.DataFrame:
-    """Evaluate models on the images of each source, view and size.
-
-    Args:
-        validation: the set.
-        table: a row per image, with `source`, `view`, `width` and `height`.
-        predictions: by model.
-        held_out: the source that was left out of training, if any.
-
-    Returns:
-        `by`, `slice`, `images`, `positives`, `small` (fewer than `MIN_PER_CLASS` images of a class) and the columns of
-        `interval_table`. Sources that were trained on also have a row with the reason why metrics of the model without
-        them are missing.
-    """
-    edges = np.searchsorted(list(SIZE_BINS.values()), table[["width", "height"]].min(axis="columns"), side="right") - 1
-    columns = {
-        "source": table["source"],
-        "view": table["view"],
-        "size": pd.Series(list(SIZE_BINS), dtype=str).iloc[edges],
-    }
-    tables = []
-    for by, column in columns.items():
-        values = column.to_numpy()
-        known_values = [value for value in np.unique(values) if value]
-        for value in known_values:
-            kind = HELD_OUT_SOURCE if by == "source" and value == held_out else by
-            metrics = _evaluate_slice(validation, predictions, np.flatnonzero(values == value))
-            tables.append(metrics.assign(by=kind, slice=value))
-        if not known_values:
-            tables.append(pd.DataFrame({"by": [by], "slice": [""], "reason": [f"no {by} is known"]}))
-        elif by == "source":
-            trained_on = [value for value in known_values if value != held_out]
-            reason = "needs a training without this source: split.held_out_source"
-            tables.append(pd.DataFrame({"by": HELD_OUT_SOURCE, "slice": trained_on, "reason": reason}))
-    return pd.concat(tables)[["by", "slice", "images", "positives", "small", *COLUMNS]]
 
 
 def cross_fit_recalibration(
@@ -251,13 +319,3 @@ def cross_fit_recalibration(
 
     calibrated = cross_fit(validation.folds, fit_rows, lambda recalibrate, rows: recalibrate(probabilities[rows]))
     return calibrated, fitted
-
-
-def _evaluate_slice(
-    validation: ValidationSet, predictions: Mapping[str, Predictions], rows: np.ndarray
-) -> pd.DataFrame:
-    subset = validation.subset(rows)
-    models = {name: model.subset(rows) for name, model in predictions.items()}
-    table = interval_table(subset, models, {name: subset.bootstrap_metrics(model) for name, model in models.items()})
-    counts = np.bincount(subset.labels, minlength=2)
-    return table.assign(images=len(rows), positives=counts[1], small=counts.min() < MIN_PER_CLASS)

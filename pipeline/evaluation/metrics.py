@@ -1,29 +1,45 @@
 """Metrics of binary classifiers, on a data set or on many bootstrap resamples of it at once."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypedDict, TypeVar, cast
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
+from pipeline.core.config import Keep
+
 METRIC_LABELS = {
     "accuracy": "accuracy", "f1": "F1", "recall": "sensitivity", "precision": "PPV", "specificity": "specificity",
-    "balanced_accuracy": "balanced accuracy", "loss": "log loss", "auroc": "AUROC",
+    "npv": "NPV", "balanced_accuracy": "balanced accuracy", "mcc": "Matthews correlation",
+    "positive_likelihood_ratio": "positive likelihood ratio", "negative_likelihood_ratio": "negative likelihood ratio",
+    "loss": "log loss", "auroc": "AUROC",
     "average_precision": "average precision", "brier": "Brier score",
-    "calibration_error": "expected calibration error",
+    "calibration_error": "expected calibration error", "calibration_intercept": "calibration intercept",
+    "calibration_slope": "calibration slope",
 }  # fmt: skip
-LOWER_IS_BETTER = ["loss", "brier", "calibration_error"]
-THRESHOLD_METRICS = ["accuracy", "f1", "recall", "precision", "specificity", "balanced_accuracy"]
+LOWER_IS_BETTER = ["loss", "brier", "calibration_error", "negative_likelihood_ratio"]
+THRESHOLD_METRICS = [
+    "accuracy", "f1", "recall", "precision", "specificity", "balanced_accuracy", "npv", "mcc",
+    "positive_likelihood_ratio", "negative_likelihood_ratio",
+]  # fmt: skip
 SCORE_METRICS = ["loss", "auroc", "average_precision", "brier", "calibration_error"]
+RANK_METRICS = ["auroc", "average_precision"]  # they depend on the order of the images only
+CALIBRATION_METRICS = ["calibration_intercept", "calibration_slope"]  # from `calibration_regression`
 UNDEFINED_REASONS = {
     "f1": "no positive image",
     "recall": "no positive image",
     "specificity": "no negative image",
     "precision": "no image is predicted positive",
+    "npv": "no image is predicted negative",
+    "mcc": "images or predictions of one class only",
+    "positive_likelihood_ratio": "images of one class only, or no false positive",
+    "negative_likelihood_ratio": "images of one class only, or no true negative",
     "balanced_accuracy": "images of one class only",
     "auroc": "images of one class only",
     "average_precision": "images of one class only",
+    "calibration_intercept": "images of one class only",
+    "calibration_slope": "images of one class only, or the probabilities separate the classes",
 }
 DEFAULT_THRESHOLD = 0.5  # an image is predicted positive where P(positive) is at least the threshold
 BIN_COUNT = 10  # bins of equal width for calibration
@@ -65,7 +81,11 @@ def score_predictions(labels: np.ndarray, probabilities: np.ndarray, predicted: 
 
 
 def compute_metrics(
-    labels: np.ndarray, predicted: np.ndarray, probabilities: np.ndarray | None, weights: np.ndarray
+    labels: np.ndarray,
+    predicted: np.ndarray,
+    probabilities: np.ndarray | None,
+    weights: np.ndarray,
+    scores: np.ndarray | None = None,
 ) -> pd.DataFrame:
     """Score one model on every resample.
 
@@ -74,6 +94,7 @@ def compute_metrics(
         predicted: (N,), the predicted labels, 0 or 1.
         probabilities: (N,), P(positive) in [0, 1]; None where the model has none.
         weights: (R, N), how often each of R resamples contains each image, as from `intervals.bootstrap_weights`.
+        scores: (N,), by which `RANK_METRICS` rank the images; by default, the probabilities.
 
     Returns:
         A row per resample with `THRESHOLD_METRICS` and, given probabilities, `SCORE_METRICS`. `recall` is the
@@ -88,7 +109,8 @@ def compute_metrics(
     if probabilities is None:
         return table
     probabilities = np.asarray(probabilities, dtype=float)
-    values = np.concatenate([_score_metrics(labels, probabilities, chunk) for chunk in chunks])
+    scores = probabilities if scores is None else np.asarray(scores, dtype=float)
+    values = np.concatenate([_score_metrics(labels, probabilities, scores, chunk) for chunk in chunks])
     return pd.concat([table, pd.DataFrame(values, columns=SCORE_METRICS)], axis="columns")
 
 
@@ -113,18 +135,65 @@ def best_model(models: Mapping[str, Scores]) -> str:
     return max(models, key=lambda name: (models[name]["f1"], -(models[name]["loss"] or 0)))
 
 
+def kept_epoch(history: Sequence[Scores], keep: Keep) -> int:
+    """Return the index of the epoch whose weights are kept; a later one wins a tie.
+
+    Args:
+        history: the validation scores after every epoch.
+        keep: `best_f1`, `best_loss` or `last`.
+    """
+    score: Callable[[Scores], float] = {
+        "best_f1": lambda scores: scores["f1"],
+        "best_loss": lambda scores: -(scores["loss"] or 0),
+        "last": lambda _: 0,
+    }[keep]
+    return max(range(len(history)), key=lambda index: (score(history[index]), index))
+
+
+def metrics_of_counts(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray, tn: np.ndarray) -> np.ndarray:
+    """Compute `THRESHOLD_METRICS` from confusion matrices.
+
+    Args:
+        tp: (R,), true positives; counts, or shares of any total.
+        fp: (R,), false positives.
+        fn: (R,), false negatives.
+        tn: (R,), true negatives.
+
+    Returns:
+        (R, metrics); NaN where a metric is undefined.
+    """
+    positives, negatives, predicted_positives, predicted_negatives = tp + fn, fp + tn, tp + fp, fn + tn
+    recall, specificity = _divide(tp, positives), _divide(tn, negatives)
+    f1 = np.where(positives > 0, _divide(2 * tp, 2 * tp + fp + fn), np.nan)
+    marginals = np.sqrt((positives * negatives) * (predicted_positives * predicted_negatives))
+    return np.stack(
+        [
+            (tp + tn) / (positives + negatives),
+            f1,
+            recall,
+            _divide(tp, predicted_positives),
+            specificity,
+            (recall + specificity) / 2,
+            _divide(tn, predicted_negatives),
+            _divide(tp * tn - fp * fn, marginals),
+            _divide(recall, _divide(fp, negatives)),
+            _divide(_divide(fn, positives), specificity),
+        ],
+        axis=1,
+    )
+
+
 def _threshold_metrics(labels: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndarray:
     cells = np.stack(
         [labels * predicted, (1 - labels) * predicted, labels * (1 - predicted), (1 - labels) * (1 - predicted)], 1
     )
     tp, fp, fn, tn = (weights @ cells).T
-    recall, specificity = _divide(tp, tp + fn), _divide(tn, tn + fp)
-    f1 = np.where(tp + fn > 0, _divide(2 * tp, 2 * tp + fp + fn), np.nan)
-    accuracy = (tp + tn) / (tp + fp + fn + tn)
-    return np.stack([accuracy, f1, recall, _divide(tp, tp + fp), specificity, (recall + specificity) / 2], axis=1)
+    return metrics_of_counts(tp, fp, fn, tn)
 
 
-def _score_metrics(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def _score_metrics(
+    labels: np.ndarray, probabilities: np.ndarray, scores: np.ndarray, weights: np.ndarray
+) -> np.ndarray:
     log_losses = -np.log(np.clip(np.where(labels == 1, probabilities, 1 - probabilities), EPS, 1))
     gaps = np.eye(BIN_COUNT)[bin_indices(probabilities)] * (probabilities - labels)[:, None]
     total = weights.sum(axis=1)
@@ -132,9 +201,9 @@ def _score_metrics(labels: np.ndarray, probabilities: np.ndarray, weights: np.nd
     loss, brier = ((weights * losses).sum(axis=1) / total for losses in (log_losses, (probabilities - labels) ** 2))
     calibration_error = np.abs(weights @ gaps / total[:, None]).sum(axis=1)
 
-    # True and false positives at each distinct probability as the threshold, from the highest down.
-    order = np.argsort(-probabilities, kind="stable")
-    is_last_of_ties = np.append(np.diff(probabilities[order]) != 0, True)
+    # True and false positives at each distinct score as the threshold, from the highest down.
+    order = np.argsort(-scores, kind="stable")
+    is_last_of_ties = np.append(np.diff(scores[order]) != 0, True)
     sorted_weights = weights[:, order]
     tp, predicted_positive = (
         np.cumsum(values, axis=1)[:, is_last_of_ties] for values in (sorted_weights * labels[order], sorted_weights)

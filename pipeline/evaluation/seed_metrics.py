@@ -7,19 +7,25 @@ import pandas as pd
 from pipeline.core.config import Config
 from pipeline.core.files import write_json
 from pipeline.evaluation import curves, operating_point
-from pipeline.evaluation.metrics import best_model, score_predictions
+from pipeline.evaluation.metrics import apply_threshold, best_model, score_predictions
 
 
-def write_seed_metrics(config: Config, validation: pd.DataFrame) -> None:
+def write_seed_metrics(config: Config, validation: pd.DataFrame, groups: pd.Series) -> None:
     """Write `metrics/evaluate.json` with the scores of every seed, and its plots.
 
     Args:
         config: names the seeds and contains the rule that chooses thresholds.
         validation: `file`, `label` and P(positive), with a column per seed.
+        groups: the name of each image's group, indexed by file.
     """
     labels, models = validation["label"].to_numpy(dtype=int), validation[config.model_names]
-    thresholds = operating_point.choose_thresholds(labels, models, config.active.evaluate)
-    predicted = (models >= thresholds).astype(int)
+    names = groups.loc[validation["file"]].to_numpy()
+    predicted = {
+        model: apply_threshold(
+            scores, operating_point.choose_threshold(labels, scores.to_numpy(), names, config.active.evaluate)
+        )
+        for model, scores in models.items()
+    }
     scores = {
         name: score_predictions(labels, models[name].to_numpy(), predicted[name].to_numpy())
         for name in config.model_names

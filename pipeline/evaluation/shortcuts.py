@@ -1,4 +1,4 @@
-"""Shortcut baselines: they predict the label from the source, file metadata, a thumbnail or the border.
+"""Shortcut baselines: they predict the label from metadata of the image, the patient or the file, or a few pixels.
 
 They see no lung detail. A network can learn such a shortcut instead of the disease (Zech et al. 2018,
 doi:10.1371/journal.pmed.1002683; DeGrave, Janizek and Lee 2021, doi:10.1038/s42256-021-00338-7), so a model should be
@@ -22,6 +22,8 @@ from pipeline.evaluation.metrics import has_single_class
 THUMBNAIL_SIZE = 16  # edge of the thumbnails, pixels
 BORDER_WIDTH = 2  # width of the border, in pixels of the thumbnail
 CHUNK_SIZE = 256  # images read at once
+FILE_COLUMNS = ["width", "height", "bytes", "jpeg_quantization"]  # of the manifest
+UNKNOWN_AGE = -1.0  # a tree separates it from any age
 
 
 class BaselineInfo(TypedDict):
@@ -39,7 +41,7 @@ def write_baselines(table: pd.DataFrame) -> None:
 
 
 def fit_baselines(table: pd.DataFrame, images: np.ndarray) -> tuple[pd.DataFrame, dict[str, BaselineInfo]]:
-    """Fit every shortcut baseline to the training images and predict the validation images.
+    """Fit every shortcut baseline and predict the validation images, those of each fold from the other folds.
 
     Args:
         table: a row per image of the pack, from `manifest.read_split`.
@@ -49,37 +51,38 @@ def fit_baselines(table: pd.DataFrame, images: np.ndarray) -> tuple[pd.DataFrame
         P(positive), with a row per validation image and a column per baseline, NaN where it is unavailable; and
         information about each baseline.
     """
-    subsets = {subset: np.flatnonzero(table["subset"] == subset) for subset in ("train", "validation")}
-    rows = np.concatenate(list(subsets.values()))
-    table, labels = table.iloc[rows], table["label"].iloc[subsets["train"]].to_numpy(dtype=int)
+    rows = np.flatnonzero(table["subset"].isin(["train", "validation"]))
+    table = table.iloc[rows]
+    labels, folds = table["label"].to_numpy(dtype=int), table["fold"].to_numpy(dtype=int)
+    validation = (table["subset"] == "validation").to_numpy()
+    splits = [(folds != fold, folds == fold) for fold in np.unique(folds[validation])]
     thumbnails = make_thumbnails(images, rows)
     border = np.ones((THUMBNAIL_SIZE, THUMBNAIL_SIZE), dtype=bool)
     border[BORDER_WIDTH:-BORDER_WIDTH, BORDER_WIDTH:-BORDER_WIDTH] = False
-    # All numbers in the manifest except the label describe the file.
-    file_metadata = table.select_dtypes("number").drop(columns="label")
+    one_hot = make_pipeline(OneHotEncoder(handle_unknown="ignore"), LogisticRegression())
+    tree = DecisionTreeClassifier(max_leaf_nodes=16, min_samples_leaf=5, random_state=0)
     pixel_model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
     baselines: dict[str, tuple[np.ndarray, ClassifierMixin]] = {
-        "source": (
-            table[["source"]].to_numpy(),
-            make_pipeline(OneHotEncoder(handle_unknown="ignore"), LogisticRegression()),
-        ),
-        "file_metadata": (
-            file_metadata.to_numpy(float),
-            DecisionTreeClassifier(max_leaf_nodes=16, min_samples_leaf=5, random_state=0),
-        ),
+        "source": (table[["source"]].to_numpy(), one_hot),
+        "view": (table[["view"]].to_numpy(), one_hot),
+        "demographics": (_demographics(table), tree),
+        "file_metadata": (table[FILE_COLUMNS].to_numpy(float), tree),
         "thumbnail": (thumbnails.reshape(len(rows), -1), pixel_model),
         "border": (thumbnails[:, border], pixel_model),
     }
     probabilities, info = {}, dict[str, BaselineInfo]()
     for name, (features, model) in baselines.items():
-        train, validation = np.split(features, [len(labels)])
-        reason = _unavailable_reason(name, train, validation, labels)
-        threshold = None if reason else float(labels.mean())
+        reasons = [
+            _unavailable_reason(name, features[train], features[validation], labels[train]) for train, _ in splits
+        ]
+        reason = next(filter(None, reasons), "")
+        threshold = None if reason else float(np.mean([labels[train].mean() for train, _ in splits]))
         info[name] = {"features": features.shape[1], "threshold": threshold, "reason": reason}
-        probabilities[name] = (
-            np.full(len(validation), np.nan) if reason else model.fit(train, labels).predict_proba(validation)[:, 1]
-        )
-    return pd.DataFrame(probabilities, index=table.index[len(labels) :]), info
+        predicted = np.full(len(labels), np.nan)
+        for train, fold in splits if not reason else []:
+            predicted[fold] = model.fit(features[train], labels[train]).predict_proba(features[fold])[:, 1]
+        probabilities[name] = predicted[validation]
+    return pd.DataFrame(probabilities, index=table.index[validation]), info
 
 
 def make_thumbnails(images: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -93,12 +96,18 @@ def make_thumbnails(images: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return np.concatenate(chunks).astype(np.float32)
 
 
+def _demographics(table: pd.DataFrame) -> np.ndarray:
+    """Return sex, an indicator each for female and male, and age in years: (N, 3)."""
+    columns = [table["sex"] == "F", table["sex"] == "M", table["age"].fillna(UNKNOWN_AGE)]
+    return np.stack([column.to_numpy(float) for column in columns], axis=1)
+
+
 def _unavailable_reason(name: str, train: np.ndarray, validation: np.ndarray, labels: np.ndarray) -> str:
     if has_single_class(labels):
         return "training images of one class only"
     for subset, features in {"training": train, "validation": validation}.items():
         if (features == features[0]).all():
-            if name == "source":
-                return f"no source is known of the {subset} images, or one only"
+            if name in ("source", "view"):
+                return f"no {name} is known of the {subset} images, or one only"
             return f"all {subset} images have the same features"
     return ""

@@ -1,0 +1,283 @@
+"""Comparison of two recipes, each trained with the same seeds and evaluated on the same images.
+
+The figures are paired by seed and by patient. With seeds as readers, patients as cases and recipes as modalities, it is
+a multi-reader multi-case study.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from pipeline.core.config import BAG, Config, load_config
+from pipeline.core.errors import UserError
+from pipeline.core.files import read_csv
+from pipeline.evaluation.calibration import fit_platt
+from pipeline.evaluation.cross_fitted_predictor import CrossFittedPredictor
+from pipeline.evaluation.intervals import CONFIDENCE_LEVEL, compare_predictions
+from pipeline.evaluation.metric_tables import (
+    Predictions,
+    ValidationSet,
+    cross_fit_recalibration,
+    unavailable_predictions,
+)
+from pipeline.evaluation.metrics import LOWER_IS_BETTER, METRIC_LABELS, apply_threshold
+
+FILES = ["params.yaml", "data/manifest.csv", "data/split.csv", "predictions/validation.csv"]
+SEED_MEAN = "mean of the seeds"
+RECALIBRATED_LOSS = "recalibrated_loss"  # cross-fitted with temperature and bias
+LABELS = METRIC_LABELS | {RECALIBRATED_LOSS: "log loss, recalibrated"}
+METRICS = ["f1", "recall", "specificity", "auroc", "average_precision", "loss", RECALIBRATED_LOSS, "brier"]
+LOSSES = [*LOWER_IS_BETTER, RECALIBRATED_LOSS]
+COLUMNS = ["model", "metric", "a", "b", "difference", "low", "high", "seeds_better", "reason"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One side of a comparison.
+
+    `predictions` has a row per validation image, indexed by file, with `label`, `group`, `xxh128` (of the image's file)
+    and a column of P(positive) per seed. `commit` is that of a Git revision, None for a folder.
+    """
+
+    name: str
+    config: Config
+    predictions: pd.DataFrame
+    commit: str | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The result of `compare_recipes`.
+
+    Attributes:
+        seeds: names of the models of the seeds that both have.
+        left_out: for `a` and `b`, the names of those that only this one has.
+        validation: the images that both were evaluated on.
+        parameters: a row per parameter that differs: `parameter`, `a`, `b`.
+        metrics: a row per model (`SEED_MEAN` or `BAG`) and metric: its value for `a` and `b`, the `difference` b minus
+            a with the ends of its 95 % interval, the number of `seeds_better` with b, and the `reason` where there is
+            no interval.
+        cautions: what to know before believing the figures.
+    """
+
+    seeds: list[str]
+    left_out: dict[str, list[str]]
+    validation: ValidationSet
+    parameters: pd.DataFrame
+    metrics: pd.DataFrame
+    cautions: list[str]
+
+
+def load_recipe(folder: Path, name: str, commit: str | None = None) -> Recipe:
+    """Read the `FILES` of a project from a folder."""
+    validation = read_csv(folder / "predictions/validation.csv").set_index("file")
+    manifest, split = (
+        pd.read_csv(folder / "data" / table, dtype=str, keep_default_na=False).set_index("file")
+        for table in ("manifest.csv", "split.csv")
+    )
+    predictions = validation.join(manifest["xxh128"]).join(split["group"])
+    return Recipe(name, load_config(folder / "params.yaml"), predictions, commit)
+
+
+def compare_recipes(a: Recipe, b: Recipe) -> Comparison:
+    """Compare two recipes on every metric of `METRICS`, as the mean over the seeds and for the bag.
+
+    Every model predicts at the operating point that its own recipe chooses, cross-fitted where that is fitted.
+
+    Raises:
+        UserError: they were not evaluated on the same images, or have no seed in common.
+    """
+    check_same_images(a, b)
+    seeds = [name for name in a.config.model_names if name in b.config.model_names]
+    if not seeds:
+        raise UserError(
+            f"{a.name} and {b.name} have no seed in common ({_list_names(a.config.model_names)}; "
+            f"{_list_names(b.config.model_names)}); train both with the same seeds"
+        )
+    files = a.predictions.sort_index()
+    resamples = max(recipe.config.active.evaluate.resamples for recipe in (a, b))
+    validation = ValidationSet(files["label"].to_numpy(), files["group"].to_numpy(), resamples)
+    our_models, their_models = (_predict_models(validation, recipe, seeds) for recipe in (b, a))
+    ours, theirs = (
+        {name: _bootstrap_metrics(validation, *model) for name, model in models.items()}
+        for models in (our_models, their_models)
+    )
+    tables = [compare_seeds([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds]).assign(model=SEED_MEAN)]
+    if BAG in ours and BAG in theirs:
+        raw, recalibrated = (
+            compare_predictions(validation.labels, validation.groups, *pair).set_index("metric")
+            if not any(model.reason for model in pair)
+            else pd.DataFrame(columns=["difference", "low", "high", "probability"])
+            for pair in zip(our_models[BAG], their_models[BAG], strict=True)
+        )
+        recalibrated = recalibrated.filter(["loss"], axis="index").rename(index={"loss": RECALIBRATED_LOSS})
+        table = pd.concat([raw, recalibrated]).reindex(METRICS).drop(columns="reason").rename_axis("metric")
+        values = pd.DataFrame({"a": theirs[BAG].iloc[0], "b": ours[BAG].iloc[0]})
+        tables.append(table.join(values).reset_index().assign(model=BAG))
+    metrics = pd.concat(tables).reset_index(drop=True)
+    left_out = {
+        side: [name for name in recipe.config.model_names if name not in seeds] for side, recipe in (("a", a), ("b", b))
+    }
+    return Comparison(seeds, left_out, validation, differing_parameters(a, b), _give_reasons(metrics), _cautions(a, b))
+
+
+def check_same_images(a: Recipe, b: Recipe) -> None:
+    """Raise a UserError unless both were evaluated on the same images, with the same labels and groups."""
+    ours, theirs = set(a.predictions.index), set(b.predictions.index)
+    names = f"{a.name} and {b.name}"
+    if ours != theirs:
+        raise UserError(
+            f"{names} were evaluated on different images ({len(ours)} and {len(theirs)}, {len(ours & theirs)} of them "
+            "in both): one of them may have been trained on what the other is evaluated on; give both the same data "
+            "and split parameters, then run: dvc repro"
+        )
+    other = b.predictions.loc[a.predictions.index]
+    for column, meaning in (("xxh128", "contents"), ("label", "labels"), ("group", "patient groups")):
+        differs = a.predictions[column].ne(other[column])
+        if differs.any():
+            raise UserError(
+                f"{names} have different {meaning} for {differs.sum()} of the {len(ours)} validation images, such as "
+                f"{differs.idxmax()}; give both the same data, then run: dvc repro"
+            )
+
+
+def differing_parameters(a: Recipe, b: Recipe) -> pd.DataFrame:
+    """Return a row per parameter of the active profiles that differs: its dotted key as `parameter`, `a` and `b`.
+
+    A key that one of the files does not have counts as its default; None where there is no such parameter.
+    """
+    ours, theirs = (
+        {"profile": recipe.config.profile, "seeds": recipe.config.seeds}
+        | dict(_flatten(recipe.config.active.model_dump(mode="json")))
+        for recipe in (a, b)
+    )
+    rows = [[key, ours.get(key), theirs.get(key)] for key in ours | theirs if ours.get(key) != theirs.get(key)]
+    return pd.DataFrame(rows, columns=["parameter", "a", "b"], dtype=object)
+
+
+def compare_seeds(
+    ours: Sequence[pd.DataFrame], theirs: Sequence[pd.DataFrame], metrics: Sequence[str] = METRICS
+) -> pd.DataFrame:
+    """Compare the means over the seeds of two recipes.
+
+    Args:
+        ours: for each seed of one recipe, its metrics on every resample.
+        theirs: for the same seeds of the other recipe, the same.
+        metrics: names of the metrics to compare.
+
+    Returns:
+        A row per metric: `metric`, the means `a` (theirs) and `b` (ours), their `difference`, `low` and
+        `high` from `seed_mean_interval`, and `seeds_better`, the number of seeds for which ours is better.
+    """
+    rows = []
+    for metric in metrics:
+        our_values, their_values = (
+            np.column_stack([sample[metric].to_numpy(dtype=float) for sample in samples]) for samples in (ours, theirs)
+        )
+        differences = our_values - their_values
+        low, high = seed_mean_interval(differences)
+        rows.append(
+            {
+                "metric": metric,
+                "a": their_values[0].mean(),
+                "b": our_values[0].mean(),
+                "difference": differences[0].mean(),
+                "low": low,
+                "high": high,
+                "seeds_better": int(((differences[0] < 0) if metric in LOSSES else (differences[0] > 0)).sum()),
+            }
+        )
+    return pd.DataFrame(rows).astype({"seeds_better": "Int64"})
+
+
+def seed_mean_interval(differences: np.ndarray) -> tuple[float, float]:
+    """Return the ends of the 95 % interval of the mean difference, for new patients and new seeds.
+
+    The variance is that of Obuchowski and Rockette (1995) for random readers and cases, with the covariance between
+    seeds taken from the bootstrap over patients, and t has the degrees of freedom of Hillis (2007). With one seed,
+    nothing is known of other seeds, and the interval is for new patients only.
+
+    Args:
+        differences: (1 + resamples, S), of each seed, on the original set and on each resample.
+
+    Returns:
+        NaN where the difference or its variance is undefined, or where nothing varies.
+    """
+    resampled = differences[1:][~np.isnan(differences[1:]).any(axis=1)]
+    count = differences.shape[1]
+    if np.isnan(differences[0]).any() or len(resampled) < 2:
+        return np.nan, np.nan
+    covariances = np.atleast_2d(np.cov(resampled, rowvar=False))
+    if count == 1:
+        between_seeds, shared, degrees = 0.0, float(covariances[0, 0]), np.inf
+    else:
+        between_seeds = float(differences[0].var(ddof=1)) / count
+        shared = max(float(covariances.sum() - np.trace(covariances)) / (count * (count - 1)), 0.0)
+        degrees = (count - 1) * (1 + shared / between_seeds) ** 2 if between_seeds else np.inf
+    half_width = float(stats.t.ppf((1 + CONFIDENCE_LEVEL) / 2, degrees)) * np.sqrt(between_seeds + shared)
+    mean = float(differences[0].mean())
+    return (mean - half_width, mean + half_width) if half_width > 0 else (np.nan, np.nan)
+
+
+def _predict_models(
+    validation: ValidationSet, recipe: Recipe, seeds: Sequence[str]
+) -> dict[str, tuple[Predictions, Predictions]]:
+    """Return the predictions of each seed and, if any of its members is among the seeds, the bag: raw, recalibrated."""
+    table, bag = recipe.predictions.sort_index(), recipe.config.active.bag
+    members = {seed: [seed] for seed in seeds}
+    if bag_members := [name for name in recipe.config.bag_members if name in seeds]:
+        members[BAG] = bag_members
+    models = {}
+    for name, columns in members.items():
+        predictor = CrossFittedPredictor(recipe.config, validation, table[columns], bag.method)
+        predictions = Predictions(predictor.predictions.predicted, predictor.scores)
+        recalibrated, _ = cross_fit_recalibration(validation, predictor.scores, fit_platt)
+        models[name] = (
+            predictions,
+            unavailable_predictions("too few groups of a class to cross-fit")
+            if recalibrated is None
+            else Predictions(apply_threshold(recalibrated), recalibrated),
+        )
+    return models
+
+
+def _bootstrap_metrics(validation: ValidationSet, raw: Predictions, recalibrated: Predictions) -> pd.DataFrame:
+    """Return `METRICS` on every resample."""
+    loss: Any = np.nan if recalibrated.reason else validation.bootstrap_metrics(recalibrated)["loss"]
+    return validation.bootstrap_metrics(raw).assign(**{RECALIBRATED_LOSS: loss})[METRICS]
+
+
+def _give_reasons(metrics: pd.DataFrame) -> pd.DataFrame:
+    """Add the `reason` where a difference or its interval is missing."""
+    undefined = "undefined: images of one class only, or too few patients of a class to cross-fit"
+    constant = "none: the same in every resample"
+    has_interval = metrics["low"] < metrics["high"]
+    reason = np.where(metrics["difference"].isna(), undefined, np.where(has_interval, "", constant))
+    ends = metrics[["low", "high"]].where(has_interval)
+    return metrics.assign(low=ends["low"], high=ends["high"], reason=reason)[COLUMNS]
+
+
+def _cautions(a: Recipe, b: Recipe) -> list[str]:
+    return [
+        f"{recipe.name} chose its epochs on these images (train.keep: {recipe.config.active.train.keep}), so its "
+        "figures are too good, the more so the more epochs it chose from"
+        for recipe in {a.name: a, b.name: b}.values()
+        if recipe.config.active.train.keep != "last"
+    ]
+
+
+def _flatten(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in section.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _list_names(names: Sequence[str]) -> str:
+    return ", ".join(names)

@@ -1,0 +1,65 @@
+"""What the models will do on the test images, without their labels: tests of distribution shift, and the accuracy."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from pipeline.core.config import Config
+from pipeline.evaluation import dataset_shift, ensemble
+from pipeline.evaluation.calibration import log_odds
+from pipeline.evaluation.ensemble import EnsembleConfig
+from pipeline.evaluation.expected_accuracy import ExpectedAccuracy, choose_strata, foretell_accuracy
+
+
+def forecast_test_set(
+    config: Config,
+    predictions: Mapping[str, pd.DataFrame],
+    predicted: np.ndarray,
+    metadata: pd.DataFrame,
+    bag: EnsembleConfig,
+    folder: Path,
+) -> tuple[pd.DataFrame, ExpectedAccuracy]:
+    """Test whether the test images are distributed like the labeled ones, and foretell the accuracy of the bag on them.
+
+    Args:
+        config: names the expected prevalence.
+        predictions: `validation` and `test`, with a column of P(positive) per seed.
+        predicted: (N,), labels of the bag for the validation images, not fitted on the same images.
+        metadata: a row per image of the pack, from `manifest.read_split`, indexed by file.
+        bag: combines the members.
+        folder: with `acquisition.csv`, `thumbnails.npy` and `embeddings.npy`, from the evaluate stage.
+
+    Returns:
+        A row per set of features, from `dataset_shift.shift_table`; and the accuracy.
+    """
+    validation, test = predictions["validation"], predictions["test"]
+    labels = validation["label"].to_numpy(int)
+    groups, test_groups = (metadata.loc[table["file"], "group"].to_numpy() for table in (validation, test))
+    patients_known = bool(metadata["patient"].ne("").any())
+    on_validation, on_test = (ensemble.predict(table, bag) for table in (validation, test))
+
+    logits = (log_odds(table["score"].to_numpy())[:, None] for table in (on_validation, on_test))
+    is_labeled, is_test = (metadata["subset"].isin(names).to_numpy() for names in (["train", "validation"], ["test"]))
+    is_embedded = metadata["fold"].eq(0).to_numpy(bool, na_value=False)
+    embedded = np.load(folder / "embeddings.npy")
+    from_test = is_test[is_embedded | is_test]
+    feature_sets = {"score": tuple(logits), "embedding": (embedded[~from_test], embedded[from_test])}
+    rows = {"embedding": is_embedded}
+    traits = pd.read_csv(folder / "acquisition.csv").drop(columns=["file", "cluster"]).to_numpy(float)
+    thumbnails = np.load(folder / "thumbnails.npy").reshape(len(metadata), -1)
+    for name, features in {"acquisition traits": traits, "thumbnail": thumbnails}.items():
+        feature_sets[name], rows[name] = (features[is_labeled], features[is_test]), is_labeled
+    shift = dataset_shift.shift_table(
+        feature_sets,
+        {"score": labels} | {name: metadata.loc[mask, "label"].to_numpy(int) for name, mask in rows.items()},
+        {"score": groups} | {name: metadata.loc[mask, "group"].to_numpy() for name, mask in rows.items()},
+        test_groups if patients_known else None,
+    )
+    strata = choose_strata(labels, groups, metadata.loc[validation["file"]], metadata.loc[test["file"]])
+    accuracy = foretell_accuracy(
+        labels, predicted, groups, on_test["label"].to_numpy(), strata, config.active.evaluate.expected_prevalence,
+        dataset_shift.describe_shift(shift),
+    )  # fmt: skip
+    return shift, accuracy

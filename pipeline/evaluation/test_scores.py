@@ -1,0 +1,72 @@
+"""Scores of the candidates on the test set, for `cxr score` alone: nothing is chosen by them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from pipeline.core.config import BAG
+from pipeline.core.errors import UserError
+from pipeline.evaluation import ensemble
+from pipeline.evaluation.ensemble import EnsembleConfig
+from pipeline.evaluation.metric_tables import Predictions, ValidationSet
+from pipeline.evaluation.slices import COUNTS, count_patients, evaluate_subset
+
+METRICS = ["accuracy", "f1", "recall", "specificity", "auroc"]
+FORETOLD = ["expected_accuracy", "expected_accuracy_low", "expected_accuracy_high", "expected_accuracy_reason"]
+
+
+def score_candidates(
+    predictions: pd.DataFrame,
+    labels: pd.Series,
+    groups: pd.Series,
+    candidates: Mapping[str, EnsembleConfig],
+    summary: Mapping[str, Any],
+    resamples: int,
+) -> pd.DataFrame:
+    """Score every candidate on the test images whose label is known.
+
+    Args:
+        predictions: a row per test image, with `file` and a column of P(positive) per seed.
+        labels: 0 or 1, indexed by file, of some of these images.
+        groups: the group of each test image, indexed by file.
+        candidates: by name.
+        summary: of the evaluation, with the accuracy that was foretold.
+        resamples: bootstrap resamples for the intervals.
+
+    Returns:
+        A row per candidate and metric of `METRICS`: `model`, `metric`, `value`, `low`, `high`, `method`, `reason`, the
+        counts, and, for the accuracy of the best seed and the bag, what `summary` says by the keys
+        `FORETOLD`: the expected accuracy, its interval or range, and the reason where it is missing.
+
+    Raises:
+        UserError: a label is of no test image, there are none, or the images have no group.
+    """
+    unknown = labels.index[~labels.index.isin(predictions["file"])]
+    if len(unknown):
+        raise UserError(
+            f"the labels: {unknown[0]} is not a test image ({len(unknown)} such files in total); remove these lines"
+        )
+    if labels.empty:
+        raise UserError("the labels: no test image has a label; add the lines File,Label")
+    predictions = predictions[predictions["file"].isin(labels.index)].reset_index(drop=True)
+    files = predictions["file"]
+    if not files.isin(groups.index).all():
+        raise UserError("predictions/test.csv: not of the images in data/manifest.csv; run: dvc repro")
+    test = ValidationSet(labels.loc[files].to_numpy(), groups.loc[files].to_numpy(), resamples)
+    models = {}
+    for name, candidate in candidates.items():
+        predicted = ensemble.predict(predictions, candidate)
+        label, probability, scores = (predicted[key].to_numpy() for key in ("label", "probability", "score"))
+        models[name] = Predictions(label, probability, scores=scores)
+    rows = np.arange(len(files))
+    table = evaluate_subset(test, models, rows).query("metric in @METRICS")
+    table = table.assign(**count_patients(test, rows), **dict.fromkeys(FORETOLD))
+    for role in ("best", BAG):
+        model = BAG if role == BAG else summary[role]["model"]
+        is_foretold = (table["model"] == model) & (table["metric"] == "accuracy")
+        for key in FORETOLD:
+            table.loc[is_foretold, key] = summary[role].get(key)
+    columns = ["model", "metric", "value", "low", "high", "method", "reason", *COUNTS, *FORETOLD]
+    return table[columns].reset_index(drop=True)

@@ -1,0 +1,169 @@
+"""The accuracy foretold for a test set without labels."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.evaluation.expected_accuracy import Strata, choose_strata, foretell_accuracy
+
+
+def make(cells):
+    """Expand cells (source, label, predicted): images to columns."""
+    rows = [key for key, count in cells.items() for _ in range(count)]
+    sources, labels, predicted = (np.array(column) for column in zip(*rows, strict=True))
+    return sources, labels.astype(int), predicted.astype(int)
+
+
+VALIDATION = {
+    ("A", 1, 1): 36, ("A", 1, 0): 4, ("A", 0, 0): 70, ("A", 0, 1): 30,
+    ("B", 1, 1): 10, ("B", 1, 0): 10, ("B", 0, 0): 392, ("B", 0, 1): 8,
+}  # fmt: skip
+
+
+def foretell(validation, test, by="source", **arguments):
+    sources, labels, predicted = make(validation)
+    test_sources, test_labels, test_predicted = make(test)
+    strata = Strata(sources, test_sources, by)
+    if not by:
+        strata = Strata(np.full(len(sources), ""), np.full(len(test_sources), ""), "")
+    groups = np.arange(len(labels))
+    foretold = foretell_accuracy(labels, predicted, groups, test_predicted, strata, **arguments)
+    return foretold, float((test_labels == test_predicted).mean())
+
+
+def test_the_mix_of_the_test_set_counts_not_that_of_the_validation_set():
+    # In both sets: sensitivity 0.9 and specificity 0.7 in A, 0.5 and 0.98 in B.
+    test = {
+        ("A", 1, 1): 45, ("A", 1, 0): 5, ("A", 0, 0): 35, ("A", 0, 1): 15,
+        ("B", 1, 1): 25, ("B", 1, 0): 25, ("B", 0, 0): 49, ("B", 0, 1): 1,
+    }  # fmt: skip
+    foretold, truth = foretell(VALIDATION, test, expected_prevalence=0.5)
+    assert truth == pytest.approx((0.8 + 0.74) / 2)
+    assert foretold.value == pytest.approx(truth, abs=0.03)
+    assert foretold.low < truth < foretold.high
+    assert foretold.method == "post-stratification by source"
+    assert not foretold.reason
+    a, b = (row._asdict() for row in foretold.strata.itertuples(index=False))
+    assert (a["sensitivity"], a["specificity"], b["sensitivity"], b["specificity"]) == (0.9, 0.7, 0.5, 0.98)
+    assert a["prevalence"] == pytest.approx(0.5, abs=0.1)
+    assert a["positive_patients"] == 40
+
+
+def test_without_strata_it_is_bayes_rule_at_the_expected_prevalence():
+    test = {("", 1, 1): 32, ("", 1, 0): 8, ("", 0, 0): 55, ("", 0, 1): 5}
+    validation = {("", 1, 1): 16, ("", 1, 0): 4, ("", 0, 0): 135, ("", 0, 1): 15}
+    foretold, truth = foretell(validation, test, by="", expected_prevalence=0.4)
+    assert foretold.value == pytest.approx(0.4 * 0.8 + 0.6 * 0.9)
+    assert foretold.low < truth < foretold.high
+    assert foretold.method == "Bayes' rule"
+    differing, _ = foretell(validation, test, by="", expected_prevalence=0.4, shift="the test images differ")
+    assert differing.reason == "cannot be foretold: the test images differ"
+    assert np.isnan([differing.value, differing.low, differing.high]).all()
+
+
+def test_an_expected_prevalence_that_the_predictions_exclude_is_not_used():
+    test = {("", 1, 1): 45, ("", 1, 0): 5, ("", 0, 0): 50}
+    validation = {("", 1, 1): 90, ("", 1, 0): 10, ("", 0, 0): 900}
+    foretold, _ = foretell(validation, test, by="", expected_prevalence=0.02)
+    unused, _ = foretell(validation, test, by="")
+    assert (foretold.value, foretold.low, foretold.high) == (unused.value, unused.low, unused.high)
+    assert foretold.strata["prevalence"][0] == pytest.approx(0.5, abs=0.02)
+
+
+def test_where_source_and_label_coincide_it_cannot_be_foretold():
+    validation = {("A", 1, 1): 19, ("A", 1, 0): 1, ("B", 0, 0): 150, ("B", 0, 1): 5}
+    # All of A is predicted positive and all of B negative, as by a model that knows only the source.
+    test = {("A", 1, 1): 25, ("A", 0, 1): 25, ("B", 1, 0): 25, ("B", 0, 0): 25}
+    for expected in (0.5, None):
+        foretold, truth = foretell(validation, test, expected_prevalence=expected)
+        assert np.isnan(foretold.value)
+        assert foretold.reason.startswith("cannot be foretold: no negative validation image is of A")
+        assert "no positive validation image is of B" in foretold.reason
+        assert foretold.low < truth < foretold.high
+
+
+def test_a_source_without_positives_gives_a_range_from_none_to_many():
+    validation = VALIDATION | {("C", 0, 0): 95, ("C", 0, 1): 5}
+    known = {("A", 1, 1): 27, ("A", 1, 0): 3, ("A", 0, 0): 21, ("A", 0, 1): 9}
+    for unknown in ({("C", 0, 0): 38, ("C", 0, 1): 2}, {("C", 0, 0): 28, ("C", 1, 0): 8, ("C", 1, 1): 4}):
+        foretold, truth = foretell(validation, known | unknown)
+        assert np.isnan(foretold.value)
+        assert "no positive validation image is of C, as 40% of the test images are" in foretold.reason
+        assert "if the test set has none either" in foretold.reason
+        assert foretold.low < truth < foretold.high
+    assert np.isnan(foretold.strata.set_index("stratum").loc["C", "sensitivity"])
+
+
+def test_a_source_that_the_validation_set_lacks_may_be_all_right_or_all_wrong():
+    test = {("A", 1, 1): 45, ("A", 1, 0): 5, ("new", 0, 0): 50}
+    foretold, _ = foretell(VALIDATION, test)
+    assert "no validation image is of new, as 50% of the test images are" in foretold.reason
+    assert "if the test set" not in foretold.reason
+    assert foretold.high - foretold.low > 0.5
+
+
+def test_no_test_images_and_no_errors():
+    sources, labels, predicted = make(VALIDATION)
+    nothing = np.array([], dtype=int)
+    foretold = foretell_accuracy(labels, predicted, sources, nothing, Strata(sources, nothing, "source"))
+    assert foretold.reason == "cannot be foretold: no test images"
+    perfect, _ = foretell(
+        {("A", 1, 1): 20, ("A", 0, 0): 150}, {("A", 1, 1): 20, ("A", 0, 0): 20}, expected_prevalence=0.5
+    )
+    assert perfect.value == perfect.high == 1
+    assert 0.8 < perfect.low < 0.99
+
+
+def test_images_of_one_patient_count_as_fewer():
+    labels, predicted = np.repeat([1, 0], [40, 200]), np.repeat([1, 0, 0, 1], [30, 10, 180, 20])
+    test_predicted = np.repeat([1, 0], [50, 50])
+    strata = Strata(np.full(240, ""), np.full(100, ""), "")
+    widths = [
+        (foretold := foretell_accuracy(labels, predicted, np.arange(240) // size, test_predicted, strata, 0.5)).high
+        - foretold.low
+        for size in (1, 5)
+    ]
+    assert widths[1] > 1.3 * widths[0]
+
+
+def metadata(sources, views):
+    return pd.DataFrame({"source": sources, "view": views})
+
+
+def test_strata_are_by_source_then_view_and_only_where_both_classes_have_patients():
+    labels, groups = np.tile([0, 1], 40), np.arange(80)
+    sources, views = np.repeat(["A", "B"], 40), np.tile(np.repeat(["AP", "PA"], 10), 4)
+    validation = metadata(sources, views)
+    test = metadata(["A", "A", "B", ""], ["AP", "PA", "AP", "PA"])
+    strata = choose_strata(labels, groups, validation, test)
+    assert strata.by == "source and view"
+    assert list(strata.test) == ["A AP", "A PA", "B", "unknown source"]
+    assert set(strata.validation) == {"A AP", "A PA", "B"}
+    few = choose_strata(labels, groups // 20, validation, test)
+    assert (few.by, set(few.validation)) == ("source", {"A", "B"})
+
+
+def test_without_known_differences_there_are_no_strata():
+    labels, groups = np.array([0, 1]), np.arange(2)
+    by_view = choose_strata(labels, groups, metadata(["", ""], ["AP", "PA"]), metadata(["", ""], ["AP", ""]))
+    assert (by_view.by, list(by_view.test)) == ("view", ["AP", "unknown view"])
+    for source in ("", "A"):
+        none = choose_strata(labels, groups, metadata([source] * 2, ["", ""]), metadata([source], [""]))
+        assert (none.by, set(none.test), set(none.validation)) == ("", {""}, {""})
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("AB"), st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=30),
+       st.lists(st.tuples(st.sampled_from("ABC"), st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=30),
+       st.sampled_from([None, 0.1, 0.5]))  # fmt: skip
+def test_a_range_is_always_within_0_and_1_and_around_the_value(validation, test, expected):
+    def count(rows):
+        return {row: rows.count(row) for row in rows}
+
+    foretold, _ = foretell(count(validation), count(test), expected_prevalence=expected)
+    assert 0 <= foretold.low <= foretold.high <= 1
+    assert np.isnan(foretold.value) == bool(foretold.reason)
+    if not foretold.reason:
+        assert foretold.low <= foretold.value <= foretold.high

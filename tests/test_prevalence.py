@@ -1,0 +1,97 @@
+"""The estimated prevalence of unlabeled images and its interval."""
+
+import numpy as np
+import pytest
+from scipy.optimize import minimize_scalar
+from scipy.special import expit, logit
+from sklearn.linear_model import LogisticRegression
+
+from pipeline.evaluation import prevalence
+from pipeline.evaluation.prevalence import adapt_label_shift, estimate_prevalence
+
+
+def draw(rng, positives, negatives, separation=2.3):
+    labels = np.repeat([1, 0], [positives, negatives])
+    return labels, expit(separation * (labels - 0.7) + rng.normal(size=len(labels)))
+
+
+def estimate(seed=0, positives=40, new_positives=60, resamples=100):
+    rng = np.random.default_rng(seed)
+    labels, scores = draw(rng, positives, 200)
+    _, new_scores = draw(rng, new_positives, 120 - new_positives)
+    return estimate_prevalence(labels, scores, np.arange(len(labels)), new_scores, np.arange(120), resamples)
+
+
+def test_the_estimate_is_the_maximum_of_the_mixture_likelihood():
+    rng = np.random.default_rng(1)
+    labels, scores = draw(rng, 40, 200)
+    _, new_scores = draw(rng, 60, 60)
+    result = estimate_prevalence(labels, scores, np.arange(240), new_scores, np.arange(120), 10)
+    model = LogisticRegression(C=1e3, tol=1e-8).fit(logit(scores)[:, None], labels)
+    ratios = np.exp(model.decision_function(logit(new_scores)[:, None]) - logit(labels.mean()))
+
+    def loss(share):
+        return -np.log(share * ratios + 1 - share).sum()
+
+    best = minimize_scalar(loss, bounds=(0, 1), method="bounded", options={"xatol": 1e-8}).x
+    assert result.prevalence == pytest.approx(best, abs=1e-3)
+    shift = adapt_label_shift(model.predict_proba(logit(new_scores)[:, None])[:, 1], labels.mean())
+    np.testing.assert_allclose(result.probabilities, shift["probabilities"], atol=2e-3)
+
+
+def test_the_vectorized_fits_agree_with_scikit_learn_and_with_em():
+    rng = np.random.default_rng(2)
+    labels, scores = draw(rng, 30, 170)
+    weights = np.vstack([np.ones(200), rng.multinomial(200, np.full(200, 1 / 200), 3)])
+    slopes, biases = prevalence._fit_logistic(logit(scores), labels, weights)
+    for row, slope, bias in zip(weights, slopes, biases, strict=True):
+        model = LogisticRegression(C=1e6, tol=1e-8).fit(logit(scores)[:, None], labels, row)
+        assert (slope, bias) == pytest.approx((model.coef_[0, 0], model.intercept_[0]), abs=5e-3)
+    calibrated = rng.random(50)
+    ratios = calibrated / (1 - calibrated) * 3  # calibrated at a prevalence of 1/4
+    (share,) = prevalence._maximize_likelihood(ratios[None], np.ones((1, 50)))
+    assert share == pytest.approx(adapt_label_shift(calibrated, 0.25)["prevalence"], abs=1e-5)
+
+
+def test_the_interval_contains_the_truth_and_only_a_real_difference_is_called_one():
+    shifted = [estimate(seed) for seed in range(20)]
+    assert sum(result.low <= 0.5 <= result.high for result in shifted) >= 17
+    assert all(result.differs for result in shifted)
+    same = [estimate(seed, new_positives=20) for seed in range(20)]
+    assert sum(result.differs for result in same) <= 3
+    assert all(result.low <= result.prevalence <= result.high for result in (*same, *shifted))
+
+
+def test_fewer_positive_images_widen_the_interval():
+    def width(**changes):
+        return np.mean([(r := estimate(seed, **changes)).high - r.low for seed in range(5)])
+
+    assert width(positives=10) > 1.2 * width(positives=150)
+
+
+@pytest.mark.parametrize(
+    ("labels", "scores", "new", "reason"),
+    [
+        ([0, 0, 0, 0], [0.1, 0.2, 0.3, 0.4], [0.5], "labeled images of one class only"),
+        ([0, 0, 1, 1], [0.1, 0.2, 0.8, 0.9], [], "no test images"),
+        ([1, 1, 0, 0], [0.1, 0.2, 0.8, 0.9], [0.5], "does not increase"),
+        ([1, 1, 0, 0], [0.5, 0.5, 0.5, 0.5], [0.5], ""),
+    ],
+)
+def test_degenerate_sets_give_no_estimate_but_a_reason(labels, scores, new, reason):
+    result = estimate_prevalence(
+        np.array(labels), np.array(scores), np.arange(4), np.array(new), np.arange(len(new)), 50
+    )
+    assert reason in result.reason
+    assert result.reason
+    assert np.isnan(result.low)
+    assert not result.differs
+    assert result.probabilities.shape == (len(new),)
+
+
+def test_one_patient_has_an_estimate_without_an_interval():
+    labels, scores = draw(np.random.default_rng(0), 20, 20)
+    result = estimate_prevalence(labels, scores, np.zeros(40), scores, np.arange(40), 50)
+    assert result.reason == "one patient only"
+    assert 0 < result.prevalence < 1
+    assert np.isnan([result.low, result.difference_high]).all()
