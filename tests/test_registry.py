@@ -27,8 +27,10 @@ from conftest import (
 )
 from filelock import FileLock
 from mlflow.exceptions import MlflowException
+from scipy.special import expit, logit
 
 from pipeline.core import config
+from pipeline.evaluation import ensemble, gate
 from pipeline.tracking import registry, runs
 from pipeline.tracking.fingerprint import training_fingerprint
 from pipeline.tracking.store import Store, connect
@@ -107,11 +109,107 @@ def test_a_champion_of_another_training_is_evaluated_on_the_present_validation_s
     assert tags["decision"].startswith("not promoted: ")
     assert tags["previous_champion"] == "3"
 
-    edit_params(promoted, lambda params: params["demo"]["promote"].update(min_probability=0.0))
+    edit_params(promoted, lambda params: params["demo"]["promote"].update(false_promotion_rate=1.0))
     assert "is champion: " in output_of("cxr promote")
     assert aliases(promoted) == {"champion": challenger, "challenger": challenger}
     rows = json.loads(Path("metrics/promotion.json").read_text())["decisions"]
     assert [row["promoted"] for row in rows[-2:]] == [False, True]
+
+
+def read_decision() -> dict:
+    return json.loads(Path("metrics/promotion.json").read_text())
+
+
+def comparison_tags(project: Path) -> dict[str, str]:
+    tags = mlflow_client(project).get_registered_model(NAME).tags
+    return {key: value for key, value in tags.items() if key.startswith(registry.COMPARISON_TAG)}
+
+
+def test_comparisons_on_one_validation_set_are_counted_once_each(promoted):
+    best, others = aliases(promoted)["challenger"], other_versions()
+    assert comparison_tags(promoted) == {}
+    for number, champion in enumerate(others, start=1):
+        registry.set_champion(connect(NAME), NAME, registry.get_version(connect(NAME), NAME, champion), "test")
+        lines = [output_of("cxr promote") for _ in range(2)]
+        decision = read_decision()
+        if lines[0] == lines[1]:  # not promoted
+            assert decision["p_value"] > decision["level"]
+        else:
+            assert "already champion" in lines[1]
+            decision = decision["decisions"][-2 if decision["comparison"] is None else -1]
+        assert (decision["comparison"], decision["level"]) == (number, 0.05 / number)
+        assert f"comparison {number} on this validation set" in lines[0]
+        assert len(comparison_tags(promoted)) == number
+    tags = mlflow_client(promoted).get_model_version(NAME, best).tags
+    assert tags["comparison"] == "2"
+    assert {"level", "p_value", "difference"} <= set(tags)
+    champion = aliases(promoted)["champion"]
+    output_of(f"cxr promote --model {next(one for one in ('1', '2', '3') if one != champion)} --reason 'costs nothing'")
+    assert len(comparison_tags(promoted)) == 2
+    mlflow_client(promoted).delete_model_version(NAME, others[0])
+    split_md5 = registry.get_version(connect(NAME), NAME, best).tags["split_md5"]
+    assert registry.comparison_number(connect(NAME), NAME, split_md5, "8", "9") == 3
+    assert registry.comparison_number(connect(NAME), NAME, "another split", "8", "9") == 1
+
+
+@pytest.fixture
+def new_candidates(promoted) -> Path:
+    """The champion's table of labeled images, in a project whose candidates are others that are not yet registered."""
+
+    def edit(params: dict) -> None:
+        params["demo"]["evaluate"]["operating_point"] = "best_f1"
+
+    edit_params(promoted, edit)
+    output_of("cxr bag")
+    champion = mlflow_client(promoted).get_model_version(NAME, aliases(promoted)["champion"])
+    source = champion.source.removeprefix("models:/")
+    return next((promoted / "mlartifacts").rglob(f"*{source}/**/{registry.LABELED_IMAGES}"))
+
+
+def test_a_version_lists_the_images_that_it_was_trained_on_without_names_and_patients(new_candidates):
+    table = pd.read_csv(new_candidates, dtype=str)
+    split = pd.read_csv("data/split.csv")
+    assert table.columns.tolist() == ["checksum", "label"]
+    assert table["label"].isna().sum() == (split["subset"] == "train").sum()
+    assert table["label"].notna().sum() == (split["subset"] == "validation").sum()
+    with zipfile.ZipFile("data/raw.zip") as archive:
+        assert set(table["checksum"]) <= {f"{one.CRC:08x}{one.file_size:08x}" for one in archive.infolist()}
+
+
+def test_a_champion_of_another_split_is_compared_on_images_that_neither_was_trained_on(new_candidates, monkeypatch):
+    validation = pd.read_csv("predictions/validation.csv").merge(pd.read_csv("data/split.csv"), on="file")
+    sizes = validation.groupby("group")["file"].transform("size")
+    trained_on = validation.loc[sizes.where(validation["label"] == 0).idxmin()]  # as if the champion had been
+    with zipfile.ZipFile("data/raw.zip") as archive:
+        (entry,) = [one for one in archive.infolist() if Path(one.filename).name == trained_on["file"]]
+    table = pd.read_csv(new_candidates, dtype={"checksum": str})
+    is_entry = table["checksum"] == f"{entry.CRC:08x}{entry.file_size:08x}"
+    assert table.loc[is_entry, "label"].notna().all()
+    table.assign(label=table["label"].mask(is_entry)).to_csv(new_candidates, index=False)
+    line = output_of("cxr promote")
+    assert "cannot be compared fairly: it was trained on others of these images, and only " in line
+    assert "are new to both (10 each are needed); to promote all the same: cxr promote --model " in line
+    assert comparison_tags(Path.cwd()) == {}
+    monkeypatch.setattr(gate, "MIN_GROUPS", 1)
+    line = output_of("cxr promote")
+    count = (validation["group"] != trained_on["group"]).sum()
+    assert f" on {count} images that neither was trained on; difference " in line
+    assert read_decision()["comparison"] == 1
+
+
+def test_a_champion_whose_training_images_are_unknown_is_compared_only_on_its_own_split(new_candidates):
+    new_candidates.unlink()
+    client, champion = mlflow_client(Path.cwd()), aliases(Path.cwd())["champion"]
+    split_md5 = client.get_model_version(NAME, champion).tags["split_md5"]
+    client.set_model_version_tag(NAME, champion, "split_md5", "another")
+    line = output_of("cxr promote")
+    assert "is challenger, not champion" in line
+    assert (
+        "cannot be compared fairly: it is of another split, and its training images were not recorded; to promote all "
+        "the same: cxr promote --model "
+    ) in line
+    client.set_model_version_tag(NAME, champion, "split_md5", split_md5)
+    assert "comparison 1 on this validation set" in output_of("cxr promote")
 
 
 def test_a_champion_that_cannot_be_loaded_is_replaced(promoted):
@@ -203,7 +301,7 @@ def test_a_manual_promotion_stands_until_a_newer_version_passes_the_gate(promote
 
     def edit(params: dict) -> None:
         params["demo"]["evaluate"]["operating_point"] = "best_f1"  # new candidates
-        params["demo"]["promote"]["min_probability"] = 0.0
+        params["demo"]["promote"]["false_promotion_rate"] = 1.0
 
     edit_params(promoted, edit)
     output_of("cxr bag")
@@ -354,12 +452,14 @@ def radiographs(promoted) -> Path:
 def test_predict_returns_the_probabilities_of_evaluate(radiographs, model):
     expected = pd.read_csv("predictions/test.csv").set_index("file")
     candidates = {"champion": json.loads(Path("metrics/promotion.json").read_text())["candidate"], "1": "seed-0"}
-    expected["bag"] = expected[["seed-0", "seed-1"]].mean(axis="columns")
+    config = json.loads(Path("metrics/candidates.json").read_text())[candidates.get(model, model)]
+    scores = expected[config["members"]].mean(axis="columns")
+    expected["probability"] = expit(logit(scores) / config["temperature"] + config["bias"])
     output_of(f"cxr predict {radiographs} --model {model} --csv out/table.csv")
     table = pd.read_csv("out/table.csv")
     names = [Path(file).name for file in table["file"]]
     assert names == sorted(expected.index)
-    probabilities = expected[candidates.get(model, model)].loc[names]
+    probabilities = expected.loc[names, "probability"]
     assert table["probability"].to_numpy() == pytest.approx(probabilities.to_numpy(), abs=1e-6)
 
 
@@ -388,9 +488,10 @@ def test_a_served_model_takes_pixels_and_returns_its_version(radiographs):
     pixels = np.load("data/images.npy")[-8:]
     assert pixels.shape == (8, size, size)
     predictions = model.predict(pd.DataFrame({"image": list(pixels)}))
-    expected = pd.read_csv("predictions/test.csv")
-    if best != "bag":
-        assert predictions["probability"].to_numpy() == pytest.approx(expected[best].to_numpy(), abs=1e-6)
+    ensemble_config = ensemble.load_candidate_configs(config.load_config())[best]
+    expected = ensemble.predict(pd.read_csv("predictions/test.csv"), ensemble_config)
+    assert predictions["probability"].to_numpy() == pytest.approx(expected["probability"].to_numpy(), abs=1e-6)
+    assert set(predictions["prevalence"]) == {ensemble_config.prevalence}
     assert set(predictions["version"]) == {aliases(Path.cwd())["champion"]}
 
 

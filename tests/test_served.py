@@ -10,6 +10,7 @@ import torch
 from conftest import write_zip
 from odd_files import chest, encode, formats
 from PIL import Image
+from scipy.special import expit, logit
 
 from pipeline.core.config import PrepareParams
 from pipeline.data import manifest, packing
@@ -45,11 +46,12 @@ def test_evaluation_files_and_the_served_model_give_the_same_probabilities(tmp_p
     torch.manual_seed(0)
     options = {"head_hidden": [], "dropout": 0.0, "size": 40, "normalization": "imagenet"}
     network = Classifier(Architecture("squeezenet1_1", **options, packed_size=pack.size, resize=pack.resize)).eval()
-    classifier.save_weights(network, tmp_path / "seed-0")
+    classifier.save_weights([network], tmp_path / "seed-0")
     classifier.save_description(network, tmp_path / "seed-0", {})
-    config = EnsembleConfig(["seed-0"], "mean", "mean", 0.5, [0.5], [1.0])
+    config = EnsembleConfig(["seed-0"], "mean", "mean", [1.0], 0.5, 2.0, -1.0, 0.125)
     candidate.assemble_candidate(tmp_path / "candidate", tmp_path, config)
     expected = probability_table({"seed-0": network}, pack, list(rows.index), batch_size=4)["seed-0"].to_numpy()[1:]
+    expected = expit(logit(expected) / 2 - 1)  # recalibrated
     assert list(rows["file"][1:]) == list(files)
     assert len(set(expected.round(6))) > 3
 
@@ -68,3 +70,5 @@ def test_evaluation_files_and_the_served_model_give_the_same_probabilities(tmp_p
     ):
         response = served.predict(None, pd.DataFrame({"image": inputs}))
         assert response["probability"].to_numpy() == pytest.approx(expected, abs=1e-6)
+        assert list(response) == ["probability", "label", "prevalence", "version"]
+        assert set(response["prevalence"]) == {0.125}

@@ -16,7 +16,7 @@ from pipeline.core.files import read_json, write_json
 from pipeline.evaluation import ensemble
 from pipeline.evaluation.ensemble import EnsembleConfig
 from pipeline.models import classifier
-from pipeline.models.classifier import DESCRIPTION_FILE, WEIGHTS_FILE, Architecture, Classifier
+from pipeline.models.classifier import DESCRIPTION_FILE, WEIGHTS_FILE, Architecture, Classifier, FoldEnsemble
 
 BATCH_SIZE = 32  # images per forward pass
 
@@ -24,7 +24,7 @@ BATCH_SIZE = 32  # images per forward pass
 class Candidate:
     """Classifiers that predict together, as an `EnsembleConfig` combines them."""
 
-    def __init__(self, members: Mapping[str, Classifier], config: EnsembleConfig) -> None:
+    def __init__(self, members: Mapping[str, Classifier | FoldEnsemble], config: EnsembleConfig) -> None:
         self.members, self.config = members, config
         architectures = [network.architecture for network in members.values()]
         ((self.packed_size, self.resize),) = {(one.packed_size, one.resize) for one in architectures}
@@ -33,7 +33,8 @@ class Candidate:
         """Classify gray images (N, packed_size, packed_size), uint8.
 
         Returns:
-            A row per image: `probability` of COVID-19 (combined from all members) and `label`, 0 or 1.
+            A row per image: `score`, `probability` of COVID-19 and `label`, 0 or 1, of all members combined; see
+            `ensemble.predict`.
         """
         device = next(iter(self.members.values())).scale.device
         batches = [
@@ -62,14 +63,22 @@ def content_hash(folder: Path) -> str:
     return hashlib.sha256(json.dumps([models, config], sort_keys=True).encode()).hexdigest()
 
 
+def is_of_earlier_release(fields: Mapping[str, object]) -> bool:
+    """Return whether a candidate.json has a threshold for each member, as before votes were scores."""
+    return "thresholds" in fields
+
+
 def load_candidate(folder: Path, device: torch.device) -> Candidate:
     """Load a candidate for prediction; no code in its files is executed.
 
     Raises:
-        UserError: it is not a candidate of this pipeline, a file is missing, or weights do not match their hash.
+        UserError: it is not a candidate of this release, a file is missing, or weights do not match their hash.
     """
     try:
-        config = EnsembleConfig(**read_json(folder / "candidate.json"))
+        fields = read_json(folder / "candidate.json")
+        if is_of_earlier_release(fields):
+            raise UserError(f"{folder / 'candidate.json'}: written by an earlier release; train again with: dvc repro")
+        config = EnsembleConfig(**fields)
         members = {name: classifier.load_classifier(folder / name, device) for name in config.members}
     except FileNotFoundError as error:
         raise UserError(f"{error.filename}: not found; this is not a complete model of this pipeline") from None

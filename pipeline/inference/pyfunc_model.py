@@ -45,15 +45,17 @@ class ServedModel(PythonModel):
             params: unused.
 
         Returns:
-            A row per image: `probability` of COVID-19, `label` (0 or 1) at the operating point, and `version`, the
-            registered version, or empty if the model was not loaded from the registry.
+            A row per image: `probability` of COVID-19; `label` (0 or 1) at the operating point; `prevalence`, the share
+            of positives for which the probability is calibrated, or None if it is not; and `version`, the registered
+            version, or empty if the model was not loaded from the registry.
 
         Raises:
             MlflowException: an image is not usable; a server answers with HTTP 400.
         """
         size, resize = self._candidate.packed_size, self._candidate.resize
         pixels = torch.from_numpy(np.stack([_decode(image, size, resize) for image in model_input["image"]]))
-        return self._candidate.predict(pixels).assign(version=self._version)
+        predictions = self._candidate.predict(pixels)[["probability", "label"]]
+        return predictions.assign(prevalence=self._candidate.config.prevalence, version=self._version)
 
 
 def _decode(image: Any, size: int, resize: Resize) -> np.ndarray:

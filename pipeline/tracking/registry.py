@@ -22,6 +22,7 @@ from uuid import uuid4
 
 import mlflow
 import numpy as np
+import pandas as pd
 import torch
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
@@ -33,13 +34,16 @@ from requests import RequestException
 
 import pipeline
 from pipeline.core.errors import UserError, first_line
+from pipeline.core.files import read_json
 from pipeline.core.memory import is_out_of_memory
 from pipeline.inference import candidate
 from pipeline.tracking.store import Store, software_version_tag
 
 CONTENT_HASH_TAG = "content_hash"
 CHAMPION, CHALLENGER = "champion", "challenger"
+COMPARISON_TAG = "comparison."  # prefix of tags on the registered model: comparison.<split>.<challenger>.<champion>
 CHAMPION_TAG = "champion."  # prefix of the history's tags on the registered model: champion.0001.<random>, ...
+LABELED_IMAGES = "labeled_images.csv"  # in that folder, see `sync.ValidationPredictions.labeled_images`
 ARTIFACT = "candidate"  # name of the candidate's folder among the model's artifacts
 OLD_CONTENT_HASH_TAG = "identity"  # release 0.1
 OLD_RECORD_FIELDS = {"why": "reason", "over": "overruled_up_to"}  # release 0.1
@@ -48,6 +52,7 @@ REQUIREMENTS = [
     "torchvision",
 ]  # fmt: skip
 MAX_DESCRIPTION = 5000  # characters, the limit of MLflow's database
+CHECKLIST = "\n## "  # begins the last part of the model card, the only one with a heading
 DESCRIPTION = """Classifies chest radiographs as COVID-19 positive or negative. For research and teaching only.
 
 The alias `champion` is the version to use, `challenger` the best candidate of the last run. `cxr history` shows all
@@ -55,7 +60,14 @@ champions and why each was promoted (stored in the tags `champion.0001.…`); `c
 """
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(AnyType(), "image")]),
-    outputs=Schema([ColSpec("double", "probability"), ColSpec("long", "label"), ColSpec("string", "version")]),
+    outputs=Schema(
+        [
+            ColSpec("double", "probability"),
+            ColSpec("long", "label"),
+            ColSpec("double", "prevalence", required=False),  # for which the probability is calibrated, if it is
+            ColSpec("string", "version"),
+        ]
+    ),
 )
 
 
@@ -102,8 +114,8 @@ def register_candidate(
 
 
 def set_model_description(store: Store, name: str, model_card: str) -> None:
-    """Append the model card to the description of the registered model."""
-    description = f"{DESCRIPTION}\n{model_card}"[:MAX_DESCRIPTION]
+    """Append the model card, without the reporting checklist, which does not fit, to the registered model."""
+    description = f"{DESCRIPTION}\n{model_card.partition(CHECKLIST)[0]}"[:MAX_DESCRIPTION]
     if store.client.get_registered_model(name).description != description:
         store.client.update_registered_model(name, description)
 
@@ -238,15 +250,43 @@ def overruled_up_to(store: Store, name: str) -> int:
     return last.overruled_up_to if last else 0
 
 
+def comparison_number(store: Store, name: str, split_md5: str, challenger: str, champion: str) -> int:
+    """Return the number of the comparison of two versions among all on one validation set, counted from 1.
+
+    A comparison that was recorded keeps its number. The tags that count are those of the registered model, which stay
+    when versions are deleted.
+    """
+    tags, prefix = store.client.get_registered_model(name).tags, f"{COMPARISON_TAG}{split_md5}."
+    numbers = {key: int(value) for key, value in tags.items() if key.startswith(prefix)}
+    return numbers.get(f"{prefix}{challenger}.{champion}", max(numbers.values(), default=0) + 1)
+
+
+def record_comparison(store: Store, name: str, split_md5: str, challenger: str, champion: str, number: int) -> None:
+    """Record the number of a comparison, see `comparison_number`."""
+    key = f"{COMPARISON_TAG}{split_md5}.{challenger}.{champion}"
+    store.client.set_registered_model_tag(name, key, str(number))
+
+
 def load_version(version: ModelVersion) -> candidate.Candidate:
     """Load a version after checking that its files match the checksums recorded when it was registered.
 
     Raises:
         UserError: files are missing or changed.
     """
+    return load_with_images(version)[0]
+
+
+def load_with_images(version: ModelVersion) -> tuple[candidate.Candidate, pd.DataFrame | None]:
+    """Load a version as `load_version` does, and its table of labeled images; None if an earlier release registered it.
+
+    Raises:
+        UserError: files are missing or changed.
+    """
     with download_version(version) as folder:
         try:
-            return candidate.load_candidate(folder, torch.device("cpu"))  # compares weights with their checksums
+            model = candidate.load_candidate(folder, torch.device("cpu"))  # compares weights with their checksums
+            images = folder / LABELED_IMAGES
+            return model, pd.read_csv(images, dtype={"checksum": str}) if images.exists() else None
         except Exception as error:
             if isinstance(error, OSError) or is_out_of_memory(error):
                 raise
@@ -261,10 +301,7 @@ def download_version(version: ModelVersion) -> Iterator[Path]:
         UserError: its files are missing or changed, or it was registered by an earlier release or other code.
     """
     if OLD_CONTENT_HASH_TAG in version.tags and CONTENT_HASH_TAG not in version.tags:
-        raise UserError(
-            f"{version.name} version {version.version} was registered by an earlier release and cannot be loaded by "
-            "this one; train and register new versions with: dvc repro"
-        )
+        raise _earlier_release_error(version)
     with tempfile.TemporaryDirectory() as scratch:
         try:
             path = mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}", dst_path=scratch)
@@ -281,7 +318,16 @@ def download_version(version: ModelVersion) -> Iterator[Path]:
             raise _damaged_error(version, first_line(error)) from None
         if content_hash != version.tags.get(CONTENT_HASH_TAG):
             raise _damaged_error(version, f"its files do not match its tag {CONTENT_HASH_TAG}")
+        if candidate.is_of_earlier_release(read_json(folder / "candidate.json")):
+            raise _earlier_release_error(version)
         yield folder
+
+
+def _earlier_release_error(version: ModelVersion) -> UserError:
+    return UserError(
+        f"{version.name} version {version.version} was registered by an earlier release and cannot be loaded by this "
+        "one; train and register new versions with: dvc repro"
+    )
 
 
 def _damaged_error(version: ModelVersion, reason: str) -> UserError:

@@ -42,7 +42,7 @@ WORKSPACE = "workspace"  # host and folder of the DVC workspace
 MANIFEST = Path("data/manifest.csv")
 DATA_CARD = [Path("data/card.json"), Path("data/card.md")]
 CHECKPOINT = "checkpoint"  # artifact folder of a run's model
-SEED_FILES = ["model.safetensors", "model.json", "history.csv", "metrics.json"]
+SEED_FILES = ["model.safetensors", "model.json", "history.csv", "metrics.json", "validation.csv"]
 
 
 def parent_run(store: Store, config: Config, fingerprint: str) -> Run:
@@ -67,13 +67,13 @@ class SeedRun:
         self._monitor: SystemMetricsMonitor | None = None
         if self.finished:
             return
-        history = self._client.get_metric_history(self.run_id, "validation/f1")
-        self._last_epoch = max((metric.step for metric in history), default=0)
-        params = {
-            "seed": seed,
-            "fold": manifest.validation_fold(config.active.split, seed),
-            **config.active.train.model_dump(),
-        }
+        split, self._prefixes, self._last_epochs = config.active.split, dict[int, str](), dict[int, int]()
+        for fold in split.validation_folds:
+            self._prefixes[fold] = prefix = f"fold-{fold}/" if split.cross_validate else ""
+            logged = self._client.get_metric_history(self.run_id, f"{prefix}validation/f1")
+            self._last_epochs[fold] = max((metric.step for metric in logged), default=0)
+        scheme = split.model_dump(include={"cross_validate", "held_out_source"})
+        params = {"seed": seed, **scheme, **config.active.train.model_dump()}
         self._client.log_batch(self.run_id, params=[Param(key, str(value)) for key, value in params.items()])
         with store.lock:  # MLflow fails when two runs log the same dataset at once
             self._log_dataset()
@@ -97,28 +97,32 @@ class SeedRun:
         self.finished = status == "FINISHED"
 
     def log_epoch(
-        self, row: Mapping[str, Any], ended_at: float | None = None, images_per_second: float | None = None
+        self, fold: int, row: Mapping[str, Any], ended_at: float | None = None, images_per_second: float | None = None
     ) -> None:
         """Log one row of `history.csv`, unless the epoch has been logged before.
 
         Args:
+            fold: the fold that validates; in cross-validation, the names of the metrics begin with it.
             row: the epoch and its metrics.
             ended_at: end of the epoch in seconds since 1970; by default now.
             images_per_second: training throughput, which is not among the outs.
         """
         epoch = int(row["epoch"])
-        if self.finished or epoch <= self._last_epoch:
+        if self.finished or epoch <= self._last_epochs[fold]:
             return
         metrics = {f"validation/{key}": row[key] for key in row if key not in ("epoch", "train_loss", "lr")} | {
             "train/loss": row["train_loss"],
             "train/lr": row["lr"],
             "train/images_per_second": images_per_second,
         }
-        log_metrics(self._client, self.run_id, metrics, epoch, ended_at)
-        self._last_epoch = epoch
+        prefix = self._prefixes[fold]
+        log_metrics(
+            self._client, self.run_id, {f"{prefix}{key}": value for key, value in metrics.items()}, epoch, ended_at
+        )
+        self._last_epochs[fold] = epoch
 
     def upload_checkpoint(self, weights: Path) -> None:
-        """Upload the best weights so far, replacing earlier ones."""
+        """Upload the weights kept so far, replacing earlier ones."""
         if not self.finished:
             self._client.log_artifact(self.run_id, str(weights), CHECKPOINT)
 
@@ -127,7 +131,7 @@ class SeedRun:
         if self.finished:
             return
         for row in pd.read_csv(folder / "history.csv").to_dict("records"):
-            self.log_epoch({str(key): value for key, value in row.items()})
+            self.log_epoch(int(row.pop("fold")), {str(key): value for key, value in row.items()})
         for name in SEED_FILES:
             self._client.log_artifact(self.run_id, str(folder / name), CHECKPOINT)
         best = read_json(folder / "metrics.json")
@@ -136,7 +140,7 @@ class SeedRun:
         rows = "".join(
             f"| {key.replace('_', ' ')} | {value:.4g} |\n" for key, value in best.items() if value is not None
         )
-        tags = {MLFLOW_RUN_NOTE: f"| metric | best epoch |\n| --- | ---: |\n{rows}"}
+        tags = {MLFLOW_RUN_NOTE: f"| metric | kept epoch |\n| --- | ---: |\n{rows}"}
         for key, value in (tags | read_json(folder / "model.json")["environment"]).items():
             self._client.set_tag(self.run_id, key, value)
         self.close("FINISHED")

@@ -4,7 +4,7 @@ import tempfile
 import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 import numpy as np
 import pandas as pd
@@ -15,11 +15,13 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from pipeline.core.config import BAG, Config, PromoteParams
 from pipeline.core.errors import UserError
-from pipeline.core.files import DamagedFileError, md5_of_file, read_csv, read_json, write_json
+from pipeline.core.files import DamagedFileError, md5_of_file, read_csv, read_json, write_csv, write_json
 from pipeline.data import images, layout
 from pipeline.data.manifest import read_split
-from pipeline.evaluation import calibration, ensemble
-from pipeline.evaluation.intervals import MetricDifference, compare_f1
+from pipeline.evaluation import calibration, ensemble, gate
+from pipeline.evaluation.cross_fitted_predictor import CrossFittedPredictor
+from pipeline.evaluation.intervals import compare_predictions
+from pipeline.evaluation.metric_tables import Predictions, ValidationSet
 from pipeline.evaluation.metrics import Scores, best_model, score_predictions
 from pipeline.inference import candidate
 from pipeline.inference.candidate import BATCH_SIZE, Candidate
@@ -35,7 +37,14 @@ from pipeline.tracking.runs import (
 from pipeline.tracking.store import Store, connect
 
 DECISIONS = Path("metrics/promotion.json")
+SUMMARY = Path("metrics/summary.json")
 SPLIT_FILE = Path("data/split.csv")
+RAW = Path("data/raw.zip")
+
+
+COMPARISON_FIELDS: tuple[Literal["comparison", "level", "p_value", "difference", "low", "high"], ...] = (
+    "comparison", "level", "p_value", "difference", "low", "high",
+)  # fmt: skip
 
 
 class Decision(TypedDict):
@@ -49,9 +58,11 @@ class Decision(TypedDict):
     f1: float | None
     champion_f1: float | None
     difference: float | None
-    low: float | None
+    low: float | None  # of the 95 % confidence interval of the difference, apparent: the best candidate was chosen
     high: float | None
-    probability: float | None
+    p_value: float | None
+    level: float | None  # the largest p-value that promotes
+    comparison: int | None  # number of the comparison among those on this validation set
     calibration_error: float | None
     data_md5: str
 
@@ -63,15 +74,18 @@ def backfill(store: Store, config: Config) -> dict[str, ModelVersion]:
         UserError: MLflow cannot be used, or a model is not up to date.
     """
     configs, fingerprints = ensemble.load_candidate_configs(config), fingerprint.candidate_fingerprints(config)
+    predictions = ValidationPredictions(config)
     parent = parent_run(store, config, fingerprints[BAG])
     run_ids = {BAG: parent.info.run_id}
     for seed, name in zip(config.seeds, config.model_names, strict=True):
         run = SeedRun(store, config, parent, seed, fingerprints[name])
         run.finish(Path("models", name))
         run_ids[name] = run.run_id
-    finish_parent(store, parent, Path("report"), read_json(Path("metrics/bag.json"))[config.active.bag.method])
+    bag = read_json(Path("metrics/bag.json"))[config.active.bag.method]
+    headline = {key: value for key, value in read_json(SUMMARY)["bag"].items() if type(value) is float}
+    finish_parent(store, parent, Path("report"), bag | headline)  # what was corrected replaces what is apparent
 
-    table = read_split(MANIFEST.parent)
+    table = read_split(MANIFEST.parent, config.active.split.validation_folds)
     example = np.load("data/images.npy", mmap_mode="r")[table.index[table["subset"] == "validation"][0]]
     tags = {"data_md5": md5_of_file(MANIFEST), "split_md5": md5_of_file(SPLIT_FILE), **commit_and_experiment_tags()}
     versions = {}
@@ -79,6 +93,7 @@ def backfill(store: Store, config: Config) -> dict[str, ModelVersion]:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch, registry.ARTIFACT)
             candidate.assemble_candidate(folder, Path("models"), ensemble_config)
+            write_csv(folder / registry.LABELED_IMAGES, predictions.labeled_images(name))
             versions[name] = registry.register_candidate(
                 store, config.model_name, run_ids[name], folder, example, {"candidate": name, **tags}
             )
@@ -106,10 +121,13 @@ def promote_best(store: Store, config: Config, versions: Mapping[str, ModelVersi
     registry.reconcile_alias(store, name)
     while True:
         champion = registry.get_champion(store, name)
-        decision = decide(config, predictions, versions, best, champion, registry.overruled_up_to(store, name))
+        number = _comparison_number(store, versions[best], champion)
+        decision = decide(config, predictions, versions, best, champion, registry.overruled_up_to(store, name), number)
         with store.lock:
             if _number(registry.get_champion(store, name)) != _number(champion):
                 continue  # another process promoted a version meanwhile
+            if _comparison_number(store, versions[best], champion) != number:
+                continue  # or compared one
             if _number(champion) != _number(versions[best]):
                 _apply(store, versions[best], champion, decision)
             elif [row["version"] for row in _read_decisions()[-1:]] != [decision["version"]]:
@@ -178,37 +196,78 @@ def remove_runs(store: Store, name: str, runs: Collection[Run]) -> None:
 
 
 class ValidationPredictions:
-    """Labels of the validation set and all candidates' predictions for it."""
+    """Labels of the validation set and all candidates' predictions for it, cross-fitted where something is fitted.
+
+    Attributes:
+        files, labels, groups, checksums: (N,), of the validation images.
+        probabilities, predicted: (N, candidates), P(positive) and the predicted labels.
+        by_epoch: per candidate, the labels (N, E) predicted after each epoch that the kept one was chosen from; a
+            single column if no epoch was chosen on these images.
+        folds: (N,), the fold of each image in cross-validation, else None.
+        scores: of every candidate, by name.
+    """
 
     def __init__(self, config: Config) -> None:
-        predictions = read_csv(Path("predictions/validation.csv"))
-        table = read_split(MANIFEST.parent).set_index("file").loc[predictions["file"]]
+        predictions, split, params = read_csv(Path("predictions/validation.csv")), config.active.split, config.active
+        self._images = read_split(MANIFEST.parent, split.validation_folds).set_index("file")
+        table = self._images.loc[predictions["file"]]
         self.files, self.labels = predictions["file"], predictions["label"].to_numpy()
         self.groups = table["group"].to_numpy()
+        self.folds = table["fold"].to_numpy(int) if split.cross_validate else None
+        validation = ValidationSet(self.labels, self.groups, 1)
         configs = ensemble.load_candidate_configs(config)
-        combined = {name: ensemble.predict(predictions, ensemble_config) for name, ensemble_config in configs.items()}
-        self.probabilities, self.predicted = (
-            pd.DataFrame({name: table[column] for name, table in combined.items()})
-            for column in ("probability", "label")
-        )
+        fitted = {
+            name: CrossFittedPredictor(config, validation, predictions[one.members], one.method)
+            for name, one in configs.items()
+        }
+        self._registered = {name: ensemble.predict(predictions, one)["label"] for name, one in configs.items()}
+        self.probabilities = pd.DataFrame({name: one.probabilities for name, one in fitted.items()})
+        self.predicted = pd.DataFrame({name: one.predictions.predicted for name, one in fitted.items()}).astype(int)
+        self.by_epoch = [self.predicted[[name]].to_numpy() for name in configs]
+        if params.train.keep != "last":
+            for name in config.model_names:
+                epochs = read_csv(Path("models", name, "validation.csv")).set_index("file").loc[self.files]
+                scores = epochs.filter(regex="^epoch-").to_numpy()
+                self.by_epoch[list(configs).index(name)] = gate.predict_by_epoch(validation, scores, params.evaluate)
         self.scores: Mapping[str, Scores] = {
             name: score_predictions(self.labels, self.probabilities[name].to_numpy(), self.predicted[name].to_numpy())
-            for name in combined
+            for name in configs
         }
+        self.checksums = self._checksums(self.files)
 
-    def predict_with(self, model: Candidate) -> np.ndarray:
-        """Return a model's labels for the validation set, decoding the images at the size that it needs."""
-        members = layout.read_layout(Path("data/raw.zip")).images.set_index("file").loc[self.files, "member"]
+    def labeled_images(self, name: str) -> pd.DataFrame:
+        """List the labeled images for later comparisons with other splits, without file names or patients.
+
+        Returns:
+            `checksum` of each image's file, sorted, and `label`, which the candidate predicts for an image of the
+            validation set and which is missing for one that it was trained on.
+        """
+        files = self._images.index[self._images["subset"].isin(["train", "validation"])].to_series()
+        labels = self._registered[name].set_axis(self.files).reindex(files).astype("Int64")
+        table = pd.DataFrame({"checksum": self._checksums(files).to_numpy(), "label": labels.to_numpy()})
+        return table.sort_values(["checksum", "label"])
+
+    def predict_with(self, model: Candidate, rows: np.ndarray) -> np.ndarray:
+        """Return a model's labels for rows of the validation set, decoding the images at the size that it needs."""
+        members = layout.read_layout(RAW).images.set_index("file").loc[self.files.iloc[rows], "member"]
         labels = []
-        with zipfile.ZipFile("data/raw.zip") as archive:
+        with zipfile.ZipFile(RAW) as archive:
             for start in range(0, len(members), BATCH_SIZE):
                 try:
                     contents = [layout.read_member(archive, name) for name in members[start : start + BATCH_SIZE]]
                 except DamagedFileError as error:
-                    raise UserError(f"data/raw.zip: damaged ({error}); run: dvc repro -f download") from None
+                    raise UserError(f"{RAW}: damaged ({error}); run: dvc repro -f download") from None
                 pixels = [images.decode_radiograph(content, model.packed_size, model.resize)[0] for content in contents]
                 labels.append(model.predict(torch.from_numpy(np.stack(pixels)))["label"])
         return np.concatenate(labels)
+
+    @staticmethod
+    def _checksums(files: pd.Series) -> pd.Series:
+        """Return the CRC-32 and the size of each image's file, which the archive's directory has."""
+        members = layout.read_layout(RAW).images.set_index("file").loc[files, "member"]
+        with zipfile.ZipFile(RAW) as archive:
+            entries = [archive.getinfo(member) for member in members]
+        return pd.Series([f"{entry.CRC:08x}{entry.file_size:08x}" for entry in entries], dtype=str)
 
 
 def decide(
@@ -218,6 +277,7 @@ def decide(
     best: str,
     champion: ModelVersion | None,
     overruled_up_to: int,
+    number: int,
 ) -> Decision:
     """Decide whether the best candidate becomes champion.
 
@@ -229,16 +289,18 @@ def decide(
         champion: the present champion.
         overruled_up_to: the newest version that existed when a person chose the champion; 0 if the gate chose it.
             Versions up to this one do not replace it.
+        number: of this comparison with the champion among those on this validation set.
     """
     params, scores, challenger = config.active.promote, predictions.scores[best], versions[best]
     error = calibration.expected_calibration_error(predictions.labels, predictions.probabilities[best].to_numpy())
     decision: Decision = {
         "run": fingerprint.parent_run_name(config, fingerprint.candidate_fingerprints(config)[BAG]), "candidate": best,
         "version": str(challenger.version), "promoted": False, "reason": "", "f1": scores["f1"], "champion_f1": None,
-        "difference": None, "low": None, "high": None, "probability": None, "calibration_error": error,
-        "data_md5": md5_of_file(MANIFEST),
+        "difference": None, "low": None, "high": None, "p_value": None, "level": None, "comparison": None,
+        "calibration_error": error, "data_md5": md5_of_file(MANIFEST),
     }  # fmt: skip
     f1 = f"validation F1 {scores['f1']:.4f}"
+    override = f"cxr promote --model {challenger.version} --reason TEXT"
     if champion and champion.version == challenger.version:
         return {**decision, "promoted": True, "reason": f"{f1}; already champion"}
     failures = check_requirements(params, scores, error)
@@ -247,28 +309,69 @@ def decide(
     if champion is None:
         return {**decision, "promoted": True, "reason": f"{f1}; there was no champion"}
     try:
-        model = registry.load_version(champion)
+        model, known = registry.load_with_images(champion)
     except UserError as load_error:
         return {**decision, "promoted": True, "reason": f"{f1}; the champion cannot be loaded: {load_error}"}
-    if int(challenger.version) <= overruled_up_to:
-        reason = (
-            f"{f1}, but a person chose version {champion.version} instead; to change that: cxr promote --model "
-            f"{challenger.version} --reason TEXT"
-        )
-        return {**decision, "reason": reason}
+    obstacle = f"a person chose version {champion.version} instead; to change that"
+    if int(challenger.version) > overruled_up_to:
+        labels, obstacle = find_champion_labels(config, predictions, versions, champion, known)
+    if obstacle:
+        return {**decision, "reason": f"{f1}, but {obstacle}: {override}"}
 
-    # The champion's predictions exist if it is a candidate of the present run.
-    candidates = [name for name, version in versions.items() if version.version == champion.version]
-    labels = predictions.predicted[candidates[0]].to_numpy() if candidates else predictions.predict_with(model)
-    leaked = not candidates and champion.tags.get("split_md5") != md5_of_file(SPLIT_FILE)
-    comparison = compare_with_champion(params, predictions, best, labels)
-    promoted = comparison["probability"] is not None and comparison["probability"] >= params.min_probability
-    champion_f1 = scores["f1"] - comparison["difference"]
+    unknown = labels.index[labels.isna()].to_numpy()
+    if len(unknown):
+        labels.loc[unknown] = predictions.predict_with(model, unknown)
+    decision |= compare_with_champion(params, predictions, best, labels, number)  # type: ignore[typeddict-item]
+    promoted = decision["p_value"] <= decision["level"]  # type: ignore[operator]
+    subset = f" on {len(labels)} images that neither was trained on" if len(labels) < len(predictions.files) else ""
     reason = (
-        f"{f1}; {'previous ' if promoted else ''}champion, version {champion.version}: {champion_f1:.4f}"
-        f"{' (it may have been trained on these images)' if leaked else ''}; {format_comparison(params, comparison)}"
+        f"{f1}; {'previous ' if promoted else ''}champion, version {champion.version}: "
+        f"{decision['champion_f1']:.4f}{subset}; {format_comparison(params, decision)}"
     )
-    return {**decision, **comparison, "promoted": promoted, "champion_f1": champion_f1, "reason": reason}
+    return {**decision, "promoted": promoted, "reason": reason}
+
+
+def find_champion_labels(
+    config: Config,
+    predictions: ValidationPredictions,
+    versions: Mapping[str, ModelVersion],
+    champion: ModelVersion,
+    known: pd.DataFrame | None,
+) -> tuple[pd.Series, str]:
+    """Find the images of the validation set on which the champion can be compared, and its labels for them.
+
+    Args:
+        config: the present split.
+        predictions: of the present candidates.
+        versions: the present candidates.
+        champion: the champion.
+        known: its table of labeled images, see `ValidationPredictions.labeled_images`; None if it has none.
+
+    Returns:
+        The labels by row number of the images, NaN where the champion must still predict, and why it cannot be
+        compared, or an empty text.
+    """
+    name = next((name for name, version in versions.items() if version.version == champion.version), None)
+    if name is not None:
+        labels = predictions.predicted[name].astype(float)
+    elif known is not None:
+        labels = gate.find_comparable_images(predictions.checksums, predictions.groups, known)
+    else:
+        labels = pd.Series(np.nan, range(len(predictions.files)))
+        if champion.tags.get("split_md5") != md5_of_file(SPLIT_FILE) or config.active.split.cross_validate:
+            return labels, (
+                f"champion, version {champion.version}, cannot be compared fairly: it is of another split, and its "
+                "training images were not recorded; to promote all the same"
+            )
+    rows = labels.index.to_numpy()
+    positive, negative = gate.count_groups(predictions.labels[rows], predictions.groups[rows])
+    if len(rows) < len(predictions.files) and min(positive, negative) < gate.MIN_GROUPS:
+        return labels, (
+            f"champion, version {champion.version}, cannot be compared fairly: it was trained on others of these "
+            f"images, and only {positive} positive and {negative} negative patients are new to both "
+            f"({gate.MIN_GROUPS} each are needed); to promote all the same"
+        )
+    return labels, ""
 
 
 def check_requirements(params: PromoteParams, scores: Scores, calibration_error: float) -> list[str]:
@@ -285,22 +388,55 @@ def check_requirements(params: PromoteParams, scores: Scores, calibration_error:
 
 
 def compare_with_champion(
-    params: PromoteParams, predictions: ValidationPredictions, best: str, champion_labels: np.ndarray
-) -> MetricDifference:
-    """Compare the F1 of a candidate and the champion on the validation set by a paired bootstrap of the groups."""
-    best_labels = predictions.predicted[best].to_numpy()
-    return compare_f1(
-        predictions.labels, predictions.groups, best_labels, champion_labels, params.resamples, params.margin
+    params: PromoteParams, predictions: ValidationPredictions, best: str, champion: pd.Series, number: int
+) -> dict[str, float | None]:
+    """Compare the F1 of the best candidate with that of the champion.
+
+    Args:
+        params: the rate of false promotions, the margin and the number of resamples.
+        predictions: of all candidates.
+        best: name of the candidate.
+        champion: the champion's predicted labels by row number of the images to compare on.
+        number: of this comparison.
+
+    Returns:
+        The fields of a decision that describe the comparison.
+    """
+    rows, theirs = champion.index.to_numpy(), champion.to_numpy(int)
+    labels, groups, ours = predictions.labels[rows], predictions.groups[rows], predictions.predicted[best].to_numpy()
+    table = compare_predictions(labels, groups, Predictions(ours[rows], None), Predictions(theirs, None))
+    f1 = pd.Series(table.set_index("metric").loc["f1"])
+    p_value = gate.randomization_p_value(
+        labels,
+        groups,
+        ours[rows],
+        theirs,
+        [epochs[rows] for epochs in predictions.by_epoch],
+        params.resamples,
+        params.margin,
+        None if predictions.folds is None else predictions.folds[rows],
     )
+    return {
+        "champion_f1": score_predictions(labels, theirs, theirs)["f1"],
+        "difference": 0.0 if pd.isna(f1["difference"]) else float(f1["difference"]),
+        "low": None if pd.isna(f1["low"]) else float(f1["low"]),
+        "high": None if pd.isna(f1["high"]) else float(f1["high"]),
+        "p_value": p_value,
+        "level": gate.comparison_level(params.false_promotion_rate, number),
+        "comparison": number,
+    }
 
 
-def format_comparison(params: PromoteParams, comparison: MetricDifference) -> str:
-    if comparison["probability"] is None:
-        return "F1 is undefined in the bootstrap resamples"
-    margin = f" by {params.margin}" if params.margin else ""
+def format_comparison(params: PromoteParams, decision: Decision) -> str:
+    """Format the comparison with the champion in words."""
+    margin = f" by more than {params.margin}" if params.margin else ""
+    interval = ""
+    if decision["low"] is not None:
+        interval = f" (apparent 95% CI {decision['low']:+.4f} to {decision['high']:+.4f})"
     return (
-        f"difference {comparison['difference']:+.4f} (95% CI {comparison['low']:+.4f} to {comparison['high']:+.4f}), "
-        f"probability that it is better{margin}: {comparison['probability']:.2f} (required: {params.min_probability})"
+        f"difference {decision['difference']:+.4f}{interval}; probability that one that is not better{margin} looks as "
+        f"good: p = {decision['p_value']:.4f} (required: {decision['level']:.4f}, comparison "
+        f"{decision['comparison']} on this validation set)"
     )
 
 
@@ -308,18 +444,29 @@ def _apply(
     store: Store, version: ModelVersion, champion: ModelVersion | None, decision: Decision, **options: bool
 ) -> None:
     """Make the version champion if so decided, and record the decision in its tags and description and on disk."""
+    if decision["comparison"] is not None and champion:
+        numbers = str(version.version), str(champion.version)
+        registry.record_comparison(store, version.name, md5_of_file(SPLIT_FILE), *numbers, decision["comparison"])
     if decision["promoted"]:
         registry.set_champion(store, version.name, version, decision["reason"], **options)
     tags = {
         "decision": f"{'promoted' if decision['promoted'] else 'not promoted'}: {decision['reason']}",
         "previous_champion": _number(champion) or "none",
         **{f"validation_{key}": decision[key] for key in ("f1", "calibration_error") if decision[key] is not None},
+        **{key: decision[key] for key in COMPARISON_FIELDS if decision[key] is not None},
         **commit_and_experiment_tags(),
     }
     for key, value in tags.items():
         store.client.set_model_version_tag(version.name, version.version, key, str(value))
     store.client.update_model_version(version.name, version.version, f"{decision['candidate']}: {tags['decision']}")
     _append_decision(decision)
+
+
+def _comparison_number(store: Store, challenger: ModelVersion, champion: ModelVersion | None) -> int:
+    split_md5 = md5_of_file(SPLIT_FILE)
+    return registry.comparison_number(
+        store, challenger.name, split_md5, str(challenger.version), str(_number(champion))
+    )
 
 
 def _read_decisions() -> list[Decision]:
