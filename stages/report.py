@@ -14,7 +14,7 @@ def report() -> None:
     from pipeline.training import determinism
 
     config = load_config()
-    determinism.make_deterministic(1)  # more threads do not pay for a dozen images
+    determinism.make_deterministic(1)  # more threads hardly pay for Grad-CAM of so few images
     page.write_report(Path("report"), Results(config))
 
 

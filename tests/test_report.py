@@ -3,6 +3,7 @@
 import re
 import shutil
 from collections import Counter
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,12 +13,14 @@ import pytest
 import torch
 from browser import OPTIONS
 from conftest import ROOT, edit_params, make_tiny, mlflow_client
+from scipy import stats
 
 from pipeline.core import config
 from pipeline.core.files import write_csv, write_json
+from pipeline.evaluation.test_scores import FORETOLD, METRICS
 from pipeline.models import classifier
 from pipeline.models.classifier import Architecture, Classifier
-from pipeline.report import data_card, gradcam, page, summary_text
+from pipeline.report import data_card, gradcam, page, reporting_checklist, summary_text, tables
 from pipeline.report.results import Estimate, Results
 from pipeline.report.tables import ReportTable, format_markdown
 from pipeline.tracking import registry
@@ -27,6 +30,7 @@ from stages.report import report
 
 VOID_ELEMENTS = {"br", "img", "link", "meta", "input", "hr"}
 SERIOUS_IMPACTS = ("serious", "critical")
+CENTRAL = Estimate(0.1, 0.05, 0.15)  # share of heatmaps in the border
 
 
 class ParsedPage(HTMLParser):
@@ -76,7 +80,8 @@ def write_project(
         "view": "",
         "source": ["AB"[number % 2] for number in range(count)] if with_metadata else "",
     }
-    manifest |= {"license": "CC <BY>", "width": 512, "height": 512, "bytes": 9, "xxh128": files}
+    manifest |= {"sex": "", "age": np.nan, "license": "CC <BY>", "width": 512, "height": 512, "bytes": 9}
+    manifest |= {"jpeg_quantization": 0.0, "xxh128": files}
     images = pd.DataFrame(manifest)
     write_csv(folder / "data/manifest.csv", images)
     folds = [{"train": "1", "validation": "0", "test": ""}[subset] for subset in subsets]
@@ -93,12 +98,15 @@ def write_project(
         torch.manual_seed(seed)
         network = Classifier(Architecture("resnet18", [], 0.0, 48, "none", 48, "stretch"))
         model = folder / f"models/seed-{seed}"
-        classifier.save_weights(network, model)
+        classifier.save_weights([network], model)
         environment = {"torch": "2", "device": "cpu", "cpu_threads": 1, "processes": 1}
         classifier.save_description(network, model, {"environment": environment})
         write_json(model / "metrics.json", {"run": f"seed-{seed} · made", "epoch": 1})
-        history = {"epoch": [1, 2], "train_loss": [0.7, 0.6], "loss": [0.7, 0.6], "f1": [0.0, 0.5]}
+        history = {"fold": 0, "epoch": [1, 2], "train_loss": [0.7, 0.6], "loss": [0.7, 0.6], "f1": [0.0, 0.5]}
         write_csv(model / "history.csv", pd.DataFrame(history))
+        validation = [file for file, subset in zip(files, subsets, strict=True) if subset == "validation"]
+        epochs = {f"epoch-{epoch}": rng.random(len(validation)) for epoch in (1, 2)}
+        write_csv(model / "validation.csv", pd.DataFrame({"fold": 0, "file": validation, **epochs}))
 
 
 @pytest.fixture
@@ -131,11 +139,19 @@ def test_the_report_is_well_formed_html_without_external_resources(html):
     assert "@import" not in html
 
 
-def test_the_first_screen_has_the_best_model_its_metrics_and_the_limitations(html):
+def test_the_first_screen_has_the_bag_the_corrected_best_seed_and_the_limitations(html):
     first_screen = html[: html.index("<nav")]
-    assert re.search(r"<h1>seed-\d: highest validation F1 of 2 seeds</h1>", first_screen)
-    for text in ("F1", "sensitivity", "95 %", "expected accuracy at 50 % prevalence", "Limitations",
-                 "not for diagnosis", "Synthetic images"):  # fmt: skip
+    number = r"\d\.\d{3}"
+    estimate = rf"{number}( \({number} to {number}\))?"
+    assert re.search(rf"<h1>Bag of 2 seeds: F1 {estimate}</h1>", first_screen)
+    assert "fixed: nothing was chosen on these images; no epoch was selected" in first_screen
+    assert re.search(
+        rf"seed-\d has the highest validation F1 of the seeds: {estimate} \(corrected for the choice of the seed "
+        rf"on these images; apparent F1 {estimate}; no epoch was selected\)",
+        first_screen,
+    )
+    for text in ("patients, ", "sensitivity", "95 %", "accuracy to expect on the test set", "Limitations",
+                 "not for diagnosis", "Synthetic images", "No external validation"):  # fmt: skip
         assert text in first_screen
 
 
@@ -148,7 +164,7 @@ def test_every_section_begins_with_an_explanation(html):
 def test_the_registered_model_is_described_by_the_model_card(demo_project):
     description = mlflow_client(demo_project).get_registered_model("covid-xray-demo").description
     card = (demo_project / "report/model-card.md").read_text()
-    assert description == f"{registry.DESCRIPTION}\n{card}"
+    assert description == f"{registry.DESCRIPTION}\n{card[: card.index('## Reporting checklist') - 1]}"
     assert len(description) < registry.MAX_DESCRIPTION
     for text in ("not for diagnosis", "cxr history", "Intended use", "Training data", "Limitations", "not known",
                  "no bootstrap of the data"):  # fmt: skip
@@ -162,8 +178,9 @@ def test_the_registered_model_is_described_by_the_model_card(demo_project):
             [0, 1, 0, 1, 0, 0, 1, 1],
             {"seeds": 1},
             [
-                "F1 of 1 seed<", "– (one member only)", "one seed only", "The label is confounded with the source",
-                "Only 4 positive validation images (4 patients)", "One error changes sensitivity by 25.0 points",
+                "<h1>Bag of 1 seed: F1", "– (one member only)", "one seed only",
+                "Only 4 positive validation images (4 patients)",
+                "A half-width of 0.05 would take for the sensitivity about",
             ],
         ),
         (
@@ -179,7 +196,7 @@ def test_the_registered_model_is_described_by_the_model_card(demo_project):
             {"with_metadata": False, "test_count": 0},
             [
                 "Patient identifiers are missing", "no source is known", "Only 2 positive validation images<",
-                "Confounding by source cannot be assessed",
+                "Confounding by source cannot be assessed", "cannot be foretold: no test images", "Not tested.",
             ],
         ),
     ],
@@ -209,25 +226,198 @@ def test_the_report_is_deterministic_and_escapes_file_names_and_the_data_card(pr
     assert "<li>&lt;0&gt;.jpg = &lt;1&gt;.jpg</li>" in first[0]
 
 
-def test_heatmaps_in_the_border_give_a_caveat(demo_project, monkeypatch):
+def caveats_by_title(results: Results, border: Estimate = CENTRAL) -> dict[str, str]:
+    return {caveat.title: caveat.detail for caveat in summary_text.find_caveats(results, border)}
+
+
+@pytest.mark.parametrize(
+    ("border", "expected"),
+    [
+        (Estimate(0.6, 0.5, 0.7), True),
+        (Estimate(0.6, 0.4, 0.8), False),  # may be a uniform map
+        (Estimate(0.1, 0.05, 0.15), False),
+        (Estimate(0.9), False),  # no interval
+        (Estimate(np.nan), False),
+    ],
+)
+def test_heatmaps_in_the_border_give_a_caveat_only_if_the_interval_says_so(demo_project, monkeypatch, border, expected):
     monkeypatch.chdir(demo_project)
-    for share, expected in {0.9: True, 0.1: False, np.nan: False}.items():
-        caveats = summary_text.find_caveats(Results(config.load_config()), np.array([share, share]))
-        assert ("Grad-CAM highlights the image border" in [caveat.title for caveat in caveats]) == expected
+    titles = caveats_by_title(Results(config.load_config()), border)
+    assert ("Grad-CAM highlights the image border" in titles) == expected
 
 
-@pytest.mark.parametrize(("value", "low", "expected"), [(0.4, 0.1, True), (0.9, 0.6, False), (1.0, np.nan, False)])
+@pytest.mark.parametrize(
+    ("value", "low", "expected"), [(0.4, 0.1, True), (0.9, 0.6, False), (1.0, np.nan, False), (0.4, np.nan, False)]
+)
 def test_chance_level_within_a_source_gives_a_caveat(demo_project, monkeypatch, value, low, expected):
     monkeypatch.chdir(demo_project)
     results = Results(config.load_config())
-    row = {"by": "source", "slice": "B", "model": results.best, "metric": "auroc", "value": value, "low": low}
+    row = {"by": "source", "slice": "B", "model": results.bag, "metric": "auroc", "value": value, "low": low}
     vars(results)["slices"] = pd.DataFrame([row | {"high": low + 0.3, "reason": ""}])
-    details = [
-        caveat.detail
-        for caveat in summary_text.find_caveats(results, np.array([0.1]))
-        if caveat.title == "Not clearly better than chance within one source"
+    detail = caveats_by_title(results).get("Not clearly better than chance within one source")
+    assert detail == (f"AUROC on the images of source B: {value:.3f} (0.100 to 0.400)." if expected else None)
+
+
+@pytest.mark.parametrize(
+    ("low", "title"),
+    [
+        (0.6, "The label is confounded with the source"),
+        (0.45, ""),
+        (np.nan, "Confounding by source cannot be assessed"),
+    ],
+)
+def test_confounding_by_source_is_decided_by_the_interval_of_its_auroc(demo_project, monkeypatch, low, title):
+    monkeypatch.chdir(demo_project)
+    results = Results(config.load_config())
+    row = {"value": 0.7, "low": low, "high": low + 0.3, "reason": "one group only" if np.isnan(low) else ""}
+    results._interval_rows["shortcut (source)", "auroc"] = [pd.Series(row)]
+    titles = set(caveats_by_title(results))
+    both = {"The label is confounded with the source", "Confounding by source cannot be assessed"}
+    assert titles & both == ({title} if title else set())
+
+
+@pytest.mark.parametrize("differs", [True, False])
+def test_another_prevalence_and_distribution_shift_are_caveats_only_if_a_test_says_so(
+    demo_project, monkeypatch, differs
+):
+    monkeypatch.chdir(demo_project)
+    results = Results(config.load_config())
+    results.summary["bag"] |= {
+        "test_prevalence_differs": differs, "estimated_test_prevalence": 0.4,
+        "estimated_test_prevalence_low": 0.3, "estimated_test_prevalence_high": 0.5,
+    }  # fmt: skip
+    row = {"features": "embedding", "auroc": 0.9, "p": 0.002, "adjusted_p": 0.01 if differs else 0.06}
+    vars(results)["shift"] = pd.DataFrame([row | {"reason": ""}])
+    caveats = caveats_by_title(results)
+    assert ("Another prevalence in the test set" in caveats) == differs
+    assert (
+        caveats.get("Another prevalence in the test set", "40.0\u00a0% (30.0\u00a0% to 50.0\u00a0%)").find("40.0") >= 0
+    )
+    assert ("The test images differ from the labeled ones" in caveats) == differs
+    assert ("differ by embedding (p = 0.010" in summary_text.describe_shift(results)) == differs
+    assert ("No test finds a difference" in summary_text.describe_shift(results)) != differs
+
+
+def test_an_accuracy_that_cannot_be_foretold_is_a_reason_on_the_first_screen(demo_project, html, monkeypatch):
+    monkeypatch.chdir(demo_project)
+    results = Results(config.load_config())
+    reason = results.summary["bag"]["expected_accuracy_reason"]  # there is one positive patient
+    assert reason.startswith("cannot be foretold: no positive validation image is of ")
+    assert escape(reason) in html[: html.index("<nav")]
+    results.summary["bag"] |= {
+        "expected_accuracy": None, "expected_accuracy_low": 0.6, "expected_accuracy_high": 0.9,
+        "expected_accuracy_reason": "cannot be foretold: no negative validation image is of B",
+    }  # fmt: skip
+    assert summary_text.describe_expected_accuracy(results) == (
+        "cannot be foretold: no negative validation image is of B; it lies between 0.600 and 0.900"
+    )
+
+
+@pytest.mark.parametrize(
+    ("shares", "winner_named"), [([0.96, 0.03, 0.01], True), ([0.6, 0.3, 0.1], False), ([np.nan] * 3, False)]
+)
+def test_no_winner_is_named_unless_it_wins_in_95_percent_of_the_resamples(
+    demo_project, monkeypatch, shares, winner_named
+):
+    monkeypatch.chdir(demo_project)
+    results = Results(config.load_config())
+    vars(results)["ranks"] = pd.Series(shares, ["seed-0", "seed-1", results.bag])
+    assert not summary_text.describe_ranks(results)  # one positive patient: resamples say nothing
+    results._interval_rows[results.bag, "f1"] = [pd.Series({"value": 0.8, "low": 0.6, "high": 0.9})]
+    sentence = summary_text.describe_ranks(results)
+    assert ("these images do not say which is the best" in sentence) == (not winner_named and not np.isnan(shares[0]))
+    assert bool(sentence) == (not np.isnan(shares[0]))
+
+
+def test_the_confusion_matrix_is_that_of_the_metrics_beside_it(demo_project, monkeypatch):
+    monkeypatch.chdir(demo_project)
+    results = Results(config.load_config())
+    confusion = [[int(cell.text) for cell in row[1:]] for row in tables.confusion_table(results).rows]
+    (tn, fp), (fn, tp) = confusion
+    (row,) = [row for row in tables.operating_point_table(results).rows if row[0].text == results.bag]
+    assert [int(cell.text) for cell in row[3:7]] == [tp, fp, fn, tn]
+    assert row[7].text == f"{tp / (tp + fn):.3f}"
+    assert results.estimate(results.bag, "recall").value == pytest.approx(tp / (tp + fn))
+    assert row[2].text == results.estimate(results.bag, "recall").estimate_type == "fixed"
+
+
+def test_cross_validated_predictions_are_called_out_of_fold(demo_project, monkeypatch):
+    monkeypatch.chdir(demo_project)
+    loaded = config.load_config()
+    assert "out of fold" not in summary_text.describe_images(Results(loaded))
+    split = loaded.active.split.model_copy(update={"cross_validate": True})
+    profile = loaded.active.model_copy(update={"split": split})
+    results = Results(loaded.model_copy(update={"profiles": {loaded.profile: profile}}))
+    vars(results)["summary"] = results.summary | {"validation": results.counts | {"images": 33}}
+    assert summary_text.describe_images(results).startswith("all 33 labeled images, each predicted out of fold")
+
+
+def test_a_selected_model_is_called_apparent_at_its_operating_point(demo_project, monkeypatch):
+    monkeypatch.chdir(demo_project)
+    results = Results(config.load_config())
+    types = {row[0].text: row[2].text for row in tables.operating_point_table(results).rows}
+    assert types.pop(results.best) == "apparent"
+    assert set(types.values()) == {"fixed"}
+
+
+def test_every_figure_of_the_headline_table_has_its_estimate_type(demo_project, monkeypatch):
+    monkeypatch.chdir(demo_project)
+    results = Results(config.load_config())
+    table = tables.headline_table(results)
+    for row in table.rows:
+        for value, kind in zip(row[1::2], row[2::2], strict=True):
+            assert kind.text in (("",) if value.text == "–" else ("fixed", "cross-fitted", "corrected", "apparent"))
+            assert kind.interval.startswith("apparent ") == (kind.text == "corrected")
+
+
+def test_tables_of_commands_typed_by_hand_are_sections_of_the_report(demo_project, tmp_path, monkeypatch, one_thread):
+    for name in ("data", "metrics", "models", "plots", "predictions", "params.yaml"):
+        (tmp_path / name).symlink_to(demo_project / name)
+    monkeypatch.chdir(tmp_path)
+    results = Results(config.load_config())
+    counts = {"images": 30, "positives": 12, "patients": 25, "positive_patients": 11, "negative_patients": 14}
+    intervals = {"value": 0.8, "low": 0.7, "high": 0.9}
+    row = {"source": "A", **counts, "role": "bag", "model": results.bag, "method": "score", "reason": ""}
+    summary = {**row, "source": "summary", "metric": "auroc", "value": 0.85, "low": 0.6, "high": 0.95}
+    new = {**summary, "source": "a new source", "value": np.nan, "low": 0.4, "high": 0.99}
+    refused = {"source": "B", **counts, "reason": "9 positive patients, fewer than 10"}
+    rows = [{**row, "metric": metric, **intervals} for metric in ("auroc", "recall", "specificity", "f1")]
+    write_csv(Path("scores/external_validation.csv"), pd.DataFrame([*rows, refused, summary, new]))
+    foretold = {key: results.summary["bag"][key] for key in FORETOLD}
+    scores = [
+        {"model": model, "metric": metric, **intervals, "method": "Wilson", "reason": "", **counts, **foretold}
+        for model in ("bag", results.best, "other")
+        for metric in METRICS
     ]
-    assert details == ([f"AUROC on the images of source B: {value:.3f} (0.100 to 0.400)."] if expected else [])
+    write_csv(Path("scores/test.csv"), pd.DataFrame(scores))
+    report.callback(debug=True)
+    html = Path("report/index.html").read_text()
+    external = html[html.index('<section id="external">') : html.index('<section id="test">')]
+    for text in ("mean of sources", "a new source (prediction interval)", "0.400 to 0.990", "fewer than 10", ">A<"):
+        assert text in external
+    assert "No external validation" not in html
+    test_set = html[html.index('<section id="test">') : html.index('<section id="bag">')]
+    assert "30 test images of 25 patients" in test_set
+    assert escape(foretold["expected_accuracy_reason"]) in test_set
+    assert ">other<" not in test_set
+    assert "run <code>cxr score</code> again" not in test_set
+    stale = [score | {"expected_accuracy": 0.123} for score in scores]
+    write_csv(Path("scores/test.csv"), pd.DataFrame(stale))
+    assert not Results(config.load_config()).test_scores_are_current
+
+
+def test_the_checklist_has_every_item_of_both_standards_once(demo_project, monkeypatch):
+    monkeypatch.chdir(demo_project)
+    items = reporting_checklist.fill_checklist(Results(config.load_config()), CENTRAL)
+    assert [int(item.claim) for item in items if item.claim] == list(range(1, 45))  # CLAIM 2024 has 44 items
+    tripod = [number for item in items for number in item.tripod.split(", ") if number]
+    with_parts = {3: "abc", 5: "ab", 6: "abc", 8: "abc", 9: "abc", 12: "abcdefg", 18: "abcdef", 20: "abc", 23: "ab",
+                  27: "abc"}  # fmt: skip
+    expected = {f"{number}{part}" for number in range(1, 28) for part in with_parts.get(number, [""])}
+    assert set(tripod) == expected
+    assert all(item.name and item.entry for item in items)
+    card = (demo_project / "report/model-card.md").read_text()
+    assert card.count("not known, because") >= 5
 
 
 def test_undefined_values_have_footnotes_and_each_reason_occurs_once():
@@ -257,6 +447,34 @@ def test_every_backbone_has_heatmaps_of_the_size_of_its_input(name, one_thread):
     assert heatmaps.shape == (2, 128, 128)
     assert heatmaps.min() >= 0
     assert heatmaps.max() <= 1
+
+
+def test_mean_border_share_has_an_interval_over_patients():
+    rng = np.random.default_rng(0)
+    shares = rng.uniform(0.2, 0.6, 40)
+    mean, low, high = gradcam.mean_border_share(shares, np.arange(40))
+    expected = stats.t.interval(0.95, 39, shares.mean(), stats.sem(shares))
+    assert (mean, low, high) == pytest.approx((shares.mean(), *expected))
+    _, low_of_pairs, high_of_pairs = gradcam.mean_border_share(np.repeat(shares, 2), np.repeat(np.arange(40), 2))
+    assert (low_of_pairs, high_of_pairs) == pytest.approx((low, high), abs=0.002)  # copies tell nothing new
+    with_empty = gradcam.mean_border_share(np.append(shares, np.nan), np.arange(41))
+    assert with_empty == pytest.approx((mean, low, high))
+    assert np.isnan(gradcam.mean_border_share(shares, np.zeros(40))[1:]).all()
+    assert np.isnan(gradcam.mean_border_share(np.full(3, np.nan), np.arange(3))).all()
+
+
+def test_the_sample_of_heatmaps_is_fixed_and_without_repetition():
+    assert list(gradcam.draw_sample(5)) == [0, 1, 2, 3, 4]
+    sample = gradcam.draw_sample(1000)
+    assert len(set(sample)) == gradcam.SAMPLE_SIZE
+    assert list(sample) == list(gradcam.draw_sample(1000))
+
+
+def test_the_label_depends_on_clusters_only_if_their_patients_differ():
+    columns = ["positive_groups", "negative_groups"]
+    assert summary_text.cluster_p(pd.DataFrame([[20, 2], [3, 30]], columns=columns)) < 0.001
+    assert summary_text.cluster_p(pd.DataFrame([[10, 20], [11, 20]], columns=columns)) > 0.5
+    assert np.isnan(summary_text.cluster_p(pd.DataFrame([[0, 20], [0, 20]], columns=columns)))
 
 
 def test_border_share_is_the_area_for_a_uniform_heatmap_and_missing_for_an_empty_one():

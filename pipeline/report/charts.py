@@ -107,22 +107,75 @@ def learning_curve_chart(histories: Mapping[str, pd.DataFrame], column: str, tit
 
 
 def reliability_chart(bins: pd.DataFrame, recalibration: str) -> str:
-    """Draw a reliability diagram before and after recalibration; the area of a dot grows with its number of images."""
+    """Draw a reliability diagram of the probabilities in use, with intervals, and without recalibration.
+
+    Args:
+        bins: from `calibration.reliability_curve`, with `calibration`; the area of a dot grows with its images.
+        recalibration: the `calibration` that is in use.
+    """
 
     def draw(axes: Axes) -> None:
         axes.plot([0, 1], [0, 1], color=BORDER, linestyle=":")
-        for kind, color, label in (
-            ("none", SERIES_1, "not recalibrated"),
-            (recalibration, SERIES_2, f"recalibrated ({recalibration})"),
-        ):
+        kinds = {"none": (FAINT_LINE, "not recalibrated"), recalibration: (SERIES_1, f"in use ({recalibration})")}
+        for kind, (color, label) in kinds.items():
             points = bins[bins["calibration"] == kind]
-            if len(points):
-                axes.plot(points["probability"], points["positives"], color=color, linewidth=0.8, label=label)
-                area = 12 + 120 * points["images"] / points["images"].max()
-                axes.scatter(points["probability"], points["positives"], s=area, color=color, alpha=0.7, linewidth=0)
+            if not len(points):
+                continue
+            axes.plot(points["probability"], points["positives"], color=color, linewidth=0.8, label=label)
+            area = 12 + 120 * points["images"] / points["images"].max()
+            axes.scatter(points["probability"], points["positives"], s=area, color=color, alpha=0.7, linewidth=0)
+            if kind == recalibration:
+                axes.vlines(points["probability"], points["low"], points["high"], color=color, linewidth=1)
 
     return render_chart(
-        "reliability", "Reliability diagram", draw, xlabel="predicted P(positive)", ylabel="observed share of positives"
+        "reliability", "Reliability diagram of the bag", draw, xlabel="predicted P(positive)",
+        ylabel="observed share of positives",
+    )  # fmt: skip
+
+
+def decision_curve_chart(table: pd.DataFrame) -> str:
+    """Draw the net benefit of the bag, of treating all and of treating none, at one prevalence, by threshold."""
+    prevalence = table["prevalence"].iloc[0]
+    highest = max(float(table["net_benefit"].max()), prevalence)
+
+    def draw(axes: Axes) -> None:
+        lines = {"net_benefit": (SERIES_1, "-", "bag"), "treat_all": (SERIES_2, "--", "treat all"),
+                 "treat_none": (TEXT, ":", "treat none")}  # fmt: skip
+        for column, (color, style, label) in lines.items():
+            axes.plot(table["threshold"], table[column], color=color, linestyle=style, label=label)
+
+    percent = f"{100 * prevalence:.3g}"
+    return render_chart(
+        f"decision-curve-{percent.replace('.', '-')}", f"Decision curve at {percent} % prevalence", draw,
+        xlabel="threshold probability", ylabel=f"net benefit at {percent} % prevalence",
+        xlim=(0, 1), ylim=(-0.15 * highest, 1.1 * highest),
+    )  # fmt: skip
+
+
+def referral_chart(table: pd.DataFrame) -> str:
+    """Draw accuracy and sensitivity of the predictions that are kept, with intervals, by the share referred."""
+
+    def draw(axes: Axes) -> None:
+        for metric, (color, label) in {"accuracy": (SERIES_1, "accuracy"), "recall": (SERIES_2, "sensitivity")}.items():
+            low, high = table[f"{metric}_low"], table[f"{metric}_high"]
+            axes.fill_between(table["share"], low, high, color=color, alpha=0.15, linewidth=0)
+            axes.plot(table["share"], table[metric], color=color, marker=".", label=label)
+
+    return render_chart(
+        "referral", "Accuracy and sensitivity by share referred", draw, xlabel="share of the images referred"
+    )
+
+
+def rank_chart(ranks: pd.Series) -> str:
+    """Draw how often each candidate has the highest F1 in a resample, as bars."""
+    ranks = ranks[::-1]
+
+    def draw(axes: Axes) -> None:
+        axes.barh([str(name) for name in ranks.index], 100 * ranks, color=SERIES_1, alpha=0.8)
+        axes.grid(visible=False, axis="y")
+
+    return render_chart(
+        "ranks", "How often each candidate has the highest F1", draw, xlabel="highest F1, % of resamples"
     )
 
 

@@ -1,6 +1,6 @@
 """The table of metrics (rows) by model (columns), as CSV, Markdown and PNG."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,20 +12,56 @@ from pipeline.core.markdown import markdown_table
 from pipeline.evaluation.metrics import LOWER_IS_BETTER, METRIC_LABELS, Scores
 
 MISSING = "–"  # an undefined metric
+CORRECTED = ", corrected"  # added to the name of a model
 
 
-def build_table(models: Mapping[str, Scores]) -> pd.DataFrame:
-    """Arrange scores as metrics (rows) by models (columns)."""
-    return pd.DataFrame(models, dtype=float)
+def build_table(
+    models: Mapping[str, Scores], intervals: pd.DataFrame | None = None, headline: Sequence[str] = ()
+) -> pd.DataFrame:
+    """Arrange scores as metrics (rows) by models (columns).
+
+    Args:
+        models: the scores of every model on the validation set, by name.
+        intervals: `metrics/intervals.csv`.
+        headline: models whose corrected metrics, if there are any, come first, in columns of their own.
+    """
+    table = pd.DataFrame(models, dtype=float)
+    columns = {}
+    if intervals is not None:
+        corrected = intervals[intervals["estimate_type"] == "corrected"].set_index("metric")
+        for name in dict.fromkeys(headline):
+            if (of_model := corrected["model"] == name).any():
+                columns[f"{name}{CORRECTED}"] = corrected.loc[of_model, "value"].reindex(table.index).astype(float)
+    return pd.concat([pd.DataFrame(columns, table.index), table], axis="columns")
 
 
-def write_table(folder: Path, table: pd.DataFrame) -> None:
-    """Write `table.csv`, `table.md` and `table.png`."""
+def describe_estimates(table: pd.DataFrame, intervals: pd.DataFrame) -> str:
+    """Say which columns of `build_table` are corrected, which apparent, and in which nothing was selected.
+
+    At a fitted threshold a column is apparent, because the table has no cross-fitted metrics.
+    """
+    types = intervals[intervals["metric"] == "f1"].drop_duplicates("model").set_index("model")["estimate_type"]
+    columns: dict[str, list[str]] = {"corrected": [], "fixed": [], "apparent": []}
+    for name in table.columns:
+        if name.endswith(CORRECTED):
+            columns["corrected"].append(name.removesuffix(CORRECTED))
+        else:
+            columns["fixed" if types.get(name) == "fixed" else "apparent"].append(name)
+    meanings = {
+        "corrected": "Corrected for selection on the validation set",
+        "fixed": "Not selected on the validation set",
+        "apparent": "Apparent, that is selected on the validation set and therefore optimistic",
+    }
+    return " ".join(f"{meanings[kind]}: {', '.join(names)}." for kind, names in columns.items() if names)
+
+
+def write_table(folder: Path, table: pd.DataFrame, note: str = "") -> None:
+    """Write `table.csv`, `table.md`, with the note below the table, and `table.png`."""
     write_csv(folder / "table.csv", table.rename_axis("metric").reset_index())
     text = table.map(_format_value)
     markdown = markdown_table(["", *table.columns], ([METRIC_LABELS[key], *text.loc[key]] for key in table.index))
     with atomic_path(folder / "table.md") as temporary:
-        temporary.write_text(f"{markdown}\n", encoding="utf-8")
+        temporary.write_text(f"{markdown}\n\n{note}\n" if note else f"{markdown}\n", encoding="utf-8")
     with atomic_path(folder / "table.png") as temporary:
         _draw_table(table, text).savefig(temporary, format="png", dpi=130)
 

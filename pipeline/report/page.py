@@ -1,6 +1,7 @@
 """The report as one HTML page, and the model card in Markdown."""
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,21 @@ import pandas as pd
 import torch
 
 from pipeline.core.config import Profile
-from pipeline.core.files import atomic_path, read_csv, read_json
-from pipeline.evaluation.metrics import METRIC_LABELS, has_single_class
+from pipeline.core.files import atomic_path, md5_of_file, read_csv, read_json
+from pipeline.evaluation.metrics import CALIBRATION_METRICS, METRIC_LABELS, has_single_class
 from pipeline.models import classifier
-from pipeline.report import charts, data_card, gradcam, image_encoding, summary_text, tables
-from pipeline.report.results import Results
+from pipeline.models.classifier import Classifier
+from pipeline.report import charts, data_card, gradcam, image_encoding, reporting_checklist, summary_text, tables
+from pipeline.report.results import Estimate, Results, as_estimate
 from pipeline.report.tables import ReportTable
 
+Networks = Mapping[str, Sequence[Classifier]]  # those of every fold, by member of the bag
 MAX_DISAGREEMENTS = 12  # images on the page
 SECTIONS = {
     "models": "Models", "curves": "Curves", "operating-point": "Operating point",
-    "calibration": "Calibration of predicted probabilities", "prevalence": "Prevalence",
-    "shortcuts": "Shortcut baselines", "slices": "Slices", "bag": "Seed ensemble (bag)", "gradcam": "Grad-CAM",
+    "calibration": "Calibration of predicted probabilities", "decisions": "Decision curve and referral",
+    "prevalence": "Prevalence", "shift": "Distribution shift", "shortcuts": "Shortcut baselines", "slices": "Slices",
+    "external": "External validation", "test": "Test set", "bag": "Seed ensemble (bag)", "gradcam": "Grad-CAM",
     "data": "Data", "parameters": "Parameters", "versions": "Versions and runs",
 }  # fmt: skip
 TILE_METRICS = ["f1", "recall", "specificity", "auroc"]
@@ -35,7 +39,6 @@ class ExampleImage:
     caption: str
     images: list[str]  # `data:` URIs of the radiograph and, if there is one, of its heatmap
     kind: str = ""  # one of `gradcam.KINDS`
-    border_share: float = np.nan  # of the heatmap
 
 
 def write_report(folder: Path, results: Results) -> None:
@@ -47,8 +50,8 @@ def write_report(folder: Path, results: Results) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    formats = (tables.format_percent, tables.format_number, tables.format_estimate, tables.format_markdown)
-    for function in (*formats, tables.counts_table):
+    formats = (tables.format_percent, tables.format_number, tables.format_interval, tables.format_estimate)
+    for function in (*formats, tables.format_markdown, tables.counts_table):
         environment.filters[function.__name__] = function
     context = _template_context(results) | {"style": environment.get_template("style.css").render()}
     for name in ("index.html", "model-card.md"):
@@ -56,28 +59,57 @@ def write_report(folder: Path, results: Results) -> None:
             temporary.write_text(environment.get_template(name).render(context), encoding="utf-8")
 
 
-def gradcam_examples(results: Results) -> list[ExampleImage]:
-    """Compute heatmaps of the most and least confident validation images of the best seed."""
-    threshold = results.summary["best"]["threshold"]
-    files, labels = results.validation["file"], results.validation["label"].to_numpy()
-    probabilities = results.validation[results.best].to_numpy()
-    examples = gradcam.most_and_least_confident(labels, probabilities, threshold)
-    radiographs = [_radiograph(results, files.iloc[row]) for row in examples["row"]]
-    predicted = [int(probabilities[row] >= threshold) for row in examples["row"]]
-    network = classifier.load_classifier(Path("models", results.best), torch.device("cpu"))
-    heatmaps = gradcam.compute_heatmaps(network, torch.from_numpy(np.stack(radiographs)), predicted)
+def gradcam_examples(results: Results, networks: Networks) -> list[ExampleImage]:
+    """Compute mean heatmaps of the members for the most and least confident validation images of the bag."""
+    validation, bag = results.validation, results.bag_predictions
+    labels, scores = validation["label"].to_numpy(int), bag["score"].to_numpy()
+    examples = gradcam.most_and_least_confident(labels, scores, results.summary["bag"]["threshold"])
+    rows = examples["row"].to_numpy()
+    members = list(networks)
+    heatmaps = np.mean([compute_heatmaps(results, networks, rows, [member] * len(rows)) for member in members], axis=0)
     return [
         ExampleImage(
-            files.iloc[row],
-            f"validation{_format_label(labels[row])}; P(positive) {probabilities[row]:.3f}",
+            validation["file"].iloc[row],
+            f"validation{_format_label(labels[row])}; P(positive) {bag['probability'].iloc[row]:.3f}",
             [image_encoding.image_data_uri(radiograph), image_encoding.heatmap_data_uri(radiograph, heatmap)],
             kind,
-            border_share,
         )
-        for kind, row, radiograph, heatmap, border_share in zip(
-            examples["kind"], examples["row"], radiographs, heatmaps, gradcam.border_share(heatmaps), strict=True
-        )
+        for kind, row, heatmap in zip(examples["kind"], rows, heatmaps, strict=True)
+        for radiograph in [_radiograph(results, validation["file"].iloc[row])]
     ]
+
+
+def estimate_border_share(results: Results, networks: Networks) -> Estimate:
+    """Return the mean share of the heatmaps in the border, over a random sample of the validation images.
+
+    Each image is explained by one member of the bag, the members in turn.
+    """
+    rows = gradcam.draw_sample(len(results.validation))
+    members = list(networks)
+    heatmaps = compute_heatmaps(results, networks, rows, [members[index % len(members)] for index in range(len(rows))])
+    value, low, high = gradcam.mean_border_share(gradcam.border_share(heatmaps), results.groups[rows])
+    return Estimate(value, low, high, "all heatmaps are empty" if np.isnan(value) else "")
+
+
+def compute_heatmaps(results: Results, networks: Networks, rows: np.ndarray, members: Sequence[str]) -> np.ndarray:
+    """Compute heatmaps (N, size, size) of validation images for the class that the bag predicts.
+
+    Args:
+        results: of the earlier stages.
+        networks: those of every fold, by member.
+        rows: (N,), of the validation images.
+        members: (N,), the member that explains each image, with the network of its fold.
+    """
+    files, predicted = results.validation["file"].iloc[rows], results.bag_predictions["predicted"].iloc[rows]
+    folds = results.table.set_index("file")["fold"].loc[files].to_numpy(int)
+    radiographs = np.stack([_radiograph(results, file) for file in files])
+    keys, heatmaps = list(zip(members, folds, strict=True)), dict[int, np.ndarray]()
+    for member, fold in dict.fromkeys(keys):
+        positions = [position for position, key in enumerate(keys) if key == (member, fold)]
+        pixels, classes = torch.from_numpy(radiographs[positions]), predicted.iloc[positions].astype(int).tolist()
+        maps = gradcam.compute_heatmaps(networks[member][fold], pixels, classes)
+        heatmaps |= dict(zip(positions, maps, strict=True))
+    return np.stack([heatmaps[position] for position in range(len(rows))])
 
 
 def disagreement_examples(results: Results) -> list[ExampleImage]:
@@ -98,37 +130,49 @@ def disagreement_examples(results: Results) -> list[ExampleImage]:
 
 def _template_context(results: Results) -> dict[str, Any]:
     """Return the variables of the templates."""
-    best, bag, params = results.best, results.bag, results.config.active
-    examples = gradcam_examples(results)
-    border_shares = np.array([example.border_share for example in examples])
-    defined_shares = border_shares[~np.isnan(border_shares)]
+    params, bag = results.config.active, results.bag
+    device = torch.device("cpu")
+    networks = {name: classifier.load_networks(Path("models", name), device) for name in results.config.bag_members}
+    border = estimate_border_share(results, networks)
+    descriptions = [read_json(Path("models", name, "model.json")) for name in results.config.model_names]
+    fingerprints = sorted({str(one.get("parent_fingerprint", "not known")) for one in descriptions})
     return {
         # What was evaluated
         "results": results,
-        "best": best,
+        "best": results.best,
         "bag": bag,
         "params": params,
         "parameters": _format_parameters(params),
         "sections": SECTIONS,
         "quarantined_count": len(pd.read_csv("data/quarantine.csv")),
         "card_sections": data_card.card_sections(read_json(Path("data/card.json"))),
+        "hashes": {
+            "data (MD5 of data/manifest.csv)": md5_of_file(Path("data/manifest.csv")),
+            "split (MD5 of data/split.csv)": md5_of_file(Path("data/split.csv")),
+            "code and data of the training (fingerprint)": ", ".join(fingerprints),
+        },
         # Metrics
-        "summary": results.summary,
         "metric_labels": METRIC_LABELS,
-        "headline": {key: [results.estimate(name, key) for name in (best, bag)] for key in TILE_METRICS},
-        "expected_prevalence": params.evaluate.expected_prevalence,
-        "validation_prevalence": results.validation["label"].mean(),
+        "headline": {key: results.estimate(bag, key) for key in TILE_METRICS},
+        "best_f1": results.estimate(results.best, "f1"),
+        "calibration": [(METRIC_LABELS[key], results.estimate(bag, key)) for key in CALIBRATION_METRICS],
+        "summary": results.summary["bag"],
+        "expected_accuracy": as_estimate(results.summary["bag"], "expected_accuracy"),
         "tables": _build_tables(results),
         "charts": _draw_charts(results),
+        "operating_point": _operating_point(results),
+        "recalibration_evaluated": _is_recalibration_evaluated(results),
+        "types": {key: results.apparent(bag, key).estimate_type for key in ("f1", "auroc", "brier")},
         # Sentences
-        "bag_comparison": summary_text.compare_with_bag(results),
-        "caveats": summary_text.find_caveats(results, border_shares),
+        "text": summary_text,
+        "caveats": summary_text.find_caveats(results, border),
         "unbeaten_baselines": summary_text.unbeaten_baselines(results),
-        "baseline_gains": [summary_text.describe_gain(results, name) for name in results.baselines],
+        "checklist": reporting_checklist.fill_checklist(results, border),
         # Example images
         "gradcam_kinds": gradcam.KINDS,
-        "gradcam_examples": examples,
-        "border_share": defined_shares.mean() if len(defined_shares) else np.nan,
+        "gradcam_examples": gradcam_examples(results, networks),
+        "border": border,
+        "sample_size": min(gradcam.SAMPLE_SIZE, len(results.validation)),
         "uniform_border_share": gradcam.UNIFORM_BORDER_SHARE,
         "disagreement_examples": disagreement_examples(results),
         "disagreement_count": len(pd.read_csv("predictions/disputed.csv")),
@@ -137,14 +181,22 @@ def _template_context(results: Results) -> dict[str, Any]:
 
 def _build_tables(results: Results) -> dict[str, ReportTable]:
     return {
+        "headline": tables.headline_table(results),
         "models": tables.models_table(results),
+        "ranks": tables.rank_table(results),
         "seeds": tables.seed_table(results),
         "confusion": tables.confusion_table(results),
         "operating_points": tables.operating_point_table(results),
         "calibration": tables.calibration_table(results),
-        "prevalence": tables.prevalence_table(results.best),
+        "reliability": tables.reliability_table(_bins_in_use(results)),
+        "prevalence": tables.prevalence_table(results),
+        "shift": tables.shift_table(results),
+        "strata": tables.strata_table(),
+        "clusters": tables.cluster_table(results),
         "baselines": tables.baseline_table(results),
         "slices": tables.slice_table(results),
+        "external": tables.external_table(results.external),
+        "test": tables.test_table(results.test_scores),
         "ensembles": tables.ensemble_table(results),
         "disagreement": tables.disagreement_table(),
         "data": tables.data_table(results),
@@ -155,25 +207,35 @@ def _build_tables(results: Results) -> dict[str, ReportTable]:
 def _draw_charts(results: Results) -> dict[str, str]:
     """Draw the charts whose metrics are defined, as SVG by name."""
     labels, best, names = results.validation["label"].to_numpy(), results.best, results.config.model_names
-    histories = {name: pd.read_csv(f"models/{name}/history.csv") for name in names}
+    histories = {
+        name: pd.read_csv(f"models/{name}/history.csv").groupby("epoch", as_index=False).mean() for name in names
+    }
     learning_curves = [
         charts.learning_curve_chart(histories, column, title, best) for column, title in LEARNING_CURVES.items()
     ]
-    bins = pd.read_csv("metrics/reliability.csv")
     drawn = {
         "training": "".join(learning_curves),
-        "reliability": charts.reliability_chart(bins[bins["model"] == best], "temperature and bias"),
+        "reliability": charts.reliability_chart(_reliability(results), _recalibration(results)),
     }
+    if summary_text.describe_ranks(results):
+        drawn["ranks"] = charts.rank_chart(results.ranks)
     if not has_single_class(labels):
         seeds = results.validation[names]
         drawn["curves"] = charts.roc_chart(
             labels, seeds, best, pd.read_csv("plots/bag_roc.csv")
         ) + charts.precision_recall_chart(labels, seeds, best, pd.read_csv("plots/bag_precision_recall.csv"))
-    by_prevalence = pd.read_csv("metrics/prevalence.csv").query("model == @best")
+    decisions = pd.read_csv("plots/bag_decision_curve.csv")
+    if len(decisions):
+        of_prevalence = decisions.groupby("prevalence", sort=False)
+        drawn["decision_curve"] = "".join(charts.decision_curve_chart(curve) for _, curve in of_prevalence)
+    referral = pd.read_csv("plots/bag_referral.csv")
+    if referral["accuracy"].notna().any():
+        drawn["referral"] = charts.referral_chart(referral)
+    by_prevalence = pd.read_csv("metrics/prevalence.csv").query("model == @results.bag")
     if by_prevalence["accuracy"].notna().any():
         references = {
             "validation": labels.mean(),
-            "test, estimated": results.summary["best"]["estimated_test_prevalence"],
+            "test, estimated": results.summary["bag"]["estimated_test_prevalence"],
             "expected": results.config.active.evaluate.expected_prevalence,
         }
         references = {name: prevalence for name, prevalence in references.items() if prevalence is not None}
@@ -181,6 +243,34 @@ def _draw_charts(results: Results) -> dict[str, str]:
     if len(results.config.bag_members) > 1:
         drawn["ensemble_size"] = charts.ensemble_size_chart(pd.read_csv("plots/bag_growth.csv"))
     return drawn
+
+
+def _operating_point(results: Results) -> pd.Series:
+    """Return the first row of the bag in `operating_points.csv`, that of the confusion matrix, with its type."""
+    row = results.operating_points.set_index("model", drop=False).loc[[results.bag]].iloc[0]
+    return row.replace(row["estimate_type"], tables.operating_point_type(results, row))
+
+
+def _reliability(results: Results) -> pd.DataFrame:
+    """Return the reliability curves of the bag."""
+    bins = pd.read_csv("metrics/reliability.csv")
+    return bins[bins["model"] == results.bag]
+
+
+def _recalibration(results: Results) -> str:
+    """Return the name of the recalibration in use, as in metrics/calibration.csv."""
+    return tables.RECALIBRATIONS[results.config.active.evaluate.recalibration]
+
+
+def _is_recalibration_evaluated(results: Results) -> bool:
+    """Return whether the probabilities in use are those of a recalibration that could be cross-fitted, or the score."""
+    return _recalibration(results) in set(_reliability(results)["calibration"])
+
+
+def _bins_in_use(results: Results) -> pd.DataFrame:
+    """Return the reliability curve of the probabilities in use, or of the score if these cannot be cross-fitted."""
+    bins = _reliability(results)
+    return bins[bins["calibration"] == (_recalibration(results) if _is_recalibration_evaluated(results) else "none")]
 
 
 def _format_parameters(params: Profile) -> list[tuple[str, str]]:

@@ -1,5 +1,6 @@
 """Results of the earlier stages, read from their outs."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -8,23 +9,32 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pipeline.core.config import Config
+from pipeline.core.config import BAG, Config
 from pipeline.core.files import read_csv, read_json
 from pipeline.data.manifest import read_split
+from pipeline.evaluation.sample_size import sample_size_table
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A metric with the limits of its 95 % interval; NaN where undefined, with the `reason`."""
+    """A metric with the limits of its 95 % interval; NaN where undefined, with the `reason`.
+
+    `estimate_type` is `fixed`, `cross-fitted`, `corrected` or `apparent`; empty where the metric is of nothing fitted.
+    """
 
     value: float
     low: float = np.nan
     high: float = np.nan
     reason: str = ""
+    estimate_type: str = ""
 
     @property
     def missing(self) -> bool:
         return bool(np.isnan(self.value))
+
+    @property
+    def has_interval(self) -> bool:
+        return not np.isnan(self.low)
 
 
 @dataclass(frozen=True)
@@ -35,8 +45,13 @@ class Results:
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """Headline numbers of `best` and `bag`."""
+        """Headline numbers of `best` and `bag`, and counts of `validation` images and patients."""
         return dict(read_json(Path("metrics/summary.json")))
+
+    @property
+    def bag(self) -> str:
+        """The bag with the method of `bag.method`, which no validation image selects: the model of the headline."""
+        return str(self.summary["bag"]["model"])
 
     @property
     def best(self) -> str:
@@ -44,14 +59,24 @@ class Results:
         return str(self.summary["best"]["model"])
 
     @property
-    def bag(self) -> str:
-        """The bag with the method of `bag.method`."""
-        return str(self.summary["bag"]["model"])
+    def candidates(self) -> list[str]:
+        """The bag and all seeds."""
+        return [self.bag, *self.config.model_names]
+
+    @property
+    def patients_known(self) -> bool:
+        """Whether the patient of any image is known; else every image, with its duplicates, counts as one."""
+        return bool(self.table["patient"].any())
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Numbers of validation images and patients, from `slices.count_patients`."""
+        return dict(self.summary["validation"])
 
     @cached_property
     def table(self) -> pd.DataFrame:
         """One row per packed image, in the order of `images`."""
-        return read_split(Path("data"))
+        return read_split(Path("data"), self.config.active.split.validation_folds)
 
     @cached_property
     def images(self) -> np.ndarray:
@@ -66,7 +91,7 @@ class Results:
     @cached_property
     def models(self) -> list[str]:
         """Names of the seeds, of the ensembles by combination method, and of the shortcut baselines."""
-        return list(dict.fromkeys(model for model, _ in self._intervals))
+        return list(dict.fromkeys(model for model, _ in self._interval_rows))
 
     @cached_property
     def baselines(self) -> dict[str, str]:
@@ -80,30 +105,91 @@ class Results:
 
     @cached_property
     def slices(self) -> pd.DataFrame:
-        """Metrics by source, view and size; missing texts are empty."""
-        return read_csv(Path("metrics/slices.csv")).fillna({"slice": "", "reason": "", "model": ""})
+        """Metrics by source, view, size, sex, age and acquisition cluster; missing texts are empty."""
+        return fill_texts(read_csv(Path("metrics/slices.csv")), "slice", "reason", "model")
 
     @cached_property
-    def positive_count(self) -> int:
-        """Number of positive validation images."""
-        return int(self.validation["label"].sum())
+    def groups(self) -> np.ndarray:
+        """The name of the group (patient) of each validation image, (N,)."""
+        return self.table.set_index("file")["group"].loc[self.validation["file"]].to_numpy()
 
     @cached_property
-    def _intervals(self) -> dict[tuple[str, str], pd.Series]:
-        rows = pd.read_csv("metrics/intervals.csv").iterrows()
-        return {(row["model"], row["metric"]): row for _, row in rows}
+    def bag_predictions(self) -> pd.DataFrame:
+        """`score`, `probability` and `predicted` of the bag for the validation images, at its threshold."""
+        return read_csv(Path("predictions/bag.csv")).query("subset == 'validation'").reset_index(drop=True)
+
+    @cached_property
+    def more_patients(self) -> dict[str, int | None]:
+        """How many more patients `sample_size.sample_size_table` asks for, by metric of the bag; None if unknown."""
+        labels, predicted = self.validation["label"].to_numpy(int), self.bag_predictions["predicted"].to_numpy(int)
+        table = sample_size_table(labels, predicted, self.groups)
+        counts = zip(table["metric"], table["more_patients"], strict=True)
+        return {metric: None if pd.isna(count) else int(count) for metric, count in counts}
+
+    @cached_property
+    def ranks(self) -> pd.Series:
+        """How often each candidate has the highest F1 in a resample, the most frequent winner first."""
+        ranks = read_csv(Path("metrics/ranks.csv")).set_index("model")["probability"]
+        return ranks.sort_values(ascending=False, kind="stable")
+
+    @cached_property
+    def operating_points(self) -> pd.DataFrame:
+        return fill_texts(read_csv(Path("metrics/operating_points.csv")), "caveat")
+
+    @cached_property
+    def shift(self) -> pd.DataFrame:
+        """From `dataset_shift.shift_table`."""
+        return fill_texts(read_csv(Path("metrics/shift.csv")), "reason")
+
+    @cached_property
+    def external(self) -> pd.DataFrame:
+        """External validation, of every source or of the one that is held out here; no rows if there was none."""
+        table = read_optional(Path("scores/external_validation.csv"))
+        return read_optional(Path("metrics/external.csv")) if table.empty else table
+
+    @cached_property
+    def test_scores(self) -> pd.DataFrame:
+        """From `test_scores.score_candidates`, for the bag and the best seed; no rows if they were not scored."""
+        table = read_optional(Path("scores/test.csv"))
+        return table if table.empty else table[table["model"].isin([BAG, self.best])]
+
+    @property
+    def test_scores_are_current(self) -> bool:
+        """Whether the accuracy that was foretold when the test set was scored is the one foretold now."""
+        of_bag = self.test_scores.query("model == @BAG and metric == 'accuracy'").iloc[0]
+        then, now = (as_estimate(row, "expected_accuracy") for row in (of_bag, self.summary["bag"]))
+        return bool(np.isclose(then.value, now.value, equal_nan=True)) and then.reason == now.reason
+
+    @cached_property
+    def clusters(self) -> pd.DataFrame:
+        """From `acquisition.describe_clusters`."""
+        return read_csv(Path("metrics/acquisition.csv"))
+
+    @cached_property
+    def _interval_rows(self) -> dict[tuple[str, str], list[pd.Series]]:
+        rows: dict[tuple[str, str], list[pd.Series]] = {}
+        for _, row in pd.read_csv("metrics/intervals.csv").iterrows():
+            rows.setdefault((row["model"], row["metric"]), []).append(row)
+        return rows
 
     @cached_property
     def _differences(self) -> dict[tuple[str, str, str], pd.Series]:
         rows = pd.read_csv("metrics/differences.csv").rename(columns={"difference": "value"}).iterrows()
         return {(row["model"], row["against"], row["metric"]): row for _, row in rows}
 
-    def estimate(self, model: str, metric: str) -> Estimate:
-        return as_estimate(self._intervals[model, metric])
+    @cached_property
+    def baseline_rule(self) -> str:
+        """The rule that chooses the thresholds at which models and baselines are compared."""
+        rows = [row for (model, *_), row in self._differences.items() if model in self.baselines]
+        return str(rows[0]["rule"]) if rows else ""
 
-    def estimate_type(self, model: str) -> str:
-        """Return `fixed`, `cross-fitted` or `apparent`: how the operating point of the model was evaluated."""
-        return str(self._intervals[model, "f1"]["estimate_type"])
+    def estimate(self, model: str, metric: str) -> Estimate:
+        """Return the corrected metric where there is one, else the only one."""
+        return as_estimate(self._interval_rows[model, metric][-1])
+
+    def apparent(self, model: str, metric: str) -> Estimate:
+        """Return the metric on the images that selected the model, or the only one where nothing was corrected."""
+        return as_estimate(self._interval_rows[model, metric][0])
 
     def difference(self, model: str, against: str, metric: str) -> Estimate:
         """Return the metric of `model` minus that of `against` on the same images, with its paired interval."""
@@ -112,14 +198,35 @@ class Results:
         return as_estimate(self._differences[model, against, metric])
 
     def gain_over_baseline(self, baseline: str, metric: str) -> Estimate:
-        """Return the metric of the best seed minus that of a shortcut baseline."""
-        difference = self.difference(baseline, self.best, metric)
+        """Return the metric of the bag minus that of a shortcut baseline, both cut by `baseline_rule`."""
+        difference = self.difference(baseline, self.bag, metric)
         reason = self.estimate(baseline, metric).reason if difference.missing else ""
         return Estimate(-difference.value, -difference.high, -difference.low, reason or difference.reason)
 
 
-def as_estimate(row: pd.Series) -> Estimate:
-    """Convert a row with `value` and, optionally, `low`, `high` and `reason`."""
-    value, low, high = (float(row.get(key, np.nan)) for key in ("value", "low", "high"))
-    reason = row.get("reason", "")
-    return Estimate(value, low, high, "" if pd.isna(reason) else str(reason))
+def read_optional(path: Path) -> pd.DataFrame:
+    """Read a table that a command typed by hand writes; no rows if it has not run."""
+    return read_csv(path) if path.exists() else pd.DataFrame()
+
+
+def fill_texts(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
+    """Return the table with missing texts of these columns as empty ones."""
+    return table.assign(**{column: table[column].astype(object).fillna("") for column in columns if column in table})
+
+
+def as_estimate(row: "pd.Series | Mapping[str, Any]", key: str = "value") -> Estimate:
+    """Convert a row with a value, and optionally `low`, `high`, `reason` and `estimate_type`.
+
+    Args:
+        row: with the columns; those of another `key`, such as `accuracy`, are `accuracy_low` and `accuracy_high`.
+        key: the column of the value.
+    """
+    prefix = "" if key == "value" else f"{key}_"
+    value, low, high = (_float(row.get(name)) for name in (key, f"{prefix}low", f"{prefix}high"))
+    texts = row.get(f"{prefix}reason", row.get("reason")), row.get("estimate_type")
+    reason, estimate_type = ("" if pd.isna(text) else str(text) for text in texts)
+    return Estimate(value, low, high, reason, estimate_type)
+
+
+def _float(value: Any) -> float:
+    return np.nan if value is None else float(value)
