@@ -7,7 +7,7 @@ import click
 from stages.common import CONTEXT_SETTINGS
 
 STAGES = ["download", "weights", "prepare", "split", "train", "evaluate", "bag", "report", "promote", "submit"]
-COMMANDS = ["train-all", "predict", "sync", "history", "rollback", "verify"]
+COMMANDS = ["train-all", "external-validation", "compare", "predict", "score", "sync", "history", "rollback", "verify"]
 EPILOG = """\b
 Enable shell completion in bash (likewise: zsh_source, fish_source) with:
   eval "$(_CXR_COMPLETE=bash_source cxr)"

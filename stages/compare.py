@@ -1,0 +1,196 @@
+"""Compare two recipes."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from stages.common import print_table, stage
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from dvc.repo import Repo
+
+    from pipeline.evaluation.compare_recipes import Comparison, Recipe
+
+UPSTREAM = ("download", "weights", "prepare", "split", "train", "evaluate")  # stages that the predictions come from
+OUTPUT_FILE = click.Path(path_type=Path, dir_okay=False, allow_dash=True)
+
+
+@stage
+@click.argument("a")
+@click.argument("b")
+@click.option("--json", "json_file", type=OUTPUT_FILE, help="Write the result to this file; - is standard output.")
+@click.option(
+    "--png",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write a forest plot of the differences to this file.",
+)
+def compare(a: str, b: str, json_file: Path | None, png: Path | None) -> None:
+    """Compare two recipes, paired by seed and patient, on the validation images of both. Differences are B minus A.
+
+    A and B are Git revisions, names of DVC experiments, or folders of this project, such as . for the workspace.
+    Nothing is checked out.
+    """
+    from pipeline.core.files import write_json
+    from pipeline.evaluation.compare_recipes import compare_recipes
+    from pipeline.report import comparison_chart
+
+    recipe_a, recipe_b = _load(a), _load(b)
+    comparison = compare_recipes(recipe_a, recipe_b)
+    if png:
+        comparison_chart.write_comparison(png, comparison.metrics, a, b)
+    content = _json_content(recipe_a, recipe_b, comparison)
+    if json_file == Path("-"):
+        click.echo(_to_json(content))
+        return
+    if json_file:
+        write_json(json_file, content)
+    _print_comparison(recipe_a, recipe_b, comparison)
+
+
+def _load(name: str) -> "Recipe":
+    """Read a recipe from a folder, or from DVC's cache if the name is not that of a folder with a params.yaml.
+
+    Raises:
+        UserError: there is no such recipe, its outs are missing, or they were not made with its params.yaml.
+    """
+    import tempfile
+
+    from dvc.api import DVCFileSystem
+    from dvc.exceptions import DvcException, NotDvcRepoError
+    from dvc.repo import Repo
+    from dvc.scm import RevError, SCMError
+
+    from pipeline.core.errors import UserError, first_line
+    from pipeline.evaluation.compare_recipes import FILES, load_recipe
+
+    is_folder = (Path(name) / "params.yaml").is_file()
+    folder, revision = (name, None) if is_folder else (".", name)
+    try:
+        with tempfile.TemporaryDirectory() as scratch, Repo.open(folder, rev=revision) as repo:
+            _check_outs(repo, name, is_folder)
+            files = DVCFileSystem(repo=repo)
+            for path in FILES:
+                try:
+                    files.get_file(path, f"{scratch}/{path}")
+                except FileNotFoundError:
+                    where = "there" if is_folder else f"after git checkout {name}"
+                    raise UserError(
+                        f"{name}: {path} is neither there nor in DVC's cache; run {where}: dvc pull, or dvc repro"
+                    ) from None
+            try:
+                return load_recipe(Path(scratch), name, repo.get_rev() if revision else None)
+            except UserError as error:
+                raise UserError(str(error).replace(scratch, name)) from None
+    except RevError:
+        raise UserError(
+            f"{name}: no Git revision, DVC experiment, or folder with a params.yaml has this name; see git log, "
+            "dvc exp list"
+        ) from None
+    except (NotDvcRepoError, SCMError):
+        raise UserError(f"{name}: not in a project with Git and DVC; run in a clone of this project") from None
+    except DvcException as error:
+        raise UserError(f"{name}: {first_line(error)}; correct it there, then run: dvc repro") from None
+
+
+def _check_outs(repo: "Repo", name: str, is_folder: bool) -> None:
+    """Raise a UserError unless the stages have run with this params.yaml and the outs there are theirs."""
+    from dvc.dependency.param import ParamsDependency
+
+    from pipeline.core.errors import UserError
+    from pipeline.core.files import md5_of_file
+    from pipeline.evaluation.compare_recipes import FILES
+
+    found = set()
+    for dvc_stage in repo.index.stages:
+        if getattr(dvc_stage, "name", "").partition("@")[0] not in UPSTREAM:
+            continue
+        for dependency in dvc_stage.deps:
+            if isinstance(dependency, ParamsDependency) and (changes := dependency.status()):
+                keys = ", ".join(sorted(next(iter(changes.values()))))
+                raise UserError(
+                    f"{name}: {dvc_stage.name} has not run with this params.yaml ({keys}); run there: dvc repro"
+                )
+        for out in dvc_stage.outs:
+            path = Path(out.fs_path)
+            if str(out.def_path) in FILES:
+                found.add(str(out.def_path))
+                if is_folder and path.is_file() and md5_of_file(path) != out.hash_info.value:
+                    raise UserError(f"{path}: not as in dvc.lock; run there: dvc checkout, or dvc repro")
+    if missing := set(FILES[1:]) - found:
+        raise UserError(f"{name}: not a project like this one, since no stage in its dvc.yaml makes {min(missing)}")
+
+
+def _json_content(a: "Recipe", b: "Recipe", comparison: "Comparison") -> dict[str, Any]:
+    import numpy as np
+
+    labels, groups = comparison.validation.labels, comparison.validation.groups
+    sides = {
+        side: {"name": recipe.name, "commit": recipe.commit, "seeds_left_out": comparison.left_out[side]}
+        for side, recipe in (("a", a), ("b", b))
+    }
+    counts = {
+        "images": len(labels),
+        "positive_images": int(labels.sum()),
+        "patients": len(np.unique(groups)),
+        "positive_patients": len(np.unique(groups[labels == 1])),
+    }
+    return {
+        **sides, **counts, "seeds": comparison.seeds, "cautions": comparison.cautions,
+        "parameters": _records(comparison.parameters), "metrics": _records(comparison.metrics),
+    }  # fmt: skip
+
+
+def _records(table: "pd.DataFrame") -> list[dict[str, Any]]:
+    """Return the rows with None for what is missing."""
+    rows = table.astype(object).where(table.notna(), None)
+    return [dict(zip(rows.columns, row, strict=True)) for row in rows.itertuples(index=False)]
+
+
+def _to_json(content: Any) -> str:
+    import json
+
+    return json.dumps(content, indent=2, ensure_ascii=False)
+
+
+def _print_comparison(a: "Recipe", b: "Recipe", comparison: "Comparison") -> None:
+    from rich.table import Column, Table
+
+    from pipeline.evaluation.compare_recipes import LABELS
+
+    content = _json_content(a, b, comparison)
+    title = (
+        f"{b.name} minus {a.name}: {content['images']} images of {content['patients']} patients "
+        f"({content['positive_images']} of {content['positive_patients']} positive), {len(comparison.seeds)} seeds"
+    )
+    headers = ("", "metric", a.name, b.name, "difference", "95 % interval", f"seeds better with {b.name}")
+    table = Table(*(Column(header, overflow="fold") for header in headers), title=title, title_justify="left")
+    for row in content["metrics"]:
+        values = [_format(row[side]) for side in ("a", "b")]
+        interval = row["reason"] or f"{row['low']:+.3f} to {row['high']:+.3f}"
+        better = "" if row["seeds_better"] is None else f"{row['seeds_better']} of {len(comparison.seeds)}"
+        table.add_row(
+            row["model"], LABELS[row["metric"]], *values, _format(row["difference"], "+.3f"), interval, better
+        )
+    print_table(table)
+    parameters = Table("parameter", a.name, b.name, title="Parameters that differ", title_justify="left")
+    for row in content["parameters"]:
+        parameters.add_row(row["parameter"], *("–" if row[side] is None else str(row[side]) for side in ("a", "b")))
+    if content["parameters"]:
+        print_table(parameters)
+    else:
+        click.echo("No parameter differs.")
+    for side, recipe in (("a", a), ("b", b)):
+        if names := comparison.left_out[side]:
+            click.echo(f"Only {recipe.name} has {', '.join(names)}, left out here and in the bag.")
+    for caution in comparison.cautions:
+        click.echo(f"Caution: {caution}.")
+
+
+def _format(value: float | None, form: str = ".3f") -> str:
+    return "–" if value is None else f"{value:{form}}"
+
+
+if __name__ == "__main__":
+    compare()
