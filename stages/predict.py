@@ -25,6 +25,7 @@ def predict(files: tuple[str, ...], model: str, output: Path | None) -> None:
     from pipeline.core import memory
     from pipeline.core.errors import UserError
     from pipeline.core.files import write_csv
+    from pipeline.evaluation import ensemble
     from pipeline.inference import candidate
     from pipeline.inference import files as inference_files
     from pipeline.training import determinism
@@ -34,6 +35,7 @@ def predict(files: tuple[str, ...], model: str, output: Path | None) -> None:
     with _candidate_folder(model) as folder:
         loaded = candidate.load_candidate(folder, determinism.select_device())
         predictions = inference_files.predict_files(loaded, paths)
+    click.echo(ensemble.describe_output(loaded.config), err=True)
     if output:
         write_csv(output, predictions)
         click.echo(f"{output}: {len(predictions)} files, {predictions['label'].sum()} positive")

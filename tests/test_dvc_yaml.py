@@ -43,7 +43,6 @@ ONE_STAGE = {
         "pipeline/training/signals.py": "a resumed training ends in the same bytes (test_interruptions)",
     },
     "promote": {
-        "pipeline/evaluation/operating_point.py": "thresholds are chosen before, by evaluate and bag",
         "pipeline/inference/pyfunc_model.py": "is logged with a model, to be run when it is served",
     },
     "submit": {
@@ -167,7 +166,8 @@ def test_every_dependency_on_code_exists(stage):
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_dependency_on_data_is_the_product_of_another_stage(stage):
     outputs = [path for other in STAGES if other != stage for path in outputs_of(other)]
-    data = [dep for dep in STAGES[stage].get("deps", []) if dep not in code(stage)]
+    typed_by_hand = ["scores"]  # of `cxr score` and `cxr external-validation`
+    data = [dep for dep in STAGES[stage].get("deps", []) if dep not in [*code(stage), *typed_by_hand]]
     assert [dep for dep in data if not any(covers(dep, path) or covers(path, dep) for path in outputs)] == []
 
 

@@ -343,7 +343,7 @@ def test_no_stage_of_the_pipeline_submits_or_deletes_the_log_of_submissions():
 
 def ensemble_config(*members: str) -> dict:
     count = len(members)
-    return asdict(EnsembleConfig(list(members), "mean", "mean", 0.5, [0.5] * count, [1 / count] * count))
+    return asdict(EnsembleConfig(list(members), "mean", "mean", [1 / count] * count, 0.5))
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 import yaml
 from conftest import ROOT, copy_project, mlflow_client, run, run_server, seed_runs
+from scipy.special import expit, logit
 
 pytestmark = pytest.mark.slow
 
@@ -38,9 +39,10 @@ def lock_hashes(project: Path) -> dict[str, str]:
 
 
 def test_every_stage_writes_its_tables_with_the_documented_columns(demo_project):
+    best = json.loads((demo_project / "metrics/summary.json").read_text())["best"]["model"]
     columns = {
         "data/manifest.csv": [
-            *("file", "set", "label", "patient", "source", "view", "license", "width", "height", "bytes"),
+            *("file", "set", "label", "patient", "source", "view", "sex", "age", "license", "width", "height", "bytes"),
             *("jpeg_quantization", "xxh128", "phash"),
         ],
         "data/quarantine.csv": ["file", "set", "label", "reason"],
@@ -48,11 +50,35 @@ def test_every_stage_writes_its_tables_with_the_documented_columns(demo_project)
         "predictions/validation.csv": ["file", "label", "seed-0", "seed-1"],
         "predictions/test.csv": ["file", "seed-0", "seed-1"],
         "predictions/soup.csv": ["subset", "file", "label", "soup"],
-        "predictions/shortcuts.csv": ["file", "label", "source", "file_metadata", "thumbnail", "border"],
-        "predictions/bag.csv": ["subset", "file", "label", "votes", "vote", "mean", "logits", "greedy"],
-        "predictions/adapted.csv": ["file", "best", "bag"],
+        "predictions/external.csv": ["file", "label", "seed-0", "seed-1"],
+        "metrics/external.csv": [
+            *("source", "images", "positives", "patients", "positive_patients", "negative_patients", "role", "model"),
+            *("metric", "value", "low", "high", "method", "reason"),
+        ],
+        "predictions/shortcuts.csv": [
+            "file",
+            "label",
+            "source",
+            "view",
+            "demographics",
+            "file_metadata",
+            "thumbnail",
+            "border",
+        ],
+        "models/seed-1/validation.csv": ["file", "fold", "epoch-1", "epoch-2"],
+        "predictions/bag.csv": [
+            *("subset", "file", "label", "votes", "vote", "mean", "logits", "greedy", "score", "probability"),
+            "predicted",
+        ],
+        "predictions/adapted.csv": ["file", "bag", "best"],
         "metrics/intervals.csv": ["model", "estimate_type", "metric", "value", "low", "high", "method", "reason"],
-        "report/table.csv": ["metric", "seed-0", "seed-1", "bag (vote)", "bag (mean)"],
+        "metrics/ranks.csv": ["model", "probability"],
+        "metrics/shift.csv": [
+            *("features", "labeled_images", "images", "prevalence", "auroc", "distance", "p", "adjusted_p", "reason"),
+        ],
+        "report/table.csv": [
+            *("metric", f"{best}, corrected", "seed-0", "seed-1", "bag (vote)", "bag (mean)"),
+        ],
         "submissions/best.csv": ["File", "Label"],
         "submissions/bag.csv": ["File", "Label"],
         "submissions/seed-1.csv": ["File", "Label"],
@@ -127,11 +153,20 @@ def test_the_best_seed_is_champion_and_challenger(demo_project):
     assert "there was no champion" in version.tags["decision"]
 
 
+def champion_predictions(project: Path) -> pd.DataFrame:
+    """Return the score of the champion for the test images, the mean of its members, and its recalibrated score."""
+    candidate = json.loads((project / "metrics/promotion.json").read_text())["candidate"]
+    config = json.loads((project / "metrics/candidates.json").read_text())[candidate]
+    test = pd.read_csv(project / "predictions/test.csv")
+    test["score"] = test[config["members"]].mean(axis="columns")
+    test["probability"] = expit(logit(test["score"]) / config["temperature"] + config["bias"])
+    return test
+
+
 def test_the_champion_gives_the_predictions_of_evaluate_for_bytes_base64_and_paths(demo_project, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
     mlflow_client(demo_project)
-    best = json.loads((demo_project / "metrics/promotion.json").read_text())["candidate"]
-    expected = pd.read_csv(demo_project / "predictions/test.csv")
+    expected = champion_predictions(demo_project)
     with zipfile.ZipFile(demo_project / "data/raw.zip") as archive:
         images = [archive.read(f"test/test/{name}") for name in expected["file"]]
     for name, image in zip(expected["file"], images, strict=True):
@@ -143,8 +178,8 @@ def test_the_champion_gives_the_predictions_of_evaluate_for_bytes_base64_and_pat
         [str(tmp_path / n) for n in expected["file"]],
     ):
         predictions = model.predict(pd.DataFrame({"image": encoded}))
-        assert predictions["probability"].to_numpy() == pytest.approx(expected[best].to_numpy(), abs=1e-6)
-        assert list(predictions["label"]) == list((expected[best] >= 0.5).astype(int))
+        assert predictions["probability"].to_numpy() == pytest.approx(expected["probability"].to_numpy(), abs=1e-6)
+        assert list(predictions["label"]) == list((expected["score"] >= 0.5).astype(int))
 
 
 def test_the_logged_model_contains_no_pickle_and_lists_its_requirements(demo_project):
@@ -164,8 +199,7 @@ def test_a_served_champion_predicts_and_rejects_an_unusable_image(demo_project, 
         with urllib.request.urlopen(request, timeout=60) as response:
             return json.load(response)["predictions"][0]
 
-    best = json.loads((demo_project / "metrics/promotion.json").read_text())["candidate"]
-    expected = pd.read_csv(demo_project / "predictions/test.csv").iloc[0]
+    expected = champion_predictions(demo_project).iloc[0]
     with zipfile.ZipFile(demo_project / "data/raw.zip") as archive:
         content = archive.read(f"test/test/{expected['file']}")
         archive.extractall(demo_project / "radiographs")
@@ -178,11 +212,13 @@ def test_a_served_champion_predicts_and_rejects_an_unusable_image(demo_project, 
             post(base64.b64encode(b"no radiograph").decode())
         assert error.value.code == 400
         assert "not a usable radiograph" in error.value.read().decode()
-        assert post(base64.b64encode(content).decode())["probability"] == pytest.approx(expected[best], abs=1e-6)
+        assert post(base64.b64encode(content).decode())["probability"] == pytest.approx(
+            expected["probability"], abs=1e-6
+        )
         if shutil.which("curl"):
             completed = run(demo_project, "bash", "-c", script)
             (prediction,) = json.loads(completed.stdout)["predictions"]
-            assert prediction["probability"] == pytest.approx(expected[best], abs=1e-6)
+            assert prediction["probability"] == pytest.approx(expected["probability"], abs=1e-6)
 
 
 def test_promoting_again_changes_nothing(demo_project):

@@ -114,6 +114,7 @@ def test_runs_have_the_name_of_their_dvc_experiment_and_are_pruned_after_its_rem
     edit_params(reader, lambda params: params.update(seeds=[1]))
     run_documented(reader, "dvc exp run -S demo.train.lr=3e-4")
     assert "f1" in run_documented(reader, "dvc exp show")
+    assert "train.lr" in run_documented(reader, "cxr compare HEAD .")
     table = run(reader, "dvc", "exp", "show", "--csv").stdout
     assert "models/seed-1/metrics.json:f1" in table
     (name,) = run(reader, "dvc", "exp", "list", "--name-only").stdout.split()
