@@ -137,7 +137,7 @@ def _json_content(a: "Recipe", b: "Recipe", comparison: "Comparison") -> dict[st
         "positive_patients": len(np.unique(groups[labels == 1])),
     }
     return {
-        **sides, **counts, "seeds": comparison.seeds, "cautions": comparison.cautions,
+        **sides, **counts, "seeds": comparison.seeds, "caveats": comparison.caveats,
         "parameters": _records(comparison.parameters), "metrics": _records(comparison.metrics),
     }  # fmt: skip
 
@@ -184,8 +184,8 @@ def _print_comparison(a: "Recipe", b: "Recipe", comparison: "Comparison") -> Non
     for side, recipe in (("a", a), ("b", b)):
         if names := comparison.left_out[side]:
             click.echo(f"Only {recipe.name} has {', '.join(names)}, left out here and in the bag.")
-    for caution in comparison.cautions:
-        click.echo(f"Caution: {caution}.")
+    for caveat in comparison.caveats:
+        click.echo(f"Caveat: {caveat}.")
 
 
 def _format(value: float | None, form: str = ".3f") -> str:

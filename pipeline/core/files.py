@@ -62,7 +62,7 @@ def read_text_table(source: Path | IO[bytes], name: str, columns: Collection[str
         UserError: the file is not a CSV table in UTF-8, or lacks one of the columns.
     """
     try:
-        table = pd.read_csv(source, dtype=str, keep_default_na=False, skip_blank_lines=False)
+        table = pd.read_csv(source, dtype=str, keep_default_na=False, skip_blank_lines=False, compression=None)
     except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise UserError(f"{name} is not a CSV table: {' '.join(str(error).split())}; save it as CSV in UTF-8") from None
     if not isinstance(table.index, pd.RangeIndex):

@@ -62,7 +62,7 @@ class Comparison:
         metrics: a row per model (`SEED_MEAN` or `BAG`) and metric: its value for `a` and `b`, the `difference` b minus
             a with the ends of its 95 % interval, the number of `seeds_better` with b, and the `reason` where there is
             no interval.
-        cautions: what to know before believing the figures.
+        caveats: what to know before believing the figures.
     """
 
     seeds: list[str]
@@ -70,7 +70,7 @@ class Comparison:
     validation: ValidationSet
     parameters: pd.DataFrame
     metrics: pd.DataFrame
-    cautions: list[str]
+    caveats: list[str]
 
 
 def load_recipe(folder: Path, name: str, commit: str | None = None) -> Recipe:
@@ -123,7 +123,7 @@ def compare_recipes(a: Recipe, b: Recipe) -> Comparison:
     left_out = {
         side: [name for name in recipe.config.model_names if name not in seeds] for side, recipe in (("a", a), ("b", b))
     }
-    return Comparison(seeds, left_out, validation, differing_parameters(a, b), _give_reasons(metrics), _cautions(a, b))
+    return Comparison(seeds, left_out, validation, differing_parameters(a, b), _give_reasons(metrics), _caveats(a, b))
 
 
 def check_same_images(a: Recipe, b: Recipe) -> None:
@@ -262,7 +262,7 @@ def _give_reasons(metrics: pd.DataFrame) -> pd.DataFrame:
     return metrics.assign(low=ends["low"], high=ends["high"], reason=reason)[COLUMNS]
 
 
-def _cautions(a: Recipe, b: Recipe) -> list[str]:
+def _caveats(a: Recipe, b: Recipe) -> list[str]:
     return [
         f"{recipe.name} chose its epochs on these images (train.keep: {recipe.config.active.train.keep}), so its "
         "figures are too good, the more so the more epochs it chose from"

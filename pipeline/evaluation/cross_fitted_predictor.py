@@ -25,6 +25,7 @@ class CrossFittedPredictor:
         predictions: cross-fitted if anything was fitted and the folds allow it; see `Predictions.estimate_type`.
         apparent_predictions: of `ensemble_config`, on the images that it was fitted on.
         scores: (N,), in [0, 1], of `predictions`.
+        thresholds: (N,), of these scores.
         probabilities: (N,), P(positive) of `predictions`: the recalibrated scores.
     """
 
@@ -39,7 +40,7 @@ class CrossFittedPredictor:
             )
 
         def predict(fitted: EnsembleConfig, rows: np.ndarray) -> np.ndarray:
-            return ensemble.predict(members.iloc[rows], fitted).to_numpy(float)
+            return ensemble.predict(members.iloc[rows], fitted).assign(threshold=fitted.threshold).to_numpy(float)
 
         all_rows = np.arange(len(members))
         self.ensemble_config = fit(all_rows)
@@ -50,7 +51,7 @@ class CrossFittedPredictor:
         cross_fitted = cross_fit(validation.folds, fit, predict) if has_threshold or is_recalibrated else None
         estimate_type = "apparent" if cross_fitted is None else "cross-fitted"
         values = apparent if cross_fitted is None else cross_fitted
-        self.scores, self.probabilities = values[:, 0], values[:, 1]
+        self.scores, self.probabilities, self.thresholds = values[:, 0], values[:, 1], values[:, 3]
         self.predictions = _make_predictions(
             values, *(estimate_type if fitted else "fixed" for fitted in (has_threshold, has_weights, is_recalibrated))
         )
@@ -160,7 +161,7 @@ def operating_point_table(
 
 
 def _make_predictions(values: np.ndarray, estimate_type: str, score_type: str, probability_type: str) -> Predictions:
-    scores, probabilities, predicted = values.T
+    scores, probabilities, predicted, _ = values.T
     return Predictions(
         predicted,
         probabilities,

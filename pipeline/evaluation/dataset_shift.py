@@ -193,7 +193,7 @@ def describe_shift(table: pd.DataFrame) -> str:
     parts = []
     for row in failed.itertuples():
         by = "scores fit no mixture of the two classes" if row.features == "score" else f"differ by {row.features}"
-        parts.append(f"{by} (p = {row.adjusted_p:.3f}, AUROC of telling them apart {row.auroc:.2f})")
+        parts.append(f"{by} (adjusted p = {row.adjusted_p:.3f}, AUROC of telling them apart {row.auroc:.2f})")
     return f"the test images are not distributed like the labeled ones: {'; '.join(parts)}" if parts else ""
 
 

@@ -177,11 +177,12 @@ def evaluate_models(
     }
     if reason := _soup_unavailable_reason(config):
         models["bag (soup)"] = metric_tables.unavailable_predictions(reason)
-    models |= load_baselines(
+    baselines, baseline_samples = load_baselines(
         config, validation, predictions_folder / "shortcuts.csv", metrics_folder / "shortcuts.json"
     )
+    models |= baselines
 
-    tables = build_tables(config, validation, on_validation, predictors, models, roles, bias)
+    tables = build_tables(config, validation, on_validation, predictors, models, roles, bias, baseline_samples)
     tables |= build_bag_tables(config, predictions, predictors[bag].ensemble_config)
     test_groups, summary = metadata.loc[test["file"], "group"].to_numpy(), dict[str, Any]()
     adapted = pd.DataFrame({"file": test["file"]})
@@ -279,15 +280,21 @@ def fit_predictors(
 
 def load_baselines(
     config: Config, validation: ValidationSet, probabilities_file: Path, info_file: Path
-) -> dict[str, Predictions]:
-    """Return the predictions of the shortcut baselines by name, at a threshold that is fitted as for models."""
+) -> tuple[dict[str, Predictions], dict[str, pd.DataFrame]]:
+    """Return the predictions of the shortcut baselines by name, at a threshold that is fitted as for models.
+
+    The second dictionary has the metrics of those that are available, on every resample, at thresholds fitted again.
+    """
     table, config = pd.read_csv(probabilities_file), with_fitted_threshold(config)
-    return {
-        f"shortcut ({name})": metric_tables.unavailable_predictions(info["reason"])
-        if info["reason"]
-        else CrossFittedPredictor(config, validation, table[[name]]).predictions
-        for name, info in read_json(info_file).items()
-    }
+    predictions, samples = {}, {}
+    for feature, info in read_json(info_file).items():
+        name = f"shortcut ({feature})"
+        if info["reason"]:
+            predictions[name] = metric_tables.unavailable_predictions(info["reason"])
+        else:
+            predictor = CrossFittedPredictor(config, validation, table[[feature]])
+            predictions[name], samples[name] = predictor.predictions, predictor.bootstrap_metrics(validation)
+    return predictions, samples
 
 
 def build_tables(
@@ -298,6 +305,7 @@ def build_tables(
     models: Mapping[str, Predictions],
     roles: Mapping[str, str],
     bias: pd.DataFrame,
+    baseline_samples: Mapping[str, pd.DataFrame],
 ) -> dict[str, pd.DataFrame]:
     """Build the tables of metrics on the validation set.
 
@@ -309,20 +317,17 @@ def build_tables(
         models: the predictions of these and of the shortcut baselines, by name.
         roles: names of the `bag` and the `best` seed.
         bias: from `estimate_bias`.
+        baseline_samples: from `load_baselines`.
     """
     params, (best, bag) = config.active.evaluate, (roles["best"], roles["bag"])
-    samples = {
-        name: predictors[name].bootstrap_metrics(validation)
-        if name in predictors
-        else validation.bootstrap_metrics(model)
-        for name, model in models.items()
-    }
+    samples = {name: predictor.bootstrap_metrics(validation) for name, predictor in predictors.items()}
+    refitted = samples if params.operating_point != "half" else {}
     baselines = {
         name: model.scores for name, model in models.items() if name.startswith("shortcut") and model.scores is not None
     }
     differences = [
         metric_tables.difference_table(
-            validation, {name: models[name] for name in predictors}, samples, [bag, best]
+            validation, {name: models[name] for name in predictors}, refitted, [bag, best]
         ).assign(rule=params.operating_point),
         *(
             fair_threshold_comparison(config, validation, {**baselines, name: predictors[name].scores}, name)
@@ -331,7 +336,7 @@ def build_tables(
     ]
     candidates = [*config.model_names, bag]
     apparent = {name: predictors[name].apparent_predictions for name in bias.index}
-    corrected = metric_tables.corrected_table(validation, apparent, bias)
+    corrected = metric_tables.corrected_table(validation, apparent, bias, refitted)
     calibrations, reliability = metric_tables.calibration_table(
         validation, {name: predictors[name].scores for name in candidates}
     )
@@ -342,7 +347,9 @@ def build_tables(
         params.expected_prevalence,
     )
     return {
-        "metrics/intervals.csv": pd.concat([metric_tables.interval_table(validation, models, samples), corrected]),
+        "metrics/intervals.csv": pd.concat(
+            [metric_tables.interval_table(validation, models, {**refitted, **baseline_samples}), corrected]
+        ),
         "metrics/differences.csv": pd.concat(differences),
         "metrics/ranks.csv": metric_tables.rank_table({name: samples[name] for name in candidates}),
         "metrics/seeds.csv": metric_tables.seed_table({seed: samples[seed] for seed in config.model_names}),
@@ -359,7 +366,7 @@ def build_tables(
         "plots/bag_referral.csv": referral.referral_table(
             validation,
             models[bag],
-            referral.threshold_uncertainty(predictors[bag].scores, predictors[bag].ensemble_config.threshold),
+            referral.threshold_uncertainty(predictors[bag].scores, predictors[bag].thresholds),
         ),
         "plots/bag_prevalence.csv": by_prevalence.query("model == @bag"),
         "plots/bag_reliability.csv": reliability.query("model == @bag and calibration == 'none'"),

@@ -117,8 +117,8 @@ def foretell_accuracy(
         test_predicted: (M,).
         strata: from `choose_strata`.
         expected_prevalence: of the test set; None if unknown. It is not used where the predictions exclude it.
-        shift: how the test images differ, from `dataset_shift.describe_shift`. Without strata, no accuracy is foretold
-            if they do.
+        shift: how the test images differ, from `dataset_shift.describe_shift`. If they do and no source is known, no
+            accuracy is foretold.
 
     Returns:
         With `strata`: `stratum`, the numbers of test `images` and of `predicted_positive_images`, their estimated
@@ -130,7 +130,7 @@ def foretell_accuracy(
     total = len(test_predicted)
     if not total:
         return ExpectedAccuracy(reason="cannot be foretold: no test images")
-    if strata.by == "" and shift:
+    if "source" not in strata.by and shift:
         return ExpectedAccuracy(reason=f"cannot be foretold: {shift}")
     table = _tabulate_strata(labels, predicted, groups, test_predicted, strata)
     correct, rng = labels == predicted, np.random.default_rng(0)
@@ -284,7 +284,7 @@ def _unknown_reason(table: pd.DataFrame, total: int) -> str:
         missing = [name for name in CLASSES if not row[f"{name}_images"]]
         kind = f"{missing[0]} " if len(missing) == 1 else ""
         of = (
-            f"is of {row['stratum']}, as {row['images'] / total:.0%} of the test images are"
+            f"is of {row['stratum']}, as {100 * row['images'] / total:.0f} % of the test images are"
             if row["stratum"]
             else "exists"
         )

@@ -36,7 +36,7 @@ def randomization_p_value(
 ) -> float:
     """Test whether the F1 of the challenger, the best of several candidates, exceeds that of the champion by chance.
 
-    If two models are equally good, it does not matter which of them predicted which patient. So every resample
+    If two models are interchangeable, it does not matter which of them predicted which patient. So every resample
     exchanges the predictions of the champion and the candidates in a random half of the groups (an approximate
     randomization test, Noreen 1989; for F1, Yeh 2000), and the challenger's advantage is compared with the largest
     advantage of any candidate in that resample (Westfall and Young 1993), because it was chosen as the best. Where the

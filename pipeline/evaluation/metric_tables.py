@@ -98,14 +98,14 @@ class ValidationSet:
 
 
 def interval_table(
-    validation: ValidationSet, predictions: Mapping[str, Predictions], samples: Mapping[str, pd.DataFrame]
+    validation: ValidationSet, predictions: Mapping[str, Predictions], refitted: Mapping[str, pd.DataFrame]
 ) -> pd.DataFrame:
     """Return a row per model and metric: `model`, `estimate_type` and the columns of `confidence_intervals`.
 
     Args:
         validation: the set.
         predictions: by model.
-        samples: by model, from `CrossFittedPredictor.bootstrap_metrics` or `ValidationSet.bootstrap_metrics`.
+        refitted: by model with a fitted threshold, from `CrossFittedPredictor.bootstrap_metrics`.
     """
     tables, metrics = [], [*THRESHOLD_METRICS, *SCORE_METRICS, *CALIBRATION_METRICS]
     for name, model in predictions.items():
@@ -114,8 +114,8 @@ def interval_table(
             table = confidence_intervals(
                 validation.labels, model.predicted, validation.groups, model.probabilities, model.scores
             )
-            if model.estimate_type != "fixed":
-                table = include_threshold_variation(table, samples[name])
+            if name in refitted:
+                table = include_threshold_variation(table, refitted[name])
         table = table.set_index("metric").reindex(metrics).rename_axis("metric").reset_index()
         table["reason"] = table["reason"].fillna(model.reason)
         types = [model.type_of(metric) for metric in metrics]
@@ -143,7 +143,10 @@ def include_threshold_variation(intervals: pd.DataFrame, samples: pd.DataFrame) 
 
 
 def corrected_table(
-    validation: ValidationSet, predictions: Mapping[str, Predictions], bias: pd.DataFrame
+    validation: ValidationSet,
+    predictions: Mapping[str, Predictions],
+    bias: pd.DataFrame,
+    samples: Mapping[str, pd.DataFrame],
 ) -> pd.DataFrame:
     """Correct metrics for selection on the validation set.
 
@@ -154,14 +157,16 @@ def corrected_table(
         validation: the set.
         predictions: the apparent ones, by model.
         bias: a row per model, from `selection.estimate_selection_bias`.
+        samples: of the models whose threshold was fitted, from `CrossFittedPredictor.bootstrap_metrics`.
 
     Returns:
         The columns of `interval_table`; a row per model and metric, `THRESHOLD_METRICS` and `auroc`.
     """
-    rows = []
+    tables = [pd.DataFrame(columns=COLUMNS)]
     for name, model in predictions.items():
-        samples = {name: validation.bootstrap_metrics(model)}
-        apparent = interval_table(validation, {name: model}, samples).set_index("metric", drop=False)
+        rows = []
+        at_fixed_threshold = {name: replace(model, estimate_type="fixed")}
+        apparent = interval_table(validation, at_fixed_threshold, {}).set_index("metric", drop=False)
         amount = pd.Series(bias.loc[name])
         rates = selection.correct_rates(validation.labels, model.predicted, validation.groups, amount)
         corrected = selection.corrected_metrics(validation.labels, *rates)
@@ -180,7 +185,9 @@ def corrected_table(
                 reason = "one group only" if amount.isna().all() else "undefined in the resamples"
                 row |= {"method": "", "reason": reason}
             rows.append(row)
-    return pd.DataFrame(rows, columns=COLUMNS)
+        table = pd.DataFrame(rows, columns=COLUMNS)
+        tables.append(include_threshold_variation(table, samples[name])[COLUMNS] if name in samples else table)
+    return pd.concat(tables)
 
 
 def rank_table(samples: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
@@ -193,7 +200,7 @@ def rank_table(samples: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 def difference_table(
     validation: ValidationSet,
     predictions: Mapping[str, Predictions],
-    samples: Mapping[str, pd.DataFrame],
+    refitted: Mapping[str, pd.DataFrame],
     references: Iterable[str],
 ) -> pd.DataFrame:
     """Compare every model with each reference: `model`, `against` and the columns of `compare_predictions`.
@@ -201,7 +208,7 @@ def difference_table(
     Args:
         validation: the set.
         predictions: by model.
-        samples: by model, from `CrossFittedPredictor.bootstrap_metrics`.
+        refitted: by model with a fitted threshold, from `CrossFittedPredictor.bootstrap_metrics`.
         references: names of models.
     """
     columns = ["model", "against", "metric", "difference", "low", "high", "probability", "reason"]
@@ -211,8 +218,8 @@ def difference_table(
             if name == reference or model.reason:
                 continue
             table = compare_predictions(validation.labels, validation.groups, model, predictions[reference])
-            if "fixed" not in (model.estimate_type, predictions[reference].estimate_type):
-                table = include_threshold_variation(table.assign(method=""), samples[name] - samples[reference])
+            if name in refitted and reference in refitted:
+                table = include_threshold_variation(table.assign(method=""), refitted[name] - refitted[reference])
             tables.append(table.assign(model=name, against=reference))
     return pd.concat(tables)[columns] if tables else pd.DataFrame(columns=columns)
 

@@ -119,7 +119,8 @@ def sensitivity_caveat(labels: np.ndarray, groups: np.ndarray, params: EvaluateP
     effective = "" if count > patients - 0.5 else f", by their numbers of images as good as {count:.0f}"
     return (
         f"{promise}: it needs at least {needed} positive patients, there are {patients}{effective}; the threshold "
-        f"assumes normally distributed log odds, and without that assumption the confidence is {1 - least**count:.0%}"
+        f"assumes normally distributed log odds, and without that assumption the confidence is "
+        f"{100 * (1 - least**count):.0f} %"
     )
 
 

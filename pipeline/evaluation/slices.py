@@ -59,7 +59,7 @@ def evaluate_subset(
     """
     subset = validation.subset(rows)
     models = {name: model if model.reason else model.subset(rows) for name, model in predictions.items()}
-    return interval_table(subset, models, {name: subset.bootstrap_metrics(model) for name, model in models.items()})
+    return interval_table(subset, models, refitted={})
 
 
 def count_patients(validation: ValidationSet, rows: np.ndarray) -> dict[str, int]:

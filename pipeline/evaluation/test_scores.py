@@ -14,7 +14,10 @@ from pipeline.evaluation.metric_tables import Predictions, ValidationSet
 from pipeline.evaluation.slices import COUNTS, count_patients, evaluate_subset
 
 METRICS = ["accuracy", "f1", "recall", "specificity", "auroc"]
-FORETOLD = ["expected_accuracy", "expected_accuracy_low", "expected_accuracy_high", "expected_accuracy_reason"]
+FORETOLD = [
+    "expected_accuracy", "expected_accuracy_low", "expected_accuracy_high", "expected_accuracy_reason",
+    "estimated_test_prevalence",
+]  # fmt: skip
 
 
 def score_candidates(
@@ -38,7 +41,8 @@ def score_candidates(
     Returns:
         A row per candidate and metric of `METRICS`: `model`, `metric`, `value`, `low`, `high`, `method`, `reason`, the
         counts, and, for the accuracy of the best seed and the bag, what `summary` says by the keys
-        `FORETOLD`: the expected accuracy, its interval or range, and the reason where it is missing.
+        `FORETOLD`: the expected accuracy, its interval or range, the reason where it is missing, and the estimated
+        share of positives.
 
     Raises:
         UserError: a label is of no test image, there are none, or the images have no group.

@@ -40,11 +40,18 @@ def fill_checklist(results: Results, border: Estimate) -> list[Item]:
     known["age"] = bool(table["age"].notna().any())
     columns = ", ".join(name for name in ("source", "view", "sex", "age") if known[name])
     epochs = "the last epoch is kept, so none was selected" if train.keep == "last" else f"epoch kept: {train.keep}"
-    external = "none" if results.external.empty else f"see {PAGE}, External validation"
+    external = f"see {PAGE}, External validation" if results.is_externally_validated else "none"
     held_out = f"; source {split.held_out_source} held out" if split.held_out_source else ""
     patients = "no two of them share a patient" if results.patients_known else "patients are not known"
     partition = f"grouped, stratified, {split.folds} folds, seed {split.seed}{held_out}"
     license_known = "in the data card" if known["license"] else NOT_IN_DATA
+    validation = "internal and external validation" if results.is_externally_validated else "internal validation"
+    recalibration = params.evaluate.recalibration
+    output = (
+        "P(positive), not recalibrated" if recalibration == "none" else f"P(positive), recalibrated: {recalibration}"
+    )
+    unit = "patients" if results.patients_known else "images (with duplicates as one; patients are not known)"
+    design = "synthetic images" if source == "phantom" else "retrospective"
     more = summary_text.describe_sample_size(results)
     return [
         Item("1", "1", "title", f"{results.config.model_name}: deep learning classifier of chest radiographs"),
@@ -53,8 +60,8 @@ def fill_checklist(results: Results, border: Estimate) -> list[Item]:
         Item("", "3b", "target population and users", "Intended use, above"),
         Item("", "3c", "health inequalities", NO_STUDY),
         Item("4", "4", "aim", "develop and evaluate classifiers with one recipe and several random seeds"),
-        Item("5", "5b", "prospective or retrospective; dates", f"retrospective; dates: {NOT_IN_DATA}"),
-        Item("6", "", "goal of the study", "development and internal validation; no comparison with readers"),
+        Item("5", "5b", "prospective or retrospective; dates", f"{design}; dates: {NOT_IN_DATA}"),
+        Item("6", "", "goal of the study", f"development and {validation}; no comparison with readers"),
         Item("7", "5a", "source of the data", f"download.source: {source}"),
         Item("8", "6a, 6b", "setting and eligibility", NOT_IN_DATA),
         Item("", "6c", "treatments", NOT_IN_DATA),
@@ -88,9 +95,9 @@ def fill_checklist(results: Results, border: Estimate) -> list[Item]:
         Item("31", "", "explainability", f"Grad-CAM; share in the border {format_percent(border.value)}"),
         Item("", "12f", "updating", "no model was updated"),
         Item("", "12g", "how predictions are computed", "cxr predict, or the registered model in MLflow"),
-        Item("", "13", "class imbalance", f"train.sampling: {train.sampling}; recalibrated afterwards"),
+        Item("", "13", "class imbalance", f"train.sampling: {train.sampling}; evaluate.recalibration: {recalibration}"),
         Item("", "14", "fairness", "slices by sex and age where they are known; no method for fairness"),
-        Item("", "15", "output", f"recalibrated P(positive); label by the rule {params.evaluate.operating_point}"),
+        Item("", "15", "output", f"{output}; label by the rule {params.evaluate.operating_point}"),
         Item("", "16", "training against evaluation data", "Data, in the report"),
         Item("32", "", "internal evaluation", summary_text.describe_images(results)),
         Item("33", "", "external evaluation", external),
@@ -105,7 +112,7 @@ def fill_checklist(results: Results, border: Estimate) -> list[Item]:
             "38",
             "23a",
             "precision of the estimates",
-            f"95 % intervals; {counts['positive_patients']} positive patients",
+            f"95 % intervals; {counts['positive_patients']} positive {unit}",
         ),
         Item("", "23b", "heterogeneity of performance", f"Slices and External validation in {PAGE}"),
         Item("", "24", "results of updating", "no model was updated"),

@@ -147,6 +147,11 @@ class Results:
         table = read_optional(Path("scores/external_validation.csv"))
         return read_optional(Path("metrics/external.csv")) if table.empty else table
 
+    @property
+    def is_externally_validated(self) -> bool:
+        """Whether a source was held out and evaluated; one that could not be held out has a reason only."""
+        return "value" in self.external and bool(self.external["value"].notna().any())
+
     @cached_property
     def test_scores(self) -> pd.DataFrame:
         """From `test_scores.score_candidates`, for the bag and the best seed; no rows if they were not scored."""
@@ -155,10 +160,12 @@ class Results:
 
     @property
     def test_scores_are_current(self) -> bool:
-        """Whether the accuracy that was foretold when the test set was scored is the one foretold now."""
+        """Whether what was foretold when the test set was scored is what is foretold now."""
         of_bag = self.test_scores.query("model == @BAG and metric == 'accuracy'").iloc[0]
-        then, now = (as_estimate(row, "expected_accuracy") for row in (of_bag, self.summary["bag"]))
-        return bool(np.isclose(then.value, now.value, equal_nan=True)) and then.reason == now.reason
+        rows, keys = (of_bag, self.summary["bag"]), ("expected_accuracy", "estimated_test_prevalence")
+        then, now = ([as_estimate(row, key) for key in keys] for row in rows)
+        values = [[estimate.value for estimate in estimates] for estimates in (then, now)]
+        return bool(np.isclose(values[0], values[1], equal_nan=True).all()) and then[0].reason == now[0].reason
 
     @cached_property
     def clusters(self) -> pd.DataFrame:

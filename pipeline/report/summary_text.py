@@ -54,6 +54,7 @@ def describe_estimate(results: Results, model: str) -> str:
         return f"undefined ({estimate.reason})"
     params = results.config.active
     choices = ["epochs"] if params.train.keep != "last" else []
+    choices += ["the weights"] if model == results.bag and params.bag.method == "greedy" else []
     choices += ["the seed"] if model == results.best and len(results.config.model_names) > 1 else []
     choices += ["the threshold"] if params.evaluate.operating_point != "half" else []
     sentence = ESTIMATE_TYPES[estimate.estimate_type].format(_join(choices))
@@ -65,16 +66,16 @@ def describe_estimate(results: Results, model: str) -> str:
 def describe_images(results: Results) -> str:
     """Say on how many images and patients the metrics are, and how they were predicted."""
     counts, cross_validated = results.counts, results.config.active.split.cross_validate
-    images = f"{counts['images']} validation images"
+    images, method = f"{counts['images']} validation images", ""
     if cross_validated:
-        images = (
-            f"all {counts['images']} labeled images, each predicted out of fold by networks that were not trained on it"
-        )
+        images = f"all {counts['images']} labeled images"
+        method = ", each predicted out of fold by networks that were not trained on its patient"
     positive = f"{counts['positives']} positive"
     if not results.patients_known:
-        return f"{images}, {positive} (their patients are not known: each image, with its duplicates, counts as one)"
+        unknown = "their patients are not known: each image, with its duplicates, counts as one"
+        return f"{images}, {positive} ({unknown}){method.replace('its patient', 'it')}"
     images = f"{images} of {_plural(counts['patients'], 'patient')}"
-    return f"{images}, {positive} ({_plural(counts['positive_patients'], 'patient')})"
+    return f"{images}, {positive} ({_plural(counts['positive_patients'], 'patient')}){method}"
 
 
 def describe_ranks(results: Results) -> str:
@@ -109,7 +110,7 @@ def describe_sample_size(results: Results) -> str:
         if more is None:
             unknown.append(f"How many {kind} patients the {label} takes cannot be said: there are fewer than two.")
         elif more:
-            needs.append(f"for the {label} about {more} more {kind} patients")
+            needs.append(f"about {more} more {kind} patients for the {label}")
     if needs:
         needs = [f"A half-width of {HALF_WIDTH} would take {', and '.join(needs)}."]
     return " ".join([*needs, *unknown]) or f"The intervals of sensitivity and specificity are within ± {HALF_WIDTH}."
@@ -120,7 +121,7 @@ def compare_with_bag(results: Results) -> str:
     difference = results.difference(results.best, results.bag, "f1")
     if difference.missing or not difference.has_interval:
         return f"{results.best} cannot be compared with the bag: {difference.reason or NO_INTERVAL}."
-    verdict = _verdict(difference, "is better than", "is worse than", "does not differ clearly from")
+    verdict = _verdict(difference, "has a higher F1 than", "has a lower F1 than", "does not differ clearly from")
     sentence = f"{results.best} {verdict} the bag: difference in F1 {format_difference(difference)}."
     if len(results.config.model_names) < 2:
         return sentence
@@ -151,11 +152,16 @@ def describe_expected_accuracy(results: Results) -> str:
     """Give the accuracy that is foretold for the test set, or why it is not."""
     accuracy = as_estimate(results.summary["bag"], "expected_accuracy")
     if accuracy.missing:
-        limits = (
-            f"; it lies between {format_interval(accuracy).replace(' to ', ' and ')}" if accuracy.has_interval else ""
-        )
+        limits = f"; the range that this leaves is {format_interval(accuracy)}" if accuracy.has_interval else ""
         return f"{accuracy.reason}{limits}"
-    return f"{format_estimate(accuracy)}, {results.summary['bag']['expected_accuracy_method']}"
+    return f"{format_estimate(accuracy)}, {describe_foretelling(results)}"
+
+
+def describe_foretelling(results: Results) -> str:
+    """Say how the accuracy was foretold, and whether from apparent predictions."""
+    method = str(results.summary["bag"]["expected_accuracy_method"])
+    is_apparent = results.apparent(results.bag, "f1").estimate_type == "apparent"
+    return f"{method}, from apparent predictions, so optimistic" if is_apparent else method
 
 
 def estimated_prevalence(results: Results) -> Estimate:
@@ -203,8 +209,8 @@ def describe_clusters(results: Results) -> str:
         return f"{len(clusters)} clusters of acquisition; whether the label depends on them cannot be tested."
     verdict = "depends" if p < dataset_shift.SIGNIFICANCE_LEVEL else "does not clearly depend"
     return (
-        f"The label {verdict} on the cluster of an image (χ² test over patients, {format_p(p)}); "
-        f"the clusters alone predict it with AUROC {auroc}."
+        f"The label {verdict} on the cluster of an image (χ² test in which a patient counts once per cluster, "
+        f"{format_p(p)}); the clusters alone predict it with AUROC {auroc} (apparent)."
     )
 
 
@@ -240,7 +246,7 @@ def find_caveats(results: Results, border: Estimate) -> list[Caveat]:
         caveats.append(Caveat("Apparent estimates are optimistically biased", detail, "operating-point"))
     if caveat := next(iter(results.operating_points["caveat"]), ""):
         caveats.append(Caveat("Sensitivity is not assured", f"{caveat[0].upper()}{caveat[1:]}.", "operating-point"))
-    if results.external.empty:
+    if not results.is_externally_validated:
         detail = "All metrics are of the sources that the models were trained on."
         caveats.append(Caveat("No external validation", detail, "external"))
     return caveats
