@@ -8,8 +8,9 @@ eleventh candidate stands for the bag, as good as a seed. Before: the candidate 
 was higher in at least 80 % of the bootstrap resamples of patients.
 """
 
+import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 
 import numpy as np
@@ -132,20 +133,16 @@ def retrain(setting: Setting, seed: int, chosen_here: bool) -> tuple[bool, bool]
     return promoted[0], promoted[1]
 
 
-def print_row(name: str, setting: Setting, chosen_here: bool, outcomes: list[tuple[bool, bool]]) -> None:
+def print_row(promoted: str, setting: Setting, chosen_here: bool, outcomes: list[tuple[bool, bool]]) -> None:
     shares = np.mean(outcomes, axis=0)
     errors = np.sqrt(shares * (1 - shares) / len(outcomes))
-    cells = [f"{share:.3f} ± {error:.3f}" for share, error in zip(shares, errors, strict=True)]
-    print(
-        f"| {name} | {setting.images} / {setting.positives} | {'1 to 4' if setting.clustered else '1'} | "
-        f"{setting.epochs} | {'here' if chosen_here else 'elsewhere'} | {' | '.join(cells)} |",
-        flush=True,
-    )
+    (before, now), (before_error, now_error) = shares.round(3).tolist(), errors.round(3).tolist()
+    line = {"promoted": promoted, **asdict(setting), "champion_chosen": "here" if chosen_here else "elsewhere"}
+    line |= {"before": before, "before_error": before_error, "now": now, "now_error": now_error}
+    print(json.dumps(line), flush=True)
 
 
 def main(count: int = 400) -> None:
-    print("| promoted | images / positive | per patient | epochs | champion chosen | before | now |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
     small, large = (175, 20), (1527, 157)
     for size, clustered, epochs in [
         (small, False, 1), (small, True, 1), (small, False, 8), (small, True, 8), (small, False, 30), (small, True, 30),
@@ -153,19 +150,19 @@ def main(count: int = 400) -> None:
     ]:  # fmt: skip
         for chosen_here in (False, True):
             setting = Setting(*size, clustered, epochs)
-            replicates = count if size == small else count // 2
+            replicates = count if size == small else max(1, count // 2)
             outcomes = [compare_once(setting, seed, 0, chosen_here) for seed in range(replicates)]
             print_row("equal", setting, chosen_here, outcomes)
     for clustered, epochs in [(False, 1), (True, 8)]:
         for chosen_here in (False, True):
             setting = Setting(*small, clustered, epochs)
-            outcomes = [retrain(setting, seed, chosen_here) for seed in range(count // 4)]
+            outcomes = [retrain(setting, seed, chosen_here) for seed in range(max(1, count // 4))]
             print_row("equal, any of 20", setting, chosen_here, outcomes)
     for size, epochs in [(small, 1), (small, 8), (large, 1), (large, 8)]:
         for chosen_here in (False, True):
             for gain in (0.02, 0.05, 0.1):
                 setting = Setting(*size, clustered=True, epochs=epochs)
-                replicates = count // 2 if size == small else count // 4
+                replicates = max(1, count // (2 if size == small else 4))
                 outcomes = [compare_once(setting, seed, gain, chosen_here) for seed in range(replicates)]
                 print_row(f"better by {gain}", setting, chosen_here, outcomes)
 

@@ -146,9 +146,8 @@ def main(replicates: int = 200) -> None:
             table = groups.mean()
             table.insert(2, "mc_error", groups["bias"].sem())
             tables.append(table.reset_index().assign(epochs=epochs, keep=keep))
-    table = pd.concat(tables).set_index(["keep", "epochs", "candidate", "estimate"]).round(3)
-    print(table.to_string(na_rep=""))
-    print(f"{replicates} replicates; Monte Carlo error of a coverage of 0.95: {np.sqrt(0.95 * 0.05 / replicates):.3f}")
+    table = pd.concat(tables).round(3).assign(coverage_error=round(float(np.sqrt(0.95 * 0.05 / replicates)), 3))
+    print(table.to_json(orient="records", lines=True), end="")
 
 
 if __name__ == "__main__":

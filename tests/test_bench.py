@@ -27,6 +27,10 @@ pytestmark = pytest.mark.slow
         ("python bench/recipe_intervals.py", ["2", "3"], 7),
         ("python bench/predict.py", ["1", "squeezenet1_1", "64"], 1),
         ("python bench/shift.py", ["4"], 15),
+        ("python bench/coverage.py", ["2", "1"], 2088),
+        ("python bench/selection.py", ["2"], 108),
+        ("python bench/gate.py", ["1"], 46),
+        ("python bench/operating_point.py", ["2"], 144),
     ],
 )
 def test_a_benchmark_prints_its_results(command, arguments, lines):

@@ -164,4 +164,4 @@ def test_a_demo_run_from_nothing_has_the_hashes_of_dvc_lock(editable_project):
     commit_all(editable_project)
     compared = run(editable_project, "bash", ".ci/compare-demo")
     assert compared.returncode == 0
-    assert "hashes not compared, dvc.lock is of earlier code or parameters (bag report)" in compared.stdout
+    assert "hashes not compared, dvc.lock is of earlier code or parameters (bag report promote)" in compared.stdout

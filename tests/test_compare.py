@@ -130,7 +130,7 @@ def metric_table(content: dict) -> pd.DataFrame:
 def test_the_json_has_every_metric_of_the_seeds_and_of_the_bag(compared):
     content = compare("base better")
     assert list(content) == [
-        "a", "b", "images", "positive_images", "patients", "positive_patients", "seeds", "cautions", "parameters",
+        "a", "b", "images", "positive_images", "patients", "positive_patients", "seeds", "caveats", "parameters",
         "metrics",
     ]  # fmt: skip
     assert list(content["metrics"][0]) == comparing.COLUMNS
@@ -173,7 +173,7 @@ def test_the_mean_of_the_seeds_is_that_of_scikit_learn(compared):
 
 def test_a_recipe_does_not_differ_from_itself(compared):
     content = compare("base .")
-    assert content["parameters"] == content["cautions"] == []
+    assert content["parameters"] == content["caveats"] == []
     assert content["b"]["commit"] is None
     table = metric_table(content)
     assert (table["difference"] == 0).all()
@@ -203,14 +203,14 @@ def test_seeds_are_paired_by_name_and_those_that_only_one_has_are_left_out_and_n
     assert "Only base has seed-2, left out here and in the bag." in output_of("cxr compare shuffled base")
 
 
-def test_the_terminal_has_a_table_of_metrics_the_parameters_that_differ_and_cautions(compared, tmp_path):
+def test_the_terminal_has_a_table_of_metrics_the_parameters_that_differ_and_caveats(compared, tmp_path):
     output = output_of(f"cxr compare shuffled better --json {tmp_path / 'c.json'} --png {tmp_path / 'c.png'}")
     assert "better minus shuffled: 60 images of 30 patients (20 of 20 positive), 2 seeds" in output
     (row,) = [line for line in output.splitlines() if "mean of the seeds" in line and "AUROC" in line]
     assert "2 of 2" in row
-    (row,) = [line for line in output.splitlines() if "train.keep" in line and "Caution" not in line]
+    (row,) = [line for line in output.splitlines() if "train.keep" in line and "Caveat" not in line]
     assert row.split()[1::2] == ["train.keep", "best_f1", "last"]
-    assert output.count("Caution: shuffled chose its epochs on these images (train.keep: best_f1)") == 1
+    assert output.count("Caveat: shuffled chose its epochs on these images (train.keep: best_f1)") == 1
     assert json.loads((tmp_path / "c.json").read_text()) == compare("shuffled better")
     with Image.open(tmp_path / "c.png") as picture:
         assert len(picture.convert("RGB").getcolors(maxcolors=100_000)) > 10  # more than an empty canvas

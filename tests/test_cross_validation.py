@@ -1,6 +1,7 @@
 """`split.cross_validate: true`: one network per seed and fold, every labeled image predicted out of fold."""
 
 import json
+import shlex
 import zipfile
 from pathlib import Path
 
@@ -125,14 +126,13 @@ def trained(build_once) -> Path:
     """A project in which a small demo has run with cross-validation; tests must not change it."""
 
     def edit(params: dict) -> None:
-        params["demo"]["split"] |= {"cross_validate": True}
         params["demo"]["download"] |= {"train": 80, "prevalence": 0.4}
         params["demo"]["train"]["epochs"] = 1
 
     def run_demo(project: Path) -> None:
         edit_params(clone_project(project), edit)
         commit_all(project)
-        completed = run(project, "dvc", "repro")
+        completed = run(project, *shlex.split("dvc exp run -S demo.split.cross_validate=true"))
         assert completed.returncode == 0, completed.stdout + completed.stderr
 
     return build_once("cross-validated", run_demo)

@@ -90,7 +90,7 @@ def test_a_source_without_positives_gives_a_range_from_none_to_many():
     for unknown in ({("C", 0, 0): 38, ("C", 0, 1): 2}, {("C", 0, 0): 28, ("C", 1, 0): 8, ("C", 1, 1): 4}):
         foretold, truth = foretell(validation, known | unknown)
         assert np.isnan(foretold.value)
-        assert "no positive validation image is of C, as 40% of the test images are" in foretold.reason
+        assert "no positive validation image is of C, as 40 % of the test images are" in foretold.reason
         assert "if the test set has none either" in foretold.reason
         assert foretold.low < truth < foretold.high
     assert np.isnan(foretold.strata.set_index("stratum").loc["C", "sensitivity"])
@@ -99,7 +99,7 @@ def test_a_source_without_positives_gives_a_range_from_none_to_many():
 def test_a_source_that_the_validation_set_lacks_may_be_all_right_or_all_wrong():
     test = {("A", 1, 1): 45, ("A", 1, 0): 5, ("new", 0, 0): 50}
     foretold, _ = foretell(VALIDATION, test)
-    assert "no validation image is of new, as 50% of the test images are" in foretold.reason
+    assert "no validation image is of new, as 50 % of the test images are" in foretold.reason
     assert "if the test set" not in foretold.reason
     assert foretold.high - foretold.low > 0.5
 

@@ -1,6 +1,7 @@
 """External validation: metrics on a held-out source, their summary, and the command for every source."""
 
 import os
+import shlex
 import signal
 import subprocess
 import time
@@ -284,7 +285,7 @@ def test_every_source_is_held_out_in_turn_and_an_interrupted_command_resumes(tmp
     assert "the same command resumes" in first
     assert "A (1 of 2): 22 images of 22 patients, 11 of them positive; training without it" in first
 
-    second = run(project, "cxr", "external-validation")
+    second = run(project, *shlex.split("cxr external-validation --jobs 2"))
     assert second.returncode == 0, second.stdout + second.stderr
     of_a, of_b = second.stdout.split("B (2 of 2)")
     assert "stages.train" not in of_a.split("A (1 of 2)")[1]

@@ -173,7 +173,7 @@ def test_caveat_gives_the_number_of_patients_that_is_needed():
     promise = "a sensitivity of 0.9 cannot be guaranteed with 95 % confidence: "
     assert caveat(labels, np.arange(40)) == promise + (
         "it needs at least 29 positive patients, there are 20; the threshold assumes normally distributed log odds, "
-        "and without that assumption the confidence is 88%"
+        "and without that assumption the confidence is 88 %"
     )
     assert "there are 11, by their numbers of images as good as 4;" in caveat(labels, [0] * 10 + list(range(1, 31)))
     assert caveat([1] * 29 + [0], np.arange(30)) == ""

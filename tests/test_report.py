@@ -180,7 +180,7 @@ def test_the_registered_model_is_described_by_the_model_card(demo_project):
             [
                 "<h1>Bag of 1 seed: F1", "– (one member only)", "one seed only",
                 "Only 4 positive validation images (4 patients)",
-                "A half-width of 0.05 would take for the sensitivity about",
+                "more positive patients for the sensitivity", "A half-width of 0.05 would take about",
             ],
         ),
         (
@@ -294,7 +294,7 @@ def test_another_prevalence_and_distribution_shift_are_caveats_only_if_a_test_sa
         caveats.get("Another prevalence in the test set", "40.0\u00a0% (30.0\u00a0% to 50.0\u00a0%)").find("40.0") >= 0
     )
     assert ("The test images differ from the labeled ones" in caveats) == differs
-    assert ("differ by embedding (p = 0.010" in summary_text.describe_shift(results)) == differs
+    assert ("differ by embedding (adjusted p = 0.010" in summary_text.describe_shift(results)) == differs
     assert ("No test finds a difference" in summary_text.describe_shift(results)) != differs
 
 
@@ -309,7 +309,7 @@ def test_an_accuracy_that_cannot_be_foretold_is_a_reason_on_the_first_screen(dem
         "expected_accuracy_reason": "cannot be foretold: no negative validation image is of B",
     }  # fmt: skip
     assert summary_text.describe_expected_accuracy(results) == (
-        "cannot be foretold: no negative validation image is of B; it lies between 0.600 and 0.900"
+        "cannot be foretold: no negative validation image is of B; the range that this leaves is 0.600 to 0.900"
     )
 
 
@@ -404,6 +404,10 @@ def test_tables_of_commands_typed_by_hand_are_sections_of_the_report(demo_projec
     stale = [score | {"expected_accuracy": 0.123} for score in scores]
     write_csv(Path("scores/test.csv"), pd.DataFrame(stale))
     assert not Results(config.load_config()).test_scores_are_current
+    write_csv(Path("scores/test.csv"), pd.DataFrame([score | {"estimated_test_prevalence": 0.123} for score in scores]))
+    assert not Results(config.load_config()).test_scores_are_current
+    write_csv(Path("scores/external_validation.csv"), pd.DataFrame([refused]))
+    assert not Results(config.load_config()).is_externally_validated
 
 
 def test_the_checklist_has_every_item_of_both_standards_once(demo_project, monkeypatch):

@@ -147,7 +147,7 @@ def log_seed(seed: int) -> None:
     parent = runs.parent_run(opened, loaded, training_fingerprint(loaded))
     run = runs.SeedRun(opened, loaded, parent, seed, f"{seed:064}")
     row = {"epoch": 1, "train_loss": 0.5, "lr": 0.1, "f1": seed / 10, "loss": 0.4}
-    run.log_epoch(row)
+    run.log_epoch(0, row)
     weights = Path(f"weights-{seed}")
     weights.write_bytes(b"weights")
     run.upload_checkpoint(weights)
