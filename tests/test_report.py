@@ -349,7 +349,9 @@ def test_cross_validated_predictions_are_called_out_of_fold(demo_project, monkey
     profile = loaded.active.model_copy(update={"split": split})
     results = Results(loaded.model_copy(update={"profiles": {loaded.profile: profile}}))
     vars(results)["summary"] = results.summary | {"validation": results.counts | {"images": 33}}
-    assert summary_text.describe_images(results).startswith("all 33 labeled images, each predicted out of fold")
+    description = summary_text.describe_images(results)
+    assert description.startswith("all 33 labeled images ")
+    assert "each predicted out of fold by networks that were not trained on its patient" in description
 
 
 def test_a_selected_model_is_called_apparent_at_its_operating_point(demo_project, monkeypatch):
