@@ -108,9 +108,10 @@ def _check_outs(repo: "Repo", name: str, is_folder: bool) -> None:
             continue
         for dependency in dvc_stage.deps:
             if isinstance(dependency, ParamsDependency) and (changes := dependency.status()):
-                keys = ", ".join(sorted(next(iter(changes.values()))))
+                changed = next(iter(changes.values()))  # the keys, or a text if the stage has never run
+                keys = f" ({', '.join(sorted(changed))})" if isinstance(changed, dict) else ""
                 raise UserError(
-                    f"{name}: {dvc_stage.name} has not run with this params.yaml ({keys}); run there: dvc repro"
+                    f"{name}: {dvc_stage.name} has not run with this params.yaml{keys}; run there: dvc repro"
                 )
         for out in dvc_stage.outs:
             path = Path(out.fs_path)

@@ -238,6 +238,11 @@ def test_a_folder_whose_outs_are_not_those_of_its_parameters_is_refused(compared
     message = f"Error: {copy}: evaluate has not run with this params.yaml (demo.train); run there: dvc repro"
     assert error_line_of(f"cxr compare base {copy}") == message
     write_params(copy)
+    lock = (copy / "dvc.lock").read_text()
+    (copy / "dvc.lock").unlink()
+    message = f"Error: {copy}: split has not run with this params.yaml; run there: dvc repro"
+    assert error_line_of(f"cxr compare base {copy}") == message
+    (copy / "dvc.lock").write_text(lock)
     predictions = copy / "predictions/validation.csv"
     text = predictions.read_text()
     predictions.unlink()  # it may be a link to the cache
