@@ -22,7 +22,7 @@ from numpy.random import Generator
 from scipy.special import expit
 from scipy.stats import norm
 
-from pipeline.core.config import Keep
+from pipeline.core.config import BAG, Keep
 from pipeline.evaluation import selection
 from pipeline.evaluation.intervals import bootstrap_weights
 from pipeline.evaluation.metrics import THRESHOLD_METRICS, compute_metrics
@@ -111,7 +111,7 @@ def simulate(rng: Generator, epochs: int, keep: Keep) -> Iterator[dict[str, obje
         lambda members, _: members.mean(axis=2),
         lambda scores, _: np.full(len(scores), 0.5),
     )
-    for name, key, index in (("first seed", 0, 0), ("best seed", selection.BEST, best), ("bag", selection.BAG, SEEDS)):
+    for name, key, index in (("first seed", 0, 0), ("best seed", selection.BEST, best), ("bag", BAG, SEEDS)):
         amount = pd.Series(bias.loc[key])
         estimates = {
             "apparent": interval(labels, predicted[index], groups, 0 * amount),

@@ -19,9 +19,9 @@ from scipy.stats import norm
 
 from pipeline.evaluation.dataset_shift import SIGNIFICANCE_LEVEL, fit_mixture
 from pipeline.evaluation.expected_accuracy import choose_strata, foretell_accuracy
-from pipeline.evaluation.intervals import bootstrap_weights
+from pipeline.evaluation.intervals import bootstrap_weights, percentile_ends
 from pipeline.evaluation.metrics import compute_metrics
-from pipeline.evaluation.prevalence import estimate_prevalence, percentile_ends
+from pipeline.evaluation.prevalence import estimate_prevalence
 
 POSITIVES, NEGATIVES, TEST_IMAGES, FEATURES = 20, 155, 100, 64
 MAX_PATIENT_IMAGES, CORRELATION = 4, 0.5  # of the scores of one patient

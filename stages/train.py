@@ -86,9 +86,9 @@ def train(seed: int) -> None:
                         classifier.save_weights([kept], Path(scratch))
                         outbox.put(lambda run: run.upload_checkpoint(Path(scratch, classifier.WEIGHTS_FILE)))
 
-                trainer, shown = Trainer(params, seed, table, pack, data / "weights", group), progress_path(seed)
+                trainer, progress = Trainer(params, seed, table, pack, data / "weights", group), progress_path(seed)
                 label = fold if config.active.split.cross_validate else None
-                results.append(trainer.run(checkpoint, log_epoch, check_outbox_and_signals, shown, label))
+                results.append(trainer.run(checkpoint, log_epoch, check_outbox_and_signals, progress, label))
 
             name = fingerprint.seed_run_name(config, seed, run_fingerprint)  # links DVC's metrics to the MLflow run
             metadata = {

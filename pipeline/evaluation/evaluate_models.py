@@ -259,7 +259,7 @@ def estimate_bias(
         score_bag,
         choose_thresholds,
     )
-    bias = bias.rename(index=dict(enumerate(seeds)) | {selection.BAG: bag})
+    bias = bias.rename(index=dict(enumerate(seeds)) | {BAG: bag})
     if len(seeds) > 1:
         bias.loc[best] = bias.loc[selection.BEST]
     return bias.loc[[bag, *seeds] if selects_epochs else [best]]

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from pipeline.evaluation.prevalence import percentile_ends
+from pipeline.evaluation.intervals import percentile_ends
 
 DRAWS = 4000
 PRIOR = 0.5  # Jeffreys' prior of a proportion (Brown, Cai and DasGupta 2001): half a success and half a failure

@@ -14,12 +14,12 @@ from pipeline.core.errors import UserError
 from pipeline.core.files import read_csv, write_csv
 from pipeline.evaluation import ensemble
 from pipeline.evaluation.ensemble import EnsembleConfig
+from pipeline.evaluation.intervals import CONFIDENCE_LEVEL, percentile_ends
 from pipeline.evaluation.metric_tables import Predictions, ValidationSet
 from pipeline.evaluation.slices import COUNTS, count_patients, evaluate_subset, too_few_patients
 
 COLUMNS = ["source", *COUNTS, "role", "model", "metric", "value", "low", "high", "method", "reason"]
 SUMMARY, NEW_SOURCE = "summary", "a new source"  # in the column `source`
-CONFIDENCE_LEVEL = 0.95
 DRAWS = 10_000  # for the prediction interval
 
 
@@ -199,5 +199,4 @@ def prediction_interval(effects: np.ndarray, variances: np.ndarray) -> tuple[flo
     residuals = (weights * (effects - means[:, None]) ** 2).sum(axis=1)
     standard_errors = np.sqrt(residuals / ((count - 1) * weights.sum(axis=1)))
     new = means + np.sqrt(draws) * rng.standard_normal(DRAWS) - rng.standard_t(count - 1, DRAWS) * standard_errors
-    low, high = np.quantile(new, [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2])
-    return float(low), float(high)
+    return percentile_ends(new)

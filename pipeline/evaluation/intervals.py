@@ -240,6 +240,13 @@ def auroc_interval(auroc: float, positives: float, negatives: float, inflation: 
     return low, high
 
 
+def metrics_of_rates(positives: int, negatives: int, sensitivity: np.ndarray, specificity: np.ndarray) -> np.ndarray:
+    """Return `THRESHOLD_METRICS`, (D, metrics), of a set with these numbers of images at the rates (D,)."""
+    return metrics_of_counts(
+        positives * sensitivity, negatives * (1 - specificity), positives * (1 - sensitivity), negatives * specificity
+    )
+
+
 class Interval(NamedTuple):
     low: float = np.nan
     high: float = np.nan
@@ -272,9 +279,7 @@ def _threshold_intervals(labels: np.ndarray, predicted: np.ndarray, groups: np.n
     sensitivity, specificity = (
         draws if count else np.zeros_like(draws) for draws, count in zip(rates, (positives, negatives), strict=True)
     )
-    draws = metrics_of_counts(
-        positives * sensitivity, negatives * (1 - specificity), positives * (1 - sensitivity), negatives * specificity
-    )
+    draws = metrics_of_rates(positives, negatives, sensitivity, specificity)
     intervals = {}
     for metric, draw in zip(THRESHOLD_METRICS, draws.T, strict=True):
         if np.isnan(draw).all():
@@ -485,5 +490,10 @@ def percentile_interval(sample: pd.Series) -> tuple[float, float]:
     resampled = resampled[~np.isnan(resampled)]
     if not len(resampled) or np.isnan(sample[0]):
         return np.nan, np.nan
-    low, high = np.quantile(resampled, [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2])
+    return percentile_ends(resampled)
+
+
+def percentile_ends(sample: np.ndarray) -> tuple[float, float]:
+    """Return the 2.5th and the 97.5th percentile of (R,)."""
+    low, high = np.quantile(sample, QUANTILES)
     return float(low), float(high)

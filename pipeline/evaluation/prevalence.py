@@ -7,7 +7,7 @@ import numpy as np
 from scipy.special import expit, logit
 
 from pipeline.evaluation.calibration import log_odds
-from pipeline.evaluation.intervals import CONFIDENCE_LEVEL, bootstrap_weights
+from pipeline.evaluation.intervals import bootstrap_weights, percentile_ends
 from pipeline.evaluation.metrics import has_single_class
 
 PREVALENCES = [0.01, 0.02, 0.05, *(tenth / 10 for tenth in range(1, 10))]
@@ -148,12 +148,6 @@ def estimate_prevalence(
     low, high = percentile_ends(sample)
     difference_low, difference_high = percentile_ends(sample - priors[1:])
     return replace(estimate, low=low, high=high, difference_low=difference_low, difference_high=difference_high)
-
-
-def percentile_ends(sample: np.ndarray) -> tuple[float, float]:
-    """Return the 2.5th and the 97.5th percentile."""
-    low, high = np.quantile(sample, [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2])
-    return float(low), float(high)
 
 
 def _fit_logistic(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

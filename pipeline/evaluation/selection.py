@@ -17,13 +17,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pandas as pd
 
-from pipeline.core.config import Keep
-from pipeline.evaluation.intervals import QUANTILES, draw_rates
+from pipeline.core.config import BAG, Keep
+from pipeline.evaluation.intervals import QUANTILES, draw_rates, metrics_of_rates
 from pipeline.evaluation.metrics import DEFAULT_THRESHOLD, EPS, THRESHOLD_METRICS, metrics_of_counts
 
 CORRECTED_RATES = ["recall", "specificity", "auroc"]
 OPTIMISM_FRACTION = 0.632
-BEST, BAG = "best", "bag"
+BEST = "best"
 CHUNK_SIZE = 128  # resamples per chunk, to save memory
 
 # Takes P(positive) of the members, (R, N, M), and the weights of the images, (R, N), and returns the scores, (R, N).
@@ -166,9 +166,7 @@ def corrected_metrics(labels: np.ndarray, sensitivity: np.ndarray, specificity: 
         they are undefined.
     """
     positives, negatives = ((np.asarray(labels) == label).sum() for label in (1, 0))
-    values = metrics_of_counts(
-        positives * sensitivity, negatives * (1 - specificity), positives * (1 - sensitivity), negatives * specificity
-    )
+    values = metrics_of_rates(positives, negatives, sensitivity, specificity)
     table = pd.DataFrame({"value": values[0], "low": np.nan, "high": np.nan}, THRESHOLD_METRICS)
     defined = ~np.isnan(values).all(axis=0) & ~np.isnan(values[0]) & ~np.isnan(values[1:]).all(axis=0)
     if defined.any():
