@@ -102,7 +102,7 @@ def _check_outs(repo: "Repo", name: str, is_folder: bool) -> None:
     from pipeline.core.files import md5_of_file
     from pipeline.evaluation.compare_recipes import FILES
 
-    found = set()
+    found, where = set(), "there" if is_folder else f"after git checkout {name}"
     for dvc_stage in repo.index.stages:
         if getattr(dvc_stage, "name", "").partition("@")[0] not in UPSTREAM:
             continue
@@ -111,7 +111,7 @@ def _check_outs(repo: "Repo", name: str, is_folder: bool) -> None:
                 changed = next(iter(changes.values()))  # the keys, or a text if the stage has never run
                 keys = f" ({', '.join(sorted(changed))})" if isinstance(changed, dict) else ""
                 raise UserError(
-                    f"{name}: {dvc_stage.name} has not run with this params.yaml{keys}; run there: dvc repro"
+                    f"{name}: {dvc_stage.name} has not run with this params.yaml{keys}; run {where}: dvc repro"
                 )
         for out in dvc_stage.outs:
             path = Path(out.fs_path)

@@ -264,8 +264,18 @@ def test_resamples_vary_with_the_threshold_that_is_fitted():
 
 def test_baseline_is_as_good_as_a_model_with_the_same_order():
     validation, scores = make_validation()
-    models = {"model": scores, "shortcut": scores * 0.1, "noise": np.random.default_rng(1).random(300)}
-    table = fair_threshold_comparison(make_config("half"), validation, models, "model").set_index(["model", "metric"])
+    baselines = {
+        name: CrossFittedPredictor(make_config("best_f1"), validation, pd.DataFrame({name: values}))
+        for name, values in {"shortcut": scores * 0.1, "noise": np.random.default_rng(1).random(300)}.items()
+    }
+    table = fair_threshold_comparison(
+        make_config("half"),
+        validation,
+        "model",
+        scores,
+        {name: baseline.predictions for name, baseline in baselines.items()},
+        {name: baseline.bootstrap_metrics(validation) for name, baseline in baselines.items()},
+    ).set_index(["model", "metric"])
     assert set(table["rule"]) == {"best_f1"}
     assert abs(table.loc[("shortcut", "f1"), "difference"]) < 0.02  # at 0.5, it would find no positive
     assert table.loc[("noise", "f1"), "high"] < 0

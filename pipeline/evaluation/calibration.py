@@ -10,7 +10,7 @@ from scipy.special import expit, logit
 from scipy.stats import beta
 
 from pipeline.core.config import Recalibration
-from pipeline.evaluation.metrics import bin_indices, compute_metrics, has_single_class
+from pipeline.evaluation.metrics import CONFIDENCE_LEVEL, bin_indices, compute_metrics, has_single_class
 
 PROBABILITY_EPS = 1e-7  # distance from 0 and 1 to which probabilities are clipped; about the precision of float32
 MAX_LOG_TEMPERATURE = 4.0  # bound on |log temperature|; without it, the optimum for perfect predictions would be 0
@@ -41,9 +41,10 @@ def reliability_curve(labels: np.ndarray, probabilities: np.ndarray, groups: np.
         groups: (N,), the name of each image's group; by default, every image is its own.
 
     Returns:
-        A row per non-empty bin: `bin`, the numbers of `images`, `groups` and `positive_images`, the mean `probability`,
-        the share of `positives`, and `low` and `high`, Jeffreys' 95 % interval (Brown, Cai and DasGupta 2001) of that
-        share, for which a group counts as one observation.
+        A row per non-empty bin: `bin`, the numbers of `images`, `positive_images`, `groups`, `positive_groups` (with a
+        positive image) and `negative_groups`, the mean `probability`, the share of `positives`, and `low` and `high`,
+        Jeffreys' 95 % interval (Brown, Cai and DasGupta 2001) of that share, for which a group counts as one
+        observation.
     """
     table = pd.DataFrame(
         {
@@ -53,9 +54,13 @@ def reliability_curve(labels: np.ndarray, probabilities: np.ndarray, groups: np.
             "group": np.arange(len(labels)) if groups is None else groups,
         }
     )
+    group = table["group"]
+    table = table.assign(positive=group.where(table["label"] == 1), negative=group.where(table["label"] == 0))
     bins = table.groupby("bin").agg(
         images=("label", "size"),
         groups=("group", "nunique"),
+        positive_groups=("positive", "nunique"),
+        negative_groups=("negative", "nunique"),
         positive_images=("label", "sum"),
         probability=("probability", "mean"),
         positives=("label", "mean"),
@@ -63,9 +68,9 @@ def reliability_curve(labels: np.ndarray, probabilities: np.ndarray, groups: np.
     successes = bins["positives"] * bins["groups"]
     failures = bins["groups"] - successes
     # By convention, the interval of no (or only) positives reaches to 0 (or 1).
-    low = np.where(successes == 0, 0, beta.ppf(0.025, successes + 0.5, failures + 0.5))
-    high = np.where(failures == 0, 1, beta.ppf(0.975, successes + 0.5, failures + 0.5))
-    return bins.assign(low=low, high=high).reset_index()
+    low, high = beta.interval(CONFIDENCE_LEVEL, successes + 0.5, failures + 0.5)
+    bins = bins.assign(low=np.where(successes == 0, 0, low), high=np.where(failures == 0, 1, high))
+    return bins.reset_index()
 
 
 @dataclass(frozen=True)

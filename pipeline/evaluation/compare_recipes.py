@@ -18,14 +18,14 @@ from pipeline.core.errors import UserError
 from pipeline.core.files import read_csv
 from pipeline.evaluation.calibration import fit_platt
 from pipeline.evaluation.cross_fitted_predictor import CrossFittedPredictor
-from pipeline.evaluation.intervals import CONFIDENCE_LEVEL, compare_predictions
+from pipeline.evaluation.intervals import compare_predictions
 from pipeline.evaluation.metric_tables import (
     Predictions,
     ValidationSet,
     cross_fit_recalibration,
     unavailable_predictions,
 )
-from pipeline.evaluation.metrics import LOWER_IS_BETTER, METRIC_LABELS, apply_threshold
+from pipeline.evaluation.metrics import CONFIDENCE_LEVEL, LOWER_IS_BETTER, METRIC_LABELS, apply_threshold
 
 FILES = ["params.yaml", "data/manifest.csv", "data/split.csv", "predictions/validation.csv"]
 SEED_MEAN = "mean of the seeds"

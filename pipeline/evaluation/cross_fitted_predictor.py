@@ -100,30 +100,35 @@ def with_fitted_threshold(config: Config) -> Config:
 
 
 def fair_threshold_comparison(
-    config: Config, validation: ValidationSet, models: Mapping[str, np.ndarray], reference: str
+    config: Config,
+    validation: ValidationSet,
+    model: str,
+    scores: np.ndarray,
+    baselines: Mapping[str, Predictions],
+    baseline_samples: Mapping[str, pd.DataFrame],
 ) -> pd.DataFrame:
-    """Compare models at thresholds that the same rule chooses for each of them.
+    """Compare shortcut baselines with a model, at thresholds that the same rule chooses for each of them.
 
     The rule is that of `with_fitted_threshold`. All thresholds are cross-fitted where the folds allow it.
 
     Args:
         config: contains the rule.
         validation: the set.
-        models: scores (N,), in [0, 1], by name; one without any NaN each.
-        reference: the model with which the others are compared.
+        model: name of the model.
+        scores: (N,), its scores in [0, 1], without any NaN.
+        baselines: by name, at thresholds by this rule.
+        baseline_samples: their metrics on every resample.
 
     Returns:
-        The columns of `metric_tables.difference_table`, and `rule`; a row per other model and metric.
+        The columns of `metric_tables.difference_table`, and `rule`; a row per baseline and metric.
     """
     config = with_fitted_threshold(config)
-    predictors = {
-        name: CrossFittedPredictor(config, validation, pd.DataFrame({name: scores})) for name, scores in models.items()
-    }
+    predictor = CrossFittedPredictor(config, validation, pd.DataFrame({model: scores}))
     table = metric_tables.difference_table(
         validation,
-        {name: predictor.predictions for name, predictor in predictors.items()},
-        {name: predictor.bootstrap_metrics(validation) for name, predictor in predictors.items()},
-        [reference],
+        {**baselines, model: predictor.predictions},
+        {**baseline_samples, model: predictor.bootstrap_metrics(validation)},
+        [model],
     )
     return table.assign(rule=config.active.evaluate.operating_point)
 

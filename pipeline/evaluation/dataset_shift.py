@@ -161,8 +161,8 @@ def shift_table(
         new_groups: (M,), or None.
 
     Returns:
-        A row per set: `features`, `labeled_images`, `images`, `prevalence`, `auroc`, `distance`, `p`, `adjusted_p` (for
-        the number of tests, Holm 1979) and `reason`.
+        A row per set: `features`, `labeled_images`, `positive_groups` and `negative_groups` of these, `images`,
+        `prevalence`, `auroc`, `distance`, `p`, `adjusted_p` (for the number of tests, Holm 1979) and `reason`.
     """
     rows = []
     for name, (features, new_features) in feature_sets.items():
@@ -170,8 +170,10 @@ def shift_table(
         auroc = np.nan
         if not fit.reason:
             auroc = discrimination(features, labels[name], groups[name], new_features, new_groups, fit.prevalence)
+        positive, negative = (len(np.unique(groups[name][labels[name] == label])) for label in (1, 0))
         rows.append({
-            "features": name, "labeled_images": len(features), "images": len(new_features),
+            "features": name, "labeled_images": len(features), "positive_groups": positive,
+            "negative_groups": negative, "images": len(new_features),
             "prevalence": fit.prevalence, "auroc": auroc, "distance": fit.distance, "p": fit.p, "reason": fit.reason,
         })  # fmt: skip
     table = pd.DataFrame(rows)

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit
 
-from pipeline.core.config import BAG, Config, EvaluateParams, Method, Tie
+from pipeline.core.config import BAG, Config, EvaluateParams, FindingParams, Method, Tie
 from pipeline.core.errors import UserError
 from pipeline.core.files import read_csv, read_json
 from pipeline.evaluation import operating_point
@@ -117,15 +117,17 @@ def predict(predictions: pd.DataFrame, config: EnsembleConfig) -> pd.DataFrame:
     return pd.DataFrame({"score": score, "probability": config.recalibrate(score.to_numpy()), "label": label})
 
 
-def describe_output(config: EnsembleConfig) -> str:
-    """Say at which probability the label is positive, and for which share of positives probabilities are calibrated."""
+def describe_output(config: EnsembleConfig, finding: FindingParams) -> str:
+    """Say what the probability is of, at which one the label is 1, and for which share of positives it is calibrated."""
     threshold = config.recalibrate(np.array([config.threshold]))[0]
     calibration = (
         "probabilities are not calibrated"
         if config.prevalence is None
         else f"probabilities are calibrated for {config.prevalence:.1%} positives, as in the validation set"
     )
-    return f"label 1 means a probability of at least {threshold:.3f}; {calibration}"
+    return (
+        f"probability of {finding.name}; label 1 ({finding.class_names[1]}) means at least {threshold:.3f}; {calibration}"
+    )
 
 
 def load_candidate_configs(config: Config) -> dict[str, EnsembleConfig]:

@@ -186,16 +186,21 @@ def evaluate_models(
     tables |= build_bag_tables(config, predictions, predictors[bag].ensemble_config)
     test_groups, summary = metadata.loc[test["file"], "group"].to_numpy(), dict[str, Any]()
     adapted = pd.DataFrame({"file": test["file"]})
+    combined = {
+        name: {
+            subset: ensemble.predict(members, predictors[name].ensemble_config)
+            for subset, members in predictions.items()
+        }
+        for name in roles.values()
+    }
     for role, name in roles.items():
-        bag_config = predictors[name].ensemble_config
-        on_test = ensemble.predict(test, bag_config)["score"].to_numpy()
-        scores = ensemble.predict(table, bag_config)["score"].to_numpy()
+        scores, on_test = (combined[name][subset]["score"].to_numpy() for subset in ("validation", "test"))
         prevalence = estimate_prevalence(labels, scores, validation.groups, on_test, test_groups)
         adapted[role] = prevalence.probabilities
-        summary[role] = summarize(name, bag_config, tables) | _summarize_prevalence(prevalence)
+        summary[role] = summarize(name, predictors[name].ensemble_config, tables) | _summarize_prevalence(prevalence)
     tables["predictions/adapted.csv"] = adapted
     shift, accuracy = forecast.forecast_test_set(
-        config, predictions, models[bag].predicted, metadata, predictors[bag].ensemble_config, predictions_folder
+        config, predictions, combined[bag], models[bag].predicted, metadata, predictions_folder
     )
     tables |= {"metrics/shift.csv": shift, "metrics/strata.csv": accuracy.strata}
     summary["bag"] |= _summarize_accuracy(accuracy)
@@ -322,15 +327,13 @@ def build_tables(
     params, (best, bag) = config.active.evaluate, (roles["best"], roles["bag"])
     samples = {name: predictor.bootstrap_metrics(validation) for name, predictor in predictors.items()}
     refitted = samples if params.operating_point != "half" else {}
-    baselines = {
-        name: model.scores for name, model in models.items() if name.startswith("shortcut") and model.scores is not None
-    }
+    baselines = {name: models[name] for name in baseline_samples}
     differences = [
         metric_tables.difference_table(
             validation, {name: models[name] for name in predictors}, refitted, [bag, best]
         ).assign(rule=params.operating_point),
         *(
-            fair_threshold_comparison(config, validation, {**baselines, name: predictors[name].scores}, name)
+            fair_threshold_comparison(config, validation, name, predictors[name].scores, baselines, baseline_samples)
             for name in dict.fromkeys([bag, best])
         ),
     ]

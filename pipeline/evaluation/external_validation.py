@@ -14,8 +14,9 @@ from pipeline.core.errors import UserError
 from pipeline.core.files import read_csv, write_csv
 from pipeline.evaluation import ensemble
 from pipeline.evaluation.ensemble import EnsembleConfig
-from pipeline.evaluation.intervals import CONFIDENCE_LEVEL, percentile_ends
+from pipeline.evaluation.intervals import percentile_ends
 from pipeline.evaluation.metric_tables import Predictions, ValidationSet
+from pipeline.evaluation.metrics import CONFIDENCE_LEVEL
 from pipeline.evaluation.slices import COUNTS, count_patients, evaluate_subset, too_few_patients
 
 COLUMNS = ["source", *COUNTS, "role", "model", "metric", "value", "low", "high", "method", "reason"]

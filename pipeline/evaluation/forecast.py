@@ -7,28 +7,27 @@ import numpy as np
 import pandas as pd
 
 from pipeline.core.config import Config
-from pipeline.evaluation import dataset_shift, ensemble
+from pipeline.evaluation import dataset_shift
 from pipeline.evaluation.calibration import log_odds
-from pipeline.evaluation.ensemble import EnsembleConfig
 from pipeline.evaluation.expected_accuracy import ExpectedAccuracy, choose_strata, foretell_accuracy
 
 
 def forecast_test_set(
     config: Config,
     predictions: Mapping[str, pd.DataFrame],
+    combined: Mapping[str, pd.DataFrame],
     predicted: np.ndarray,
     metadata: pd.DataFrame,
-    bag: EnsembleConfig,
     folder: Path,
 ) -> tuple[pd.DataFrame, ExpectedAccuracy]:
     """Test whether the test images are distributed like the labeled ones, and foretell the accuracy of the bag on them.
 
     Args:
         config: names the expected prevalence.
-        predictions: `validation` and `test`, with a column of P(positive) per seed.
+        predictions: `validation` and `test`, with the columns file and, for validation, label.
+        combined: the same images, with the score and label that the bag gives them, from `ensemble.predict`.
         predicted: (N,), labels of the bag for the validation images, not fitted on the same images.
         metadata: a row per image of the pack, from `manifest.read_split`, indexed by file.
-        bag: combines the members.
         folder: with `acquisition.csv`, `thumbnails.npy` and `embeddings.npy`, from the evaluate stage.
 
     Returns:
@@ -38,9 +37,7 @@ def forecast_test_set(
     labels = validation["label"].to_numpy(int)
     groups, test_groups = (metadata.loc[table["file"], "group"].to_numpy() for table in (validation, test))
     patients_known = bool(metadata["patient"].ne("").any())
-    on_validation, on_test = (ensemble.predict(table, bag) for table in (validation, test))
-
-    logits = (log_odds(table["score"].to_numpy())[:, None] for table in (on_validation, on_test))
+    logits = (log_odds(combined[subset]["score"].to_numpy())[:, None] for subset in ("validation", "test"))
     is_labeled, is_test = (metadata["subset"].isin(names).to_numpy() for names in (["train", "validation"], ["test"]))
     is_embedded = metadata["fold"].eq(0).to_numpy(bool, na_value=False)
     embedded = np.load(folder / "embeddings.npy")
@@ -59,7 +56,7 @@ def forecast_test_set(
     )
     strata = choose_strata(labels, groups, metadata.loc[validation["file"]], metadata.loc[test["file"]])
     accuracy = foretell_accuracy(
-        labels, predicted, groups, on_test["label"].to_numpy(), strata, config.active.evaluate.expected_prevalence,
-        dataset_shift.describe_shift(shift),
+        labels, predicted, groups, combined["test"]["label"].to_numpy(), strata,
+        config.active.evaluate.expected_prevalence, dataset_shift.describe_shift(shift),
     )  # fmt: skip
     return shift, accuracy

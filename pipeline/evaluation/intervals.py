@@ -18,6 +18,7 @@ from pipeline.evaluation import influence
 from pipeline.evaluation.calibration_regression import fit_calibration
 from pipeline.evaluation.metrics import (
     CALIBRATION_METRICS,
+    CONFIDENCE_LEVEL,
     DEFAULT_THRESHOLD,
     THRESHOLD_METRICS,
     UNDEFINED_REASONS,
@@ -26,7 +27,6 @@ from pipeline.evaluation.metrics import (
     metrics_of_counts,
 )
 
-CONFIDENCE_LEVEL = 0.95
 QUANTILES = [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2]
 NORMAL_QUANTILE = float(ndtri(QUANTILES[1]))
 LOG2_DRAWS = 12  # of sensitivity and specificity

@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike
 
 from pipeline.core.config import Keep
 
+CONFIDENCE_LEVEL = 0.95  # of all intervals
 METRIC_LABELS = {
     "accuracy": "accuracy", "f1": "F1", "recall": "sensitivity", "precision": "PPV", "specificity": "specificity",
     "npv": "NPV", "balanced_accuracy": "balanced accuracy", "mcc": "Matthews correlation",

@@ -8,9 +8,7 @@ from scipy.stats import nct, norm
 
 from pipeline.core.config import EvaluateParams
 from pipeline.evaluation.calibration import log_odds
-from pipeline.evaluation.metrics import CHUNK_SIZE, DEFAULT_THRESHOLD, has_single_class
-
-CONFIDENCE = 0.95  # with which the rule `sensitivity` keeps its promise
+from pipeline.evaluation.metrics import CHUNK_SIZE, CONFIDENCE_LEVEL, DEFAULT_THRESHOLD, has_single_class
 
 
 def choose_threshold(labels: np.ndarray, scores: np.ndarray, groups: np.ndarray, params: EvaluateParams) -> float:
@@ -80,7 +78,7 @@ def sensitivity_limits(
     missed = np.minimum(missed, counts[:, None] * (1 - 1e-9))  # the last image of a resample may have a weight of 0
     # The upper limit of the missed share is the quantile of this beta distribution.
     confidence = betainc(missed + 1, counts[:, None] - missed, 1 - min_sensitivity)
-    is_allowed = (confidence >= CONFIDENCE) & (weights > 0)
+    is_allowed = (confidence >= CONFIDENCE_LEVEL) & (weights > 0)
     last_allowed = is_allowed.shape[1] - 1 - np.argmax(is_allowed[:, ::-1], axis=1)
     limits = np.where(is_allowed.any(axis=1), scores[last_allowed], scores[np.argmax(weights > 0, axis=1)])
 
@@ -90,7 +88,7 @@ def sensitivity_limits(
         share = weights[needs_normal] / total[:, None]
         mean = share @ logits
         deviation = np.sqrt(np.maximum(share @ logits**2 - mean**2, 0) * counts / (counts - 1))
-        factor = nct.ppf(CONFIDENCE, counts - 1, norm.ppf(min_sensitivity) * np.sqrt(counts)) / np.sqrt(counts)
+        factor = nct.ppf(CONFIDENCE_LEVEL, counts - 1, norm.ppf(min_sensitivity) * np.sqrt(counts)) / np.sqrt(counts)
         limits[needs_normal] = np.minimum(limits[needs_normal], expit(mean - factor * deviation))
     return np.asarray(limits)
 
@@ -113,8 +111,8 @@ def sensitivity_caveat(labels: np.ndarray, groups: np.ndarray, params: EvaluateP
         return f"{promise}: no number of patients is enough; choose a lower min_sensitivity"
     positive_groups = np.asarray(groups)[is_positive]
     count = float(_effective_counts(positive_groups, np.ones((1, len(positive_groups))))[0])
-    patients, needed = len(np.unique(positive_groups)), ceil(log(1 - CONFIDENCE) / log(least))
-    if least**count <= 1 - CONFIDENCE:
+    patients, needed = len(np.unique(positive_groups)), ceil(log(1 - CONFIDENCE_LEVEL) / log(least))
+    if least**count <= 1 - CONFIDENCE_LEVEL:
         return ""
     effective = "" if count > patients - 0.5 else f", by their numbers of images as good as {count:.0f}"
     return (

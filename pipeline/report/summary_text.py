@@ -10,7 +10,7 @@ import pandas as pd
 from scipy.stats import chi2_contingency
 
 from pipeline.evaluation import dataset_shift
-from pipeline.evaluation.intervals import CONFIDENCE_LEVEL
+from pipeline.evaluation.metrics import CONFIDENCE_LEVEL
 from pipeline.evaluation.sample_size import HALF_WIDTH
 from pipeline.report.gradcam import UNIFORM_BORDER_SHARE
 from pipeline.report.results import Estimate, Results, as_estimate
@@ -70,12 +70,15 @@ def describe_images(results: Results) -> str:
     if cross_validated:
         images = f"all {counts['images']} labeled images"
         method = ", each predicted out of fold by networks that were not trained on its patient"
-    positive = f"{counts['positives']} positive"
+    negatives = counts["images"] - counts["positives"]
     if not results.patients_known:
         unknown = "their patients are not known: each image, with its duplicates, counts as one"
-        return f"{images}, {positive} ({unknown}){method.replace('its patient', 'it')}"
+        images = f"{images}, {counts['positives']} positive and {negatives} negative"
+        return f"{images} ({unknown}){method.replace('its patient', 'it')}"
     images = f"{images} of {_plural(counts['patients'], 'patient')}"
-    return f"{images}, {positive} ({_plural(counts['positive_patients'], 'patient')}){method}"
+    positive = f"{counts['positives']} positive ({_plural(counts['positive_patients'], 'patient')})"
+    negative = f"{negatives} negative ({_plural(counts['negative_patients'], 'patient')})"
+    return f"{images}, {positive} and {negative}{method}"
 
 
 def describe_ranks(results: Results) -> str:

@@ -185,9 +185,10 @@ def operating_point_type(results: Results, row: pd.Series) -> str:
 def confusion_table(results: Results) -> ReportTable:
     """Tabulate the confusion matrix of the bag: the counts of its first row in `operating_points.csv`."""
     row = results.operating_points.set_index("model").loc[[results.bag]].iloc[0]
-    table = ReportTable(["", "predicted negative", "predicted positive"])
-    for name, keys in {"actual negative": ("tn", "fp"), "actual positive": ("fn", "tp")}.items():
-        table.add(name, *(str(row[key]) for key in keys))
+    names = results.config.active.finding.class_names
+    table = ReportTable(["", *(f"predicted {name}" for name in names)])
+    for name, keys in zip(names, (("tn", "fp"), ("fn", "tp")), strict=True):
+        table.add(f"actual {name}", *(str(row[key]) for key in keys))
     return table
 
 
@@ -211,10 +212,12 @@ def calibration_table(results: Results) -> ReportTable:
 
 def reliability_table(bins: pd.DataFrame) -> ReportTable:
     """Tabulate the counts and the share of positives by bin of P(positive)."""
-    table = ReportTable(["P(positive)", "images", "patients", "positive", "mean P(positive)", "share of positives"])
+    header = ["P(positive)", "images", "positive", "patients", "positive patients", "negative patients"]
+    table = ReportTable([*header, "mean P(positive)", "share of positives"])
+    columns = ["images", "positive_images", "groups", "positive_groups", "negative_groups"]
     for _, row in bins.iterrows():
         edges = f"{row['bin'] / BIN_COUNT:.1f} to {(row['bin'] + 1) / BIN_COUNT:.1f}"
-        counts = [str(row[key]) for key in ("images", "groups", "positive_images")]
+        counts = [f"{row[key]:.0f}" for key in columns]
         share = Estimate(row["positives"], row["low"], row["high"])
         table.add(edges, *counts, format_number(row["probability"]), share)
     return table
@@ -241,10 +244,12 @@ def rank_table(results: Results) -> ReportTable:
 
 def shift_table(results: Results) -> ReportTable:
     """Tabulate the tests of whether the test images are distributed like the labeled ones."""
-    table = ReportTable(["compared by", "labeled images", "test images", "AUROC of telling apart", "p", "adjusted p"])
+    header = ["compared by", "labeled images", "positive patients", "negative patients", "test images"]
+    table = ReportTable([*header, "AUROC of telling apart", "p", "adjusted p"])
+    counts = ["labeled_images", "positive_groups", "negative_groups", "images"]
     for _, row in results.shift.iterrows():
         values = [_without_interval(row[key], row["reason"]) for key in ("auroc", "p", "adjusted_p")]
-        table.add(row["features"], *(str(row[key]) for key in ("labeled_images", "images")), *values)
+        table.add(row["features"], *(str(row[key]) for key in counts), *values)
     return table
 
 
@@ -400,8 +405,9 @@ def disagreement_table() -> ReportTable:
 
 def data_table(results: Results) -> ReportTable:
     """Count the images, patients and sources of each subset, by class where labels are known."""
-    header = ["subset", "images", "negative", "positive", "prevalence"]
-    table = ReportTable([*header, "patients", "negative patients", "positive patients", "sources"])
+    names = results.config.active.finding.class_names
+    header = ["subset", "images", *names, "prevalence", "patients", *(f"{name} patients" for name in names), "sources"]
+    table = ReportTable(header)
     unknown = Estimate(float("nan"), reason="not known")
     for subset, rows in results.table.groupby("subset", sort=False):
         known, by_class = rows[rows["label"].notna()], [rows[rows["label"] == label] for label in (0, 1)]
