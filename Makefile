@@ -12,6 +12,7 @@ export DVC_NO_ANALYTICS := 1
 .PHONY: run ui test docs lint
 
 run: .venv/run
+	@git rev-parse --git-dir > /dev/null 2>&1 || { echo "no Git repository, which DVC needs; run: git init" >&2; exit 2; }
 	@dvc repro
 	@echo
 	@cat report/table.md
@@ -24,7 +25,7 @@ ui: .venv/run
 	@case "$$MLFLOW_TRACKING_URI" in \
 	http*) echo "The runs are on $$MLFLOW_TRACKING_URI";; \
 	*) MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --workers 1 --host 127.0.0.1 --port $(PORT) \
-		--backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db}";; \
+		--backend-store-uri "$$(python -m pipeline.tracking.tracking_uri)";; \
 	esac
 
 test: .venv/test

@@ -25,7 +25,7 @@ BATCH = 8
 
 def main(size: int = 512, count: int = 512) -> None:
     torch.set_num_threads(1)
-    params = recipe(size=size)  # without mixup, which both would do in the same way
+    params = recipe(image_size=size)  # without mixup, which both would do in the same way
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_folder_and_pack(folder, count, size)

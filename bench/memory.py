@@ -37,7 +37,7 @@ def train(count: int) -> None:
 
     determinism.make_deterministic(len(os.sched_getaffinity(0)))
     memory.retain_freed_memory()
-    params = recipe(backbone="squeezenet1_1", size=64, batch_size=32, epochs=1, frozen_epochs=1, mixup_alpha=0)
+    params = recipe(backbone="squeezenet1_1", image_size=64, batch_size=32, epochs=1, frozen_epochs=1, mixup_alpha=0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         # A sparse file: only zeros, which take no space on the disk.

@@ -30,7 +30,7 @@ def main(count: int = 15664, project: str = str(ROOT)) -> None:
         params = yaml.safe_load((ours / "params.yaml").read_text())
         params["profile"] = "local"
         params["local"]["download"] = {"source": "archive", "path": str(folder)}
-        params["local"]["prepare"]["size"] = 512
+        params["local"]["prepare"]["image_size"] = 512
         (ours / "params.yaml").write_text(yaml.safe_dump(params))
         run(ours, "dvc", "repro", "split")
         commit_placeholders(ours, params["seeds"])

@@ -36,11 +36,11 @@ def main(count: int = 8, backbone: str = "alexnet", size: int = 224, rounds: int
         files = [folder / f"{index}.jpg" for index in range(count)]
         for index, file in enumerate(files):
             file.write_bytes(jpegs[index % UNIQUE_IMAGES])
-        cpu = torch.device("cpu")
+        cpu, paths = torch.device("cpu"), inference_files.ImageFiles([str(file) for file in files])
 
         def ours() -> float:
             return count / seconds(
-                lambda: inference_files.predict_files(candidate.load_candidate(folder / "bag", cpu), files)
+                lambda: list(inference_files.predict_files(candidate.load_candidate(folder / "bag", cpu), paths))
             )
 
         def plain() -> float:

@@ -23,7 +23,7 @@ from pipeline.data import packing
 
 
 def ours(raw: Path) -> None:
-    params = PrepareParams(size=512, resize="stretch", max_quarantined=0)
+    params = PrepareParams(image_size=512, resize="stretch", max_quarantined=0)
     with tempfile.TemporaryDirectory() as target:
         packing.pack_images(raw, params, Path(target))
 

@@ -28,9 +28,9 @@ from pipeline.training.distributed import ProcessGroup
 from pipeline.training.schedule import build_optimizer
 
 CASES = {
-    "alexnet": {"backbone": "alexnet", "size": 224, "batch_size": 8},
+    "alexnet": {"backbone": "alexnet", "image_size": 224, "batch_size": 8},
     "efficientnet-lite0": {
-        "backbone": "timm/tf_efficientnet_lite0", "size": 160, "batch_size": 32, "head_hidden": [],
+        "backbone": "timm/tf_efficientnet_lite0", "image_size": 160, "batch_size": 32, "head_hidden": [],
         "channels_last": True,
     },
 }  # fmt: skip

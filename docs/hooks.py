@@ -46,9 +46,10 @@ def section_table(title: str, model: Any, values: dict[str, dict[str, Any]]) -> 
 
 
 def parameters(section: dict[str, Any], schema: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the dotted key and the JSON schema of each parameter, also of those in a section of the section."""
+    """Yield the dotted key and the JSON schema of each parameter, also of those in a section or list of sections."""
     for key, field in section["properties"].items():
-        target = schema.get("$defs", {}).get(field.get("$ref", "").rpartition("/")[2], field)
+        reference = field.get("$ref") or field.get("items", {}).get("$ref", "")
+        target = schema.get("$defs", {}).get(reference.rpartition("/")[2], field)
         if "properties" in target:
             yield from parameters(target, schema, f"{prefix}{key}.")
         else:
@@ -64,4 +65,5 @@ def describe_type(field: dict[str, Any]) -> str:
     if field["type"] == "array":
         items = field.get("prefixItems") or [field["items"]]
         return f"list of {describe_type(items[0])}"
-    return ", ".join([field["type"], *(f"{sign} {field[key]}" for key, sign in SIGNS.items() if key in field)])
+    kinds = [field["type"]] if isinstance(field["type"], str) else field["type"]
+    return ", ".join([" or ".join(kinds), *(f"{sign} {field[key]}" for key, sign in SIGNS.items() if key in field)])

@@ -7,7 +7,9 @@ import click
 from stages.common import CONTEXT_SETTINGS
 
 STAGES = ["download", "weights", "prepare", "split", "train", "evaluate", "bag", "report", "promote", "submit"]
-COMMANDS = ["train-all", "external-validation", "compare", "predict", "score", "sync", "history", "rollback", "verify"]
+COMMANDS = [
+    "data", "train-all", "external-validation", "compare", "predict", "score", "sync", "history", "rollback", "verify",
+]  # fmt: skip
 EPILOG = """\b
 Enable shell completion in bash (likewise: zsh_source, fish_source) with:
   eval "$(_CXR_COMPLETE=bash_source cxr)"

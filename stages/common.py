@@ -67,6 +67,17 @@ def prepend_environment_path() -> None:
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
+def check_git() -> None:
+    """Check that the project is in a Git repository, which it is not if it was downloaded as a zip.
+
+    Raises:
+        UserError: it is not, and DVC would refuse to work.
+    """
+    folder = Path.cwd()
+    if not any((parent / ".git").exists() for parent in (folder, *folder.parents)):
+        raise UserError(f"{folder}: no Git repository, which DVC needs; run: git init")
+
+
 def print_table(table: "Table") -> None:
     """Print a table: wrapped to the width of the terminal, or, in a pipe or file, a line per row without colors."""
     from rich.console import Console

@@ -89,7 +89,9 @@ def _load(name: str) -> "Recipe":
             "dvc exp list"
         ) from None
     except (NotDvcRepoError, SCMError):
-        raise UserError(f"{name}: not in a project with Git and DVC; run in a clone of this project") from None
+        raise UserError(
+            f"{name}: not in a project with Git and DVC; run in a clone of this project, or first: git init"
+        ) from None
     except DvcException as error:
         raise UserError(f"{name}: {first_line(error)}; correct it there, then run: dvc repro") from None
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from stages.common import print_table, stage
+from stages.common import check_git, print_table, stage
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,6 +46,7 @@ def external_validation(jobs: int) -> None:
     from pipeline.training.signals import SignalHandler
 
     config = load_config()
+    check_git()
     if subprocess.run(["dvc", "--wait-for-lock", "repro", "weights", "split"], check=False).returncode:
         raise UserError("a stage before training failed; see the output of dvc repro above")
     sources = evaluation.list_sources(read_split(Path("data")))

@@ -3,10 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
 import click
 
 from stages.common import print_table, stage
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @stage
@@ -19,35 +23,70 @@ from stages.common import print_table, stage
 )
 @click.option("--csv", "output", type=click.Path(path_type=Path, dir_okay=False), help="Write the table to this file.")
 def predict(files: tuple[str, ...], model: str, output: Path | None) -> None:
-    """Classify radiographs: images, folders or patterns such as 'x/*.png'. For research, not for diagnosis."""
-    from rich.table import Column, Table
+    """Classify radiographs: images, folders or patterns such as 'x/*.png'. For research, not for diagnosis.
+
+    With --csv, rows are written as they come: a run that is stopped leaves those so far.
+    """
+    import pandas as pd
 
     from pipeline.core import memory
     from pipeline.core.errors import UserError
-    from pipeline.core.files import write_csv
     from pipeline.evaluation import ensemble
     from pipeline.inference import candidate
     from pipeline.inference import files as inference_files
     from pipeline.training import determinism
 
     memory.retain_freed_memory()
-    paths = inference_files.expand_paths(files)
-    with _candidate_folder(model) as folder:
-        loaded = candidate.load_candidate(folder, determinism.select_device())
-        predictions = inference_files.predict_files(loaded, paths)
-    click.echo(ensemble.describe_output(loaded.config), err=True)
+    paths = inference_files.ImageFiles(files, excluded=output)
+    count = positive = unusable = 0
+    tables = []
+    with _open_csv(output) as csv:
+        with _candidate_folder(model) as folder:
+            loaded = candidate.load_candidate(folder, determinism.select_device())
+        click.echo(ensemble.describe_output(loaded.config, loaded.finding), err=True)
+        for table in inference_files.predict_files(loaded, paths):
+            if csv and output:
+                if not count and output.is_file() and Path("/dev") not in output.parents:  # no pipe, no /dev/stdout
+                    csv.truncate(0)
+                table.to_csv(csv, index=False, header=not count, float_format="%.9g", lineterminator="\n")
+                csv.flush()
+            else:
+                tables.append(table)
+            count += len(table)
+            positive += int(table["label"].sum())
+            unusable += int(table["reason"].ne("").sum())
     if output:
-        write_csv(output, predictions)
-        click.echo(f"{output}: {len(predictions)} files, {predictions['label'].sum()} positive")
+        click.echo(f"{output}: {count} files, {positive} positive")
     else:
-        table = Table(*(Column(header, overflow="fold") for header in ("file", "probability", "label", "reason")))
-        for row in predictions.to_dict("records"):
-            metrics = ("–", "–") if row["reason"] else (f"{row['probability']:.4f}", str(row["label"]))
-            table.add_row(row["file"], *metrics, row["reason"])
-        print_table(table)
-    unusable = predictions["reason"].ne("").sum()
+        _print(pd.concat(tables))
     if unusable:
-        raise UserError(f"{unusable} of {len(predictions)} files are not usable radiographs; the table has the reasons")
+        raise UserError(f"{unusable} of {count} files are not usable radiographs; the table has the reasons")
+
+
+@contextmanager
+def _open_csv(path: Path | None) -> Iterator[TextIO | None]:
+    """Open a table for appending, which shows whether it can be written and leaves what is in it as it was."""
+    if path is None:
+        yield None
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.exists()
+    with path.open("a", encoding="utf-8", newline="") as stream:
+        try:
+            yield stream
+        finally:
+            if is_new and not path.stat().st_size:
+                path.unlink()
+
+
+def _print(predictions: "pd.DataFrame") -> None:
+    from rich.table import Column, Table
+
+    table = Table(*(Column(header, overflow="fold") for header in predictions.columns))
+    for row in predictions.to_dict("records"):
+        metrics = ("–", "–") if row["reason"] else (f"{row['probability']:.4f}", str(row["label"]))
+        table.add_row(row["file"], *metrics, row["reason"])
+    print_table(table)
 
 
 @contextmanager
@@ -62,7 +101,8 @@ def _candidate_folder(model: str) -> Iterator[Path]:
     config = load_config()
     if model in (*config.model_names, BAG):
         with tempfile.TemporaryDirectory() as scratch:
-            candidate.assemble_candidate(Path(scratch), Path("models"), ensemble.load_candidate_configs(config)[model])
+            ensemble_config = ensemble.load_candidate_configs(config)[model]
+            candidate.assemble_candidate(Path(scratch), Path("models"), ensemble_config, config.active.finding)
             yield Path(scratch)
     else:
         from pipeline.tracking import registry

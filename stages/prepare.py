@@ -11,7 +11,9 @@ def prepare() -> None:
     from pipeline.core.config import load_config
     from pipeline.data import packing
 
-    packing.pack_images(Path("data/raw.zip"), load_config().active.prepare, Path("data"))
+    params = load_config().active
+    # download.path says where the images are that data/raw.zip refers to by their CRC-32, so no out depends on it.
+    packing.pack_images(Path("data/raw.zip"), params.prepare, Path("data"), params.download)
 
 
 if __name__ == "__main__":

@@ -22,15 +22,24 @@ def score(file: Path | None) -> None:
     The labels are the columns File and Label of FILE, by default of test_labels.csv in data/raw.zip. Only this command
     reads them. It writes scores/test.csv, which the report shows from then on.
     """
+    import pandas as pd
+
     from pipeline.core.config import load_config
     from pipeline.core.files import read_csv, read_json, write_csv
     from pipeline.data.manifest import read_split
-    from pipeline.data.test_labels import read_archived_labels, read_test_labels
+    from pipeline.data.test_labels import match_labels, read_archived_labels, read_test_labels
     from pipeline.evaluation import ensemble, test_scores
 
     config = load_config()
     labels = read_test_labels(file) if file else read_archived_labels(Path("data/raw.zip"))
-    predictions = read_csv(Path("predictions/test.csv"))
+    predictions, quarantine = read_csv(Path("predictions/test.csv")), read_csv(Path("data/quarantine.csv"))
+    labels = match_labels(labels, pd.concat([predictions["file"], quarantine["file"]]))
+    is_excluded = labels.index.isin(quarantine["file"])
+    if is_excluded.any():
+        click.echo(
+            f"{is_excluded.sum()} labels are of test images that prepare leaves out; they are not scored", err=True
+        )
+    labels = labels[~is_excluded]
     scores = test_scores.score_candidates(
         predictions,
         labels,

@@ -28,11 +28,20 @@ def submit(send: str | None, message: str | None, yes: bool) -> None:
 
 def _write() -> None:
     from pipeline.core.config import load_config
+    from pipeline.core.files import read_csv
     from pipeline.data import layout
     from pipeline.evaluation import ensemble
     from pipeline.kaggle import submission_file
 
     sample = layout.read_layout(Path("data/raw.zip")).sample
+    is_excluded = sample["File"].isin(read_csv(Path("data/quarantine.csv"))["file"])
+    if is_excluded.any():
+        click.echo(
+            f"{is_excluded.sum()} of {len(sample)} test images are missing in the submissions, because prepare leaves "
+            f"them out; the first is {sample['File'][is_excluded].iloc[0]}",
+            err=True,
+        )
+    sample = sample[~is_excluded]
     for name, labels in ensemble.predict_submission_labels(load_config()).items():
         submission_file.write_submission(Path(f"submissions/{name}.csv"), labels, sample)
 

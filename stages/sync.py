@@ -4,7 +4,7 @@ import subprocess
 
 import click
 
-from stages.common import stage
+from stages.common import check_git, stage
 
 
 @stage
@@ -22,6 +22,8 @@ def sync(prune: bool, yes: bool) -> None:
     from pipeline.tracking.store import connect
 
     config = load_config()
+    if prune:
+        check_git()
     store = connect(config.model_name)
     versions = tracking.backfill(store, config)
     decision = tracking.promote_best(store, config, versions)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from stages.common import stage
+from stages.common import check_git, stage
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -94,6 +94,7 @@ def train_all(jobs: int | None, ray: str | None) -> None:
     if (jobs is None) == (ray is None):
         raise click.UsageError("give either --jobs N or --ray ADDRESS")
     config = load_config()
+    check_git()
     upstream = subprocess.run(["dvc", "--wait-for-lock", "repro", "weights", "split"], check=False)
     if upstream.returncode:
         raise UserError("a stage before training failed; see the output of dvc repro above")

@@ -31,15 +31,15 @@ ROOT = Path(__file__).parents[1]
 
 # Parameters with which every profile runs in seconds: few and small images, two seeds, one or two epochs.
 ONE_THREAD = {"cpu_threads": 1}  # other tests use the other cores
-QUICK_TRAINING = {"epochs": 2, "frozen_epochs": 1, "size": 32, "batch_size": 8} | ONE_THREAD
+QUICK_TRAINING = {"epochs": 2, "frozen_epochs": 1, "image_size": 32, "batch_size": 8} | ONE_THREAD
 TINY_PARAMS = {
     "demo": {
         "download": {"train": 32, "test": 8, "prevalence": 0.25},
-        "prepare": {"size": 48},
+        "prepare": {"image_size": 48},
         "train": QUICK_TRAINING,
         "evaluate": ONE_THREAD,
     },
-    "local": {"prepare": {"size": 48}, "train": QUICK_TRAINING, "evaluate": ONE_THREAD},
+    "local": {"prepare": {"image_size": 48}, "train": QUICK_TRAINING, "evaluate": ONE_THREAD},
     "competition": {
         "weights": {"source": "none"},
         "train": {"epochs": 1, "frozen_epochs": 0} | ONE_THREAD,

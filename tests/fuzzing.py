@@ -1,6 +1,8 @@
 """Decode thousands of damaged radiographs, with limits of memory and time.
 
-python tests/fuzzing.py COUNT SEED    # prints the counts of the outcomes as one line of JSON
+python tests/fuzzing.py COUNT SEED [FILE ...]    # prints the counts of the outcomes as one line of JSON
+
+The files are samples beside those of `odd_files.encodings`, of formats that no installed package writes, such as HEIC.
 """
 
 import faulthandler
@@ -11,21 +13,23 @@ import sys
 import time
 import warnings
 from collections import Counter
+from pathlib import Path
 
-from odd_files import formats
+from odd_files import encodings, formats
 
+from pipeline.data import dicom
 from pipeline.data.images import UnusableError, decode_radiograph
 
 MEMORY_LIMIT = 2 * 2**30  # of the address space, bytes
 TIMEOUT = 10  # of one file, seconds
-HEADER_SIZE = 400  # bytes at the start, where changes have the largest effect
+HEADER_SIZES = 40, 400, 1200  # bytes at the start, of a file, a DICOM and its image; changes have most effect there
 
 
 def damage(rng: random.Random, samples: list[bytes]) -> bytes:
     """Truncate, flip, overwrite, repeat or splice a sample."""
     data = bytearray(rng.choice(samples))
     for _ in range(rng.choice([1, 1, 2, 8])):
-        offset = rng.randrange(min(len(data), rng.choice([40, HEADER_SIZE, len(data)])) or 1)
+        offset = rng.randrange(min(len(data), rng.choice([*HEADER_SIZES, len(data)])) or 1)
         match rng.randrange(6):
             case 0:
                 del data[offset:]
@@ -44,10 +48,12 @@ def damage(rng: random.Random, samples: list[bytes]) -> bytes:
     return bytes(data)
 
 
-def main(count: int, seed: int) -> None:
+def main(count: int, seed: int, *files: str) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     warnings.simplefilter("ignore")
-    rng, samples = random.Random(seed), list(formats(48).values())
+    samples = [*formats(48).values(), *(data for data, _ in encodings(48).values())]
+    samples += [Path(file).read_bytes() for file in files]
+    rng = random.Random(seed)
     outcomes: Counter[str] = Counter()
     slowest = 0.0
     for _ in range(count):
@@ -60,7 +66,10 @@ def main(count: int, seed: int) -> None:
             assert pixels.dtype == "uint8"
             outcomes["decoded"] += 1
         except UnusableError as error:
-            outcomes["unusable" if len(str(error).splitlines()) == 1 else "reason of several lines"] += 1
+            reason = str(error)
+            outcomes["reason of several lines" if len(reason.splitlines()) != 1 else "unusable"] += 1
+            assert " at 0x" not in reason, reason
+        assert all(value.isprintable() for value in dicom.read_metadata(data).values())
         slowest = max(slowest, time.perf_counter() - start)
     faulthandler.cancel_dump_traceback_later()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -68,4 +77,4 @@ def main(count: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

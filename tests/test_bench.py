@@ -19,6 +19,8 @@ pytestmark = pytest.mark.slow
     [
         ("python bench/prepare.py", ["20"], 1),
         ("python bench/duplicates.py", ["300"], 1),
+        ("python bench/duplicates.py", ["3000", "random"], 1),
+        ("python bench/scale.py", ["300"], 9),
         ("python bench/input.py", ["64", "16"], 1),
         ("python bench/training.py", ["16", "1"], 2),
         ("python bench/memory.py", ["150", "200"], 1),

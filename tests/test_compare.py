@@ -268,7 +268,9 @@ def test_outs_that_are_nowhere_are_reported_with_the_command_that_makes_them(com
 
 def test_another_project_is_refused(compared, tmp_path):
     (tmp_path / "params.yaml").write_text("lr: 1\n")
-    message = f"Error: {tmp_path}: not in a project with Git and DVC; run in a clone of this project"
+    message = (
+        f"Error: {tmp_path}: not in a project with Git and DVC; run in a clone of this project, or first: git init"
+    )
     assert error_line_of(f"cxr compare base {tmp_path}") == message
     with chdir(tmp_path):
         assert error_line_of("cxr compare base better").startswith("Error: base: not in a project with Git and DVC")

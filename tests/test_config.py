@@ -24,16 +24,23 @@ FIELDS = [
     if section not in DOWNLOADS or field not in ("source", "version")
 ]  # fmt: skip
 DEFAULTS = {
+    "finding": {"name": "COVID-19", "positive": None, "negative": "negative", "model_name": None},
     "seeds": [0, 1, 2, 3, 4, 5, 6, 7, 8, 9],
-    "archive": {"path": None},
+    "archive": {"path": None, "copy_images": True},
     "kaggle": {"competition": None, "dataset": None},
-    "covidx": {"path": None},
-    "covid_chestxray": {"path": None, "test_share": 0.1},
+    "covidx": {"path": None, "copy_images": True, "version": None},
+    "covid_chestxray": {"path": None, "copy_images": True, "test_share": 0.1},
+    "folders": {
+        "path": None, "copy_images": True, "positive": [], "negative": [], "ignore": [], "patterns": {},
+        "test_share": 0.1,
+    },
     "table": {
-        "path": None, "labels": Path("labels.csv"), "positive": ["1"], "negative": ["0"], "test_share": 0.1,
+        "path": None, "copy_images": True, "labels": Path("labels.csv"), "positive": ["1"], "negative": ["0"],
+        "test_share": 0.1, "join": [], "patterns": {}, "keep": {}, "separator": None, "ignore": [], "repeated": "error",
+        "training_sets": ["train"], "test_sets": ["test"], "test_list": None, "drop_missing": False,
         "columns": {
             "file": "file", "label": "label", "patient": None, "source": None, "view": None, "sex": None,
-            "age": None, "license": None, "set": None,
+            "age": None, "license": None, "manufacturer": None, "modality": None, "set": None,
         },
     },
     "phantom": {
@@ -41,10 +48,10 @@ DEFAULTS = {
         "confounding": 0.6, "seed": 1,
     },
     "weights": {"source": "imagenet"},
-    "prepare": {"size": 160, "resize": "stretch", "max_quarantined": 0.05},
+    "prepare": {"image_size": 160, "resize": "stretch", "max_quarantined": 0.05, "views": None, "excluded_files": []},
     "split": {"folds": 5, "seed": 1, "cross_validate": False, "held_out_source": None},
     "train": {
-        "backbone": "timm/tf_efficientnet_lite0", "head_hidden": [], "dropout": 0.2, "size": 160,
+        "backbone": "timm/tf_efficientnet_lite0", "head_hidden": [], "dropout": 0.2, "image_size": 160,
         "normalization": "imagenet", "epochs": 8, "frozen_epochs": 1, "keep": "best_f1",
         "early_stopping_patience": None,
         "batch_size": 32, "gradient_accumulation_steps": 1, "sampling": "shuffle", "positive_oversampling": 1.0,
@@ -171,7 +178,7 @@ def test_an_unknown_source_gets_a_suggestion_or_the_list_of_sources(tmp_path, se
     message = config_error(write(tmp_path, set_value(f"{section}.source", "phantm")))
     assert message == f"{section}.source: unknown source 'phantm'; did you mean 'phantom'?"
     message = config_error(write(tmp_path, set_value(f"{section}.source", "xyz")))
-    assert message.endswith("choose one of archive, covid_chestxray, covidx, kaggle, phantom, table")
+    assert message.endswith("choose one of archive, covid_chestxray, covidx, folders, kaggle, phantom, table")
 
 
 @pytest.mark.parametrize("section", DEFAULTS)
@@ -300,10 +307,10 @@ def test_the_schema_for_editors_is_that_of_the_model():
         ("demo.train.optimizer", "adm", "'adam', 'adamw' or 'sgd'"),
         ("demo.train.precision", "float8", "'float32', 'bfloat16' or 'float16'"),
         ("demo.train.channels_last", "perhaps", "valid boolean"),
-        ("demo.train.size", 15, "greater than or equal to 16"),
+        ("demo.train.image_size", 15, "greater than or equal to 16"),
         ("demo.download.train", 0, "greater than 0"),
         ("demo.download.confounding", 2, "less than or equal to 1"),
-        ("demo.prepare.size", 2049, "less than or equal to 2048"),
+        ("demo.prepare.image_size", 2049, "less than or equal to 2048"),
         ("demo.prepare.max_quarantined", -0.1, "greater than or equal to 0"),
         ("demo.split.folds", 1, "greater than or equal to 2"),
         ("demo.split.seed", -1, "greater than or equal to 0"),

@@ -171,10 +171,10 @@ def test_a_registered_candidate_predicts_files_as_the_mean_of_its_folds(trained,
     config, test = load_config(), pd.read_csv("predictions/test.csv")
     with zipfile.ZipFile("data/raw.zip") as archive:
         archive.extractall(tmp_path)
-    paths = [tmp_path / "test/test" / name for name in test["file"]]
+    paths = files.ImageFiles([str(tmp_path / "test/test" / name) for name in test["file"]])
     version = registry.get_version(connect(config.model_name), config.model_name, "champion")
     with registry.download_version(version) as folder:
-        predictions = files.predict_files(candidate.load_candidate(folder, CPU), paths)
+        predictions = pd.concat(files.predict_files(candidate.load_candidate(folder, CPU), paths))
     name = version.tags["candidate"]
     expected = ensemble.predict(test, ensemble.load_candidate_configs(config)[name])
     assert predictions["probability"].to_numpy() == pytest.approx(expected["probability"].to_numpy(), abs=1e-5)

@@ -17,22 +17,28 @@ def build_manifest(**columns: list) -> pd.DataFrame:
         "set": ["train"] * 8 + ["test"] * 2,
         "label": pd.array([0, 0, 0, 0, 1, 1, 1, 1, None, None], dtype="Int64"),
         "xxh128": [f"{index:02}" for index in range(count)],
-        **{name: [""] * count for name in ("patient", "source", "view", "sex", "license")},
+        **{name: [""] * count for name in ("patient", "source", "view", "sex", "license", "manufacturer", "modality")},
         "age": [np.nan] * count,
         **dict.fromkeys(("width", "height"), 512),
     }
     return pd.DataFrame({**defaults, **columns})
 
 
+DIVIDED = "images of one patient may be in both training and validation set"
 QUARANTINE = pd.DataFrame({"file": ["x.jpg", "y.jpg"], "reason": ["empty file", "empty file"]})
 
 
-def describe(manifest: pd.DataFrame, duplicate_of: dict[int, int] | None = None) -> dict:
+def describe(
+    manifest: pd.DataFrame,
+    duplicate_of: dict[int, int] | None = None,
+    quarantine: pd.DataFrame = QUARANTINE,
+    outliers: pd.DataFrame | None = None,
+) -> dict:
     """Build the card; `duplicate_of` maps a row to the first row of its group of duplicates."""
     subset = ["validation", "train", "train", "train", "validation", "train", "train", "train", "test", "test"]
     duplicate_groups = [(duplicate_of or {}).get(row, row) for row in range(len(manifest))]
     split = pd.DataFrame({"file": manifest["file"], "group": manifest["file"], "subset": subset})
-    return data_card.describe_data(manifest, QUARANTINE, split, np.array(duplicate_groups))
+    return data_card.describe_data(manifest, quarantine, split, np.array(duplicate_groups), outliers=outliers)
 
 
 def counts(negative: int, positive: int, test: int, patients: tuple[int, int, int] = (0, 0, 0)) -> dict[str, int]:
@@ -108,11 +114,53 @@ def test_duplicates_are_listed_with_their_labels_and_sets():
 def test_conflicting_labels_and_leaks_are_warnings():
     card = describe(build_manifest(patient=["p1", *[""] * 7, "p1", "p2"]), {6: 3, 9: 2})
     assert data_card.data_warnings(card) == [
+        f"the patient of 7 labeled images is not known, the first is 1.jpg; {DIVIDED}",
         "1 radiograph(s) have copies with different labels, the first is 3.jpg = 6.jpg",
         "1 radiograph(s) are in both train and test, the first is 2.jpg = 9.jpg",
         "1 patient(s) are in both train and test, the first is p1",
     ]
-    assert data_card.data_warnings(describe(build_manifest())) == []
+    assert data_card.data_warnings(describe(build_manifest(patient=[f"p{row}" for row in range(10)]))) == []
+
+
+def test_data_without_any_patient_are_a_warning():
+    assert data_card.data_warnings(describe(build_manifest())) == [
+        f"the patient of all labeled images is not known, the first is 0.jpg; {DIVIDED}"
+    ]
+
+
+def test_manufacturer_and_modality_are_counted_and_shown_where_they_are_known(tmp_path):
+    card = describe(build_manifest(manufacturer=["Acme"] * 6 + [""] * 4))
+    assert card["manufacturer"] == {"Acme": counts(4, 2, 0), "not known": counts(0, 2, 2)}
+    data_card.write_data_card(tmp_path, card)
+    text = (tmp_path / "card.md").read_text()
+    assert "## Images by manufacturer" in text
+    assert "## Images by modality" not in text
+
+
+def test_views_that_prepare_left_out_are_counted(tmp_path):
+    reasons = ["view LL: not in prepare.views"] * 3 + ["view Lateral: not in prepare.views", "empty file"]
+    quarantine = pd.DataFrame({"file": list("abcde"), "reason": reasons})
+    card = describe(build_manifest(view=["PA"] * 10), quarantine=quarantine)
+    assert card["excluded_views"] == {"LL": 3, "Lateral": 1}
+    data_card.write_data_card(tmp_path, card)
+    text = (tmp_path / "card.md").read_text()
+    assert "Before prepare.views left out 4 images, there were also: 3 × LL, 1 × Lateral." in text
+    assert "3 × view LL: not in prepare.views" in text
+    assert describe(build_manifest())["excluded_views"] == {}
+
+
+def test_the_most_unusual_images_are_listed_with_what_to_do(tmp_path):
+    manifest = build_manifest()
+    ranking = pd.DataFrame({"file": manifest["file"][::-1], "set": "train", "distance": np.arange(10, 0, -1) * 1.23456})
+    card = describe(manifest, outliers=ranking)
+    assert card["outliers"]["files"] == list(ranking["file"])
+    assert card["outliers"]["median_distance"] == 6.79
+    data_card.write_data_card(tmp_path, card)
+    text = (tmp_path / "card.md").read_text()
+    assert "## Most unusual images" in text
+    assert "| 9.jpg | 12.35 |" in text
+    assert "prepare.excluded_files" in text
+    assert describe(manifest)["outliers"] is None
 
 
 def test_the_card_is_deterministic_and_readable(tmp_path):

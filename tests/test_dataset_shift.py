@@ -130,3 +130,15 @@ def test_large_sets_are_limited_to_whole_patients_of_each_class():
     fit = fit_mixture(features, labels, groups, new, new_groups, 49)
     assert fit.prevalence == pytest.approx(0.5, abs=0.2)
     assert 0 < fit.p <= 1
+
+
+@pytest.mark.parametrize("patients_known", [True, False])
+def test_of_many_new_images_some_whole_patients_are_compared(patients_known):
+    rng = np.random.default_rng(0)
+    features, labels, groups = draw(rng, 100, 100)
+    count = 60_000  # all pairs would take 29 GB
+    new, new_groups = rng.normal(size=(count, 1)), np.arange(count) // 4
+    sets = {"score": (features[:, :1], new)}
+    table = shift_table(sets, {"score": labels}, {"score": groups}, new_groups if patients_known else None)
+    assert list(table["images"]) == [2000]
+    assert 0 < table.loc[0, "p"] <= 1

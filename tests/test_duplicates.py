@@ -1,4 +1,5 @@
 import io
+import itertools
 import zipfile
 from functools import partial
 
@@ -9,6 +10,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
+from scipy.sparse.csgraph import connected_components
 from xxhash import xxh3_128_hexdigest
 
 from pipeline.core.config import PhantomParams
@@ -91,6 +93,51 @@ def test_duplicates_of_duplicates_are_in_one_group(radiographs):
 def test_the_group_of_an_image_is_its_first_duplicate(radiographs, indices):
     pixels = list(radiographs.values())
     assert find_groups([pixels[index] for index in indices]) == [indices.index(index) for index in indices]
+
+
+@pytest.mark.parametrize(("distance", "expected"), [(40, [0, 0]), (41, [0, 1])])
+def test_only_images_whose_hashes_differ_in_at_most_40_bits_are_compared(radiographs, distance, expected):
+    pack = np.stack([images.resize_to_square(radiographs[1], SIZE, "stretch")] * 2)
+    hashes = [bytes(32).hex(), np.packbits(np.arange(256) < distance).tobytes().hex()]
+    table = pd.DataFrame({"xxh128": ["a", "b"], "phash": hashes})
+    assert duplicates.find_duplicates(table, pack).tolist() == expected
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_the_groups_are_those_of_comparing_all_pairs_whatever_is_compared_at_once(radiographs, data):
+    indices = data.draw(st.lists(st.integers(0, 3), min_size=1, max_size=12))
+    changes = data.draw(st.lists(st.sampled_from([lambda image: image, *CHANGES]), min_size=12, max_size=12))
+    sources = [Image.fromarray(list(radiographs.values())[index]) for index in indices]
+    changed = [np.asarray(change(image)) for change, image in zip(changes, sources, strict=False)]
+    pack = np.stack([images.resize_to_square(radiograph, SIZE, "stretch") for radiograph in changed])
+    # Hashes at distances on both sides of the limit, whatever the images.
+    bits = np.zeros((len(pack), 256), dtype=np.uint8)
+    for row in bits:
+        start, length = data.draw(st.tuples(st.integers(0, 20), st.integers(15, 25)))
+        row[start : start + length] = 1
+    table = pd.DataFrame({
+        "xxh128": [xxh3_128_hexdigest(pixels) for pixels in pack],
+        "phash": [np.packbits(row).tobytes().hex() for row in bits],
+    })  # fmt: skip
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for name in ("QUERIES", "CHUNK_SIZE", "CACHED_EDGE_IMAGES"):
+            monkeypatch.setattr(duplicates, name, data.draw(st.integers(1, 4)))
+        assert duplicates.find_duplicates(table, pack).tolist() == compare_all_pairs(table["xxh128"], bits, pack)
+
+
+def compare_all_pairs(hashes: pd.Series, bits: np.ndarray, pack: np.ndarray) -> list[int]:
+    """Group images by definition: of images with equal pixels, the first one is compared with all others."""
+    edge_images = np.stack([duplicates._edge_image(pixels) for pixels in pack])
+    first = [list(hashes).index(value) for value in hashes]
+    linked = np.zeros((len(pack), len(pack)), dtype=bool)
+    for i, j in itertools.combinations(sorted(set(first)), 2):
+        is_near = np.count_nonzero(bits[i] != bits[j]) <= duplicates.MAX_HAMMING_DISTANCE
+        linked[i, j] = (
+            is_near and duplicates.similarity(edge_images[i], edge_images[[j]])[0] >= duplicates.MIN_SIMILARITY
+        )
+    _, components = connected_components(linked)
+    return [int(np.flatnonzero(components == components[row])[0]) for row in first]
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="the real radiographs are missing")

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import expit, logit
 
-from pipeline.core.config import EvaluateParams, load_config
+from pipeline.core.config import EvaluateParams, FindingParams, load_config
 from pipeline.core.files import read_json, write_json
 from pipeline.evaluation import ensemble
 from pipeline.evaluation.ensemble import EnsembleConfig
@@ -96,8 +96,12 @@ def test_probability_is_the_recalibrated_score_and_the_label_is_decided_before()
     assert list(predicted["score"]) == pytest.approx([0.2, 0.7])
     assert predicted["probability"].to_numpy() == pytest.approx(expit(logit([0.2, 0.7]) / 2 - 2))
     assert list(predicted["label"]) == [0, 1]
-    assert "0.119; probabilities are calibrated for 10.0% positives" in ensemble.describe_output(recalibrated)
-    assert "0.500; probabilities are not calibrated" in ensemble.describe_output(make_config(rows))
+    finding = FindingParams(name="effusion", positive="present")
+    assert ensemble.describe_output(recalibrated, finding) == (
+        "probability of effusion; label 1 (present) means a probability of at least 0.119; "
+        "probabilities are calibrated for 10.0% positives, as in the validation set"
+    )
+    assert "0.500; probabilities are not calibrated" in ensemble.describe_output(make_config(rows), finding)
 
 
 def test_ensemble_keeps_the_index_of_the_predictions():

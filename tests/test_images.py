@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from odd_files import chest, dicom, encode, formats
 from PIL import Image
-from pydicom.uid import JPEG2000, JPEGBaseline8Bit, JPEGLossless
+from pydicom.uid import JPEG2000, JPEGBaseline8Bit
 
 from pipeline.data import images
 from pipeline.data.images import UnusableError, decode_radiograph, resize_to_square
@@ -223,6 +223,8 @@ def flat_image(level: int, spread: int = 0) -> Image.Image:
         (b"File,Label\na.jpg,1\n", "not an image in a known format"),
         (b"\x00" * 500, "not an image in a known format"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n", "not an image in a known format"),
+        (b"%PDF-1.7\n%%EOF\n", "not an image in a known format: PDF; convert it to PNG"),
+        (b"\xff\x0a" + bytes(200), "not an image in a known format: JPEG XL; convert it to PNG"),
         (encode(Image.new("L", (31, 64))), "too small: 31×64 pixels"),
         (encode(Image.new("L", (64, 1)), "JPEG"), "too small: 64×1 pixels"),
         (encode(Image.new("L", (40, 401))), "too narrow: 40×401 pixels"),
@@ -246,6 +248,17 @@ def flat_image(level: int, spread: int = 0) -> Image.Image:
 )
 def test_unusable_files_have_a_reason(data, expected):
     assert reason(data) == expected
+
+
+def test_a_heic_image_without_its_decoder_has_a_reason_that_names_what_reads_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pi_heif", None)
+    message = reason(b"\0\0\0\x18ftypheic" + bytes(200))
+    assert message.startswith("not an image in a known format: HEIC; install pi-heif")
+
+
+def test_a_jpeg_of_a_kind_that_no_decoder_reads_is_named():
+    data = FORMATS["gray.jpg"].replace(b"\xff\xc0", b"\xff\xc5", 1)
+    assert reason(data) == "hierarchical JPEG of 8 bits: no decoder reads it; convert it to PNG or JPEG Baseline"
 
 
 def test_a_white_page_with_little_text_is_nearly_blank():
@@ -322,7 +335,8 @@ def test_rescale_slope_and_window_of_a_dicom_are_applied():
     [
         ({"Modality": "CT"}, "not a radiograph: DICOM modality CT"),
         ({"NumberOfFrames": 3}, "DICOM with several frames: 3"),
-        ({"PhotometricInterpretation": "RGB"}, "DICOM in color: RGB"),
+        ({"PhotometricInterpretation": "HSV"}, "DICOM of unknown photometric interpretation: HSV"),
+        ({"PhotometricInterpretation": None}, "DICOM of unknown photometric interpretation: none"),
         ({"Rows": 9000, "Columns": 9000}, "too large: 9000×9000 pixels"),
         ({"Rows": 128}, "broken DICOM: "),
         ({"BitsAllocated": 7}, "broken DICOM: "),
@@ -330,15 +344,6 @@ def test_rescale_slope_and_window_of_a_dicom_are_applied():
 )
 def test_unusable_dicoms_have_a_reason(changes, message):
     assert reason(dicom(chest(), **changes)).startswith(message)
-
-
-def test_the_reason_names_the_compression_of_a_dicom_without_a_decoder():
-    assert "JPEG Lossless" in reason(dicom(chest(), JPEGLossless, b"\xff\xd8\xff\xd9"))
-
-
-def test_a_deflated_dicom_is_rejected_before_decompression():
-    deflated = FORMATS["gray.dcm"].replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.1.99")
-    assert reason(deflated).startswith("deflated DICOM")
 
 
 def test_a_dicom_with_an_image_of_another_size_is_unusable():
@@ -362,10 +367,10 @@ def test_arrays_that_are_not_8_bit_gray_images_are_unusable(array):
 
 
 def test_thousands_of_damaged_files_neither_crash_nor_hang_nor_exhaust_memory():
-    completed = run(ROOT, sys.executable, "tests/fuzzing.py", "8000", "7", PYTHONPATH=str(ROOT))
+    completed = run(ROOT, sys.executable, "tests/fuzzing.py", "5000", "7", PYTHONPATH=str(ROOT))
     assert completed.returncode == 0, completed.stderr[-3000:]
     counts = json.loads(completed.stdout)
-    assert counts["decoded"] + counts["unusable"] == 8000
+    assert counts["decoded"] + counts["unusable"] == 5000
     assert min(counts["decoded"], counts["unusable"]) > 1000
     assert counts["peak_mb"] < 1500
 

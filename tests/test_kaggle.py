@@ -352,7 +352,8 @@ def finished(tmp_path_factory, empty_store) -> Path:
     project = clone_project(tmp_path_factory.mktemp("finished") / "project")
     edit_params(project, lambda params: params.update(profile="competition"))
     for name, content in {
-        "data/manifest.csv": "file\n", "data/split.csv": "file\n", "data/weights/origin.json": "{}",
+        "data/manifest.csv": "file\n", "data/quarantine.csv": "file,reason\n",
+        "data/split.csv": "file\n", "data/weights/origin.json": "{}",
         "dvc.lock": "stages: {}",
         "metrics/evaluate.json": json.dumps({"seed-0": {"f1": 0.8, "loss": 0}, "seed-1": {"f1": 0.9, "loss": 0}}),
         "metrics/candidates.json": json.dumps(

@@ -5,10 +5,12 @@ import random
 import re
 import struct
 import tracemalloc
+import unicodedata
 import warnings
 import zipfile
 import zlib
 from functools import partial
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -17,7 +19,7 @@ from conftest import archive_members, file_error_message, write_zip
 from pipeline.core.config import ArchiveParams
 from pipeline.core.errors import UserError
 from pipeline.core.files import DamagedFileError
-from pipeline.data import layout
+from pipeline.data import layout, test_labels
 from pipeline.data.sources import archive, fetch_source
 
 layout_error = partial(file_error_message, layout.read_layout)
@@ -77,12 +79,15 @@ def test_a_missing_table_is_named(tmp_path, name):
     assert layout_error(path) == f"has no {name}; add it at the top level of the zip"
 
 
-@pytest.mark.parametrize(
-    ("header", "missing"), [("File,Class", "Label"), ("Name,Label", "File"), ("file,label", "File")]
-)
+@pytest.mark.parametrize(("header", "missing"), [("File,Class", "Label"), ("Name,Label", "File")])
 def test_a_missing_column_is_named(tmp_path, header, missing):
     message = layout_error(write_archive(tmp_path, train_labels=f"{header}\na000.jpg,1\n"))
     assert message == f"{LABELS}: no column {missing!r}; its header is {header} and must have File,Label"
+
+
+def test_a_missing_column_is_named_with_the_nearest(tmp_path):
+    message = layout_error(write_archive(tmp_path, train_labels="File,Labels\na000.jpg,1\n"))
+    assert message.startswith(f"{LABELS}: no column 'Label' (did you mean 'Labels'?); its header is")
 
 
 @pytest.mark.parametrize(("header", "line"), [("File", "a000.jpg,1"), ("File,Label", "a000.jpg,1,")])
@@ -91,7 +96,7 @@ def test_lines_with_more_fields_than_the_header_are_an_error(tmp_path, header, l
     assert message.startswith(f"{LABELS}: the lines have more fields than the header; name every column or delete")
 
 
-@pytest.mark.parametrize("label", ["2", "", "yes", "1.0", "-1", "NaN"])
+@pytest.mark.parametrize("label", ["2", "", "yes", "1.5", "10", "-1", "NaN", "00", "²"])
 def test_an_invalid_label_is_reported_with_its_line_and_file(tmp_path, label):
     lines = label_lines()
     lines[3] = f"a003.jpg,{label}"
@@ -109,7 +114,7 @@ def test_a_label_without_an_image_has_no_member(tmp_path):
 
 def test_a_missing_test_image_is_named(tmp_path):
     message = layout_error(write_archive(tmp_path, test__test__t001=None))
-    assert message.startswith(f"{SAMPLE} line 3: image t001.jpg is not in test/ (1 missing in total); add it")
+    assert message.startswith(f"{SAMPLE} line 3: image 't001.jpg' is not in test/ (1 missing in total); add it")
 
 
 def test_a_training_image_without_a_label_is_named(tmp_path):
@@ -199,6 +204,12 @@ def test_sex_and_age_are_read_as_people_and_scanners_write_them(tmp_path):
     assert (images["sex"] == "").all()
 
 
+def test_the_oldest_and_quoted_ages_of_public_tables_are_read(tmp_path):
+    ages = {">89": 90, "> 89": 90, "90+": 90, ">=90": 90, "'058Y'": 58, "NaN": None}
+    images = read_metadata(tmp_path, "age", *(f"a{row:03}.jpg,p,A,PA,{text}" for row, text in enumerate(ages)))
+    assert [None if pd.isna(age) else age for age in images["age"][:6]] == list(ages.values())
+
+
 @pytest.mark.parametrize("value", ["x", "1", "FM", "f.", "w"])
 def test_an_invalid_sex_is_reported_with_its_line(tmp_path, value):
     metadata = f"File,patient,source,view,age,sex\na001.jpg,p,A,PA,,F\na000.jpg,p,A,PA,,{value}\na002.jpg,p,A,PA,,?\n"
@@ -206,7 +217,9 @@ def test_an_invalid_sex_is_reported_with_its_line(tmp_path, value):
     assert message.startswith(f"metadata.csv line 3: sex is {value!r} (2 invalid in total); it must be F, M or O")
 
 
-@pytest.mark.parametrize("value", ["60-70", "60s", "411", "-1", "Y", "1e2", "²", "inf", "63 years", "12/05/1960"])
+@pytest.mark.parametrize(
+    "value", ["60-70", "60s", "411", "-1", "Y", "1e2", "²", "inf", "63 years", "12/05/1960", ">", "5>60", ">130"]
+)
 def test_an_age_that_is_no_number_of_years_is_reported_with_its_line(tmp_path, value):
     metadata = f"File,patient,source,view,sex,age\na001.jpg,p,A,PA,F,63\na000.jpg,p,A,PA,F,{value}\n"
     message = layout_error(write_archive(tmp_path, metadata=metadata))
@@ -269,12 +282,12 @@ def test_a_path_that_is_missing_not_set_or_not_a_zip_is_an_error(tmp_path):
         (
             tmp_path / "text.zip",
             (
-                f"{tmp_path / 'text.zip'}: not a zip, or damaged (File is not a zip file); "
-                "set download.path to a zip or a folder"
+                f"{tmp_path / 'text.zip'}: neither a zip nor a tar, or damaged (File is not a zip file); "
+                "set download.path to a zip, tar or folder"
             ),
         ),
         (tmp_path / "missing.zip", f"{tmp_path / 'missing.zip'}: not found; correct download.path"),
-        (None, "params.yaml: download.path: not set; set it to a zip or folder"),
+        (None, "params.yaml: download.path: not set; set it to a zip, tar or folder"),
     ]:
         with pytest.raises(UserError) as error:
             archive.write_source(ArchiveParams(source="archive", path=path), tmp_path / "raw.zip")
@@ -444,3 +457,176 @@ def test_the_sample_submission_is_returned_unchanged(tmp_path):
     pd.testing.assert_frame_equal(
         sample, pd.read_csv(io.StringIO("File,Label\nt000.jpg,0\nt001.jpg,0\nt002.jpg,0\n"), dtype=str)
     )
+
+
+def labels_of(path) -> dict[str, int]:
+    images = layout.read_layout(path).images
+    return dict(zip(images["file"][:6], images["label"][:6], strict=True))
+
+
+SPELLINGS = {
+    "float": lambda line: line + ".0",
+    "boolean": lambda line: line[:-1] + ("True" if line[-1] == "1" else "FALSE"),
+    "blanks": lambda line: f" {line[:-2]}\u00a0, {line[-1]} ",
+    "no ending": lambda line: line.replace(".jpg", ""),
+    "upper case": str.upper,
+    "another ending": lambda line: line.replace(".jpg", ".png"),
+    "folder": lambda line: f"train/{line}",
+    "Windows": lambda line: f"C:\\data\\train\\{line}",
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_labels_and_names_are_read_as_people_write_them(tmp_path, spelling):
+    path = write_archive(tmp_path, train_labels=labels(*map(SPELLINGS[spelling], label_lines())))
+    assert labels_of(path) == {f"a{index:03}.jpg": int(index % 3 == 0) for index in range(6)}
+    assert layout.read_layout(path).warnings == []
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_tables_of_spreadsheets_are_read(tmp_path, separator, encoding):
+    text = labels(*label_lines()).replace(",", separator).replace("\n", "\r\n")
+    path = write_archive(tmp_path, train_labels=text.encode(encoding))
+    assert sum(labels_of(path).values()) == 2
+
+
+def test_a_submission_keeps_the_spelling_of_the_sample(tmp_path):
+    sample = "File,Label\nT002,0\ntest/t000.png,0\nt001.jpg,0\n"
+    result = layout.read_layout(write_archive(tmp_path, sample_submission=sample))
+    tests = result.images[6:]
+    assert list(tests["file"]) == list(result.sample["File"]) == ["T002", "test/t000.png", "t001.jpg"]
+    assert list(tests["member"]) == [f"test/test/t00{index}.jpg" for index in (2, 0, 1)]
+
+
+@pytest.mark.parametrize("spelling", [name for name in SPELLINGS if name not in ("float", "boolean")])
+def test_no_patient_is_lost_by_the_spelling_of_names(tmp_path, spelling):
+    lines = [SPELLINGS[spelling](f"a{index:03}.jpg,{index // 2}") + ",A,PA" for index in range(6)]
+    path = write_archive(tmp_path, metadata="\n".join(["FILE,Patient,source,view", *lines]))
+    result = layout.read_layout(path)
+    assert list(result.images["patient"]) == ["0", "0", "1", "1", "2", "2", "", "", ""]
+    assert result.warnings == ["metadata.csv: 3 of 9 images have no line, the first is 't000.jpg'"]
+
+
+def test_metadata_of_test_images_are_found_by_the_name_in_the_zip_too(tmp_path):
+    sample = "File,Label\nT000.PNG,0\nt001.jpg,0\nt002.jpg,0\n"
+    metadata = "File,patient,source,view\nt000,p1,A,PA\n"
+    images = layout.read_layout(write_archive(tmp_path, sample_submission=sample, metadata=metadata)).images
+    assert list(images.loc[images["patient"] == "p1", "file"]) == ["T000.PNG"]
+
+
+def test_patients_lose_blanks_and_decimals_and_words_for_unknown_are_no_patient(tmp_path):
+    names = {"12.0": "12", " 12 ": "12", "Mu\u0308ller\u200b": "M\u00fcller", "nan": "", "Unknown": "", "1.25": "1.25"}
+    lines = [f"a{row:03}.jpg,{name},A,PA" for row, name in enumerate(names)]
+    images = layout.read_layout(
+        write_archive(tmp_path, metadata="\n".join(["File,patient,source,view", *lines]))
+    ).images
+    assert list(images["patient"][:6]) == list(names.values())
+
+
+def test_names_that_match_nothing_are_warned_of_both_ways(tmp_path):
+    metadata = "File,patient,source,view\na0000.jpg,p,A,PA\na001.jpg,p,A,PA\nx.png,p,A,PA\n"
+    path = write_archive(tmp_path, metadata=metadata, train_labels=labels(*label_lines(), "a006.jpg,0"))
+    assert layout.read_layout(path).warnings == [
+        "train_labels.csv: 1 of 7 names have no image in train/, the first is 'a006.jpg'",
+        "metadata.csv: 2 of 3 names are of no image, the first is 'a0000.jpg' (did you mean 'a000.jpg'?)",
+        "metadata.csv: 9 of 10 images have no line, the first is 'a000.jpg'",
+    ]
+
+
+def test_tables_of_other_images_are_an_error(tmp_path):
+    other = labels("x1.png,0", "x2.png,1")
+    message = layout_error(write_archive(tmp_path, train_labels=other))
+    assert message.startswith(f"{LABELS}: none of its 2 names is an image in train/; the first is 'x1.png', the first")
+    message = layout_error(write_archive(tmp_path, metadata="File,patient,source,view\nx1.png,p,A,PA\n"))
+    assert message.startswith(
+        "metadata.csv: none of its 1 names is an image; the first is 'x1.png', the first image is"
+    )
+
+
+def test_names_that_differ_by_a_hair_are_both_shown(tmp_path):
+    lines = [*label_lines(5), "a0O5.jpg,1"]
+    message = layout_error(write_archive(tmp_path, train_labels=labels(*lines)))
+    assert "the first is a005.jpg (train_labels.csv has 'a0O5.jpg' (did you mean 'a005.jpg'?))" in message
+
+
+def test_two_spellings_of_one_image_are_an_error(tmp_path):
+    message = layout_error(write_archive(tmp_path, train_labels=labels(*label_lines(), ".\\a001.jpg,1")))
+    assert message == f"{LABELS} line 8: .\\a001.jpg is listed twice as 'a001.jpg'; keep one line"
+
+
+def read_renamed(tmp_path, rename, **more) -> layout.Layout:
+    members = {rename(name): data for name, data in archive_members(train=6, test=3).items()}
+    return layout.read_layout(write_zip(tmp_path / "raw.zip", members | more))
+
+
+@pytest.mark.parametrize("separator", ["/", "\\"])
+def test_folders_around_everything_and_what_file_managers_add_are_ignored(tmp_path, separator):
+    more = {"__MACOSX/data/._train_labels.csv": b"", "data/v1/train/train/._a000.jpg": b"", "data/.DS_Store": b""}
+    more = {name.replace("/", separator): data for name, data in more.items()}
+    result = read_renamed(tmp_path, lambda name: f"data/v1/{name}".replace("/", separator), **more, readme=b"")
+    assert len(result.images) == 9
+    with zipfile.ZipFile(tmp_path / "raw.zip") as archive:
+        assert all(archive.read(member) for member in result.images["member"])
+
+
+def test_two_tables_of_labels_in_folders_are_an_error(tmp_path):
+    members = {f"{folder}/{name}": data for folder in "ab" for name, data in archive_members(6, 3).items()}
+    message = layout_error(write_zip(tmp_path / "raw.zip", members))
+    assert message == "has 'a/train_labels.csv' and 'b/train_labels.csv'; keep one of them"
+
+
+def test_folders_and_tables_in_another_case_are_read(tmp_path):
+    assert len(read_renamed(tmp_path, lambda name: name.replace("train", "Train").replace("test", "TEST")).images) == 9
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_names_in_either_unicode_form_are_matched(tmp_path, form):
+    members = archive_members(train=6, test=3)
+    for name in [name for name in members if name.endswith(".jpg")]:
+        members[unicodedata.normalize(form, name.replace("/a", "/\u00e4"))] = members.pop(name)
+    other = {"NFC": "NFD", "NFD": "NFC"}[form]
+    members[LABELS] = unicodedata.normalize(other, members[LABELS].decode().replace("\na", "\n\u00e4")).encode()
+    result = layout.read_layout(write_zip(tmp_path / "raw.zip", members))
+    assert result.warnings == []
+    assert (result.images["member"] != "").all()
+
+
+def test_names_in_utf_8_without_the_flag_are_read_as_a_mac_writes_them(tmp_path):
+    members = archive_members(train=6, test=3)
+    members["train/train/R\u00f6.jpg"] = members.pop("train/train/a000.jpg")
+    members[LABELS] = members[LABELS].replace(b"a000", "R\u00f6".encode())
+    path = write_zip(tmp_path / "raw.zip", members)
+    data = bytearray(path.read_bytes())
+    for match in list(re.finditer(b"PK\x03\x04|PK\x01\x02", data)):
+        flags = match.start() + (6 if match.group() == b"PK\x03\x04" else 8)
+        data[flags + 1] &= ~8  # bit 11: the name is UTF-8
+    path.write_bytes(data)
+    result = layout.read_layout(path)
+    assert "R\u00f6.jpg" in set(result.images["file"])
+    with zipfile.ZipFile(path) as archive:
+        assert all(archive.read(member) for member in result.images["member"])
+
+
+CASES = Path("../shared/data/cases")
+
+
+@pytest.mark.skipif(not CASES.exists(), reason="needs files beside the project")
+def test_the_cases_beside_the_project_are_read():
+    for path in sorted(CASES.glob("1[123]-*/*.zip")) + sorted(CASES.glob("21-*/*.zip")):
+        result = layout.read_layout(path)
+        assert result.images["label"][:12].tolist() == [0, 1] * 6
+        assert (result.images["member"] != "").all()
+        if path.parent.name.startswith("12-"):
+            assert list(result.images["patient"][:12]) == ["P0"] * 4 + ["P1"] * 4 + ["P2"] * 4
+
+
+def test_test_labels_are_read_in_any_spelling_and_each_image_once(tmp_path):
+    members = {f"data/{name}": data for name, data in archive_members(train=6, test=3).items()}
+    table = b"file;label\nT000;1.0\ntest/t001.png;False\n;\nt002.jpg;\n"
+    path = write_zip(tmp_path / "raw.zip", members | {"data/test_labels.csv": table})
+    read, files = test_labels.read_archived_labels(path), layout.read_layout(path).sample["File"]
+    assert test_labels.match_labels(read, files).to_dict() == {"t000.jpg": 1, "t001.jpg": 0}
+    assert list(test_labels.match_labels(read.rename({"T000": "x"}), files).index) == ["x", "t001.jpg"]
+    with pytest.raises(UserError, match=r"^the labels: \./t001.png is listed twice; keep one line$"):
+        test_labels.match_labels(pd.Series({"t001.png": 0, "./t001.png": 0}), files)

@@ -42,7 +42,7 @@ def train_lock(project: Path) -> list[dict]:
 @pytest.mark.parametrize(
     ("train", "accumulation_steps"),
     [
-        ({"backbone": "alexnet", "size": 64, "mixup_alpha": 0.4, "head_hidden": [16, 8]}, 2),
+        ({"backbone": "alexnet", "image_size": 64, "mixup_alpha": 0.4, "head_hidden": [16, 8]}, 2),
         ({"frozen_epochs": 2, "sampling": "shuffle"}, 1),
     ],
     ids=["gradient accumulation", "frozen backbone"],

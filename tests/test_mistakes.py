@@ -158,7 +158,7 @@ def test_out_of_memory_names_the_batch_size(make_prepared_project):
     completed = run(project, "bash", "-c", "ulimit -v 9000000; python -m stages.train --seed 0")
     assert completed.returncode == 2, completed.stderr
     assert completed.stderr.strip().splitlines()[-1] == (
-        "Error: out of memory with train.batch_size = 64 at train.size = 1024; raise "
+        "Error: out of memory with train.batch_size = 64 at train.image_size = 1024; raise "
         "train.gradient_accumulation_steps = 1 (the same batch in smaller parts), or lower one of the two"
     )
 

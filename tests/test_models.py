@@ -137,7 +137,7 @@ def test_a_segmentation_network_is_not_a_backbone():
 @pytest.mark.parametrize(("name", "size"), [("alexnet", 32), (SMALL, 16), ("vgg11", 16)])
 def test_images_too_small_for_the_backbone_are_an_error(name, size):
     message = error_message(backbones.feature_count, backbones.build_backbone(name), size)
-    assert message.startswith(f"train.size = {size}: the backbone does not accept images of that size (")
+    assert message.startswith(f"train.image_size = {size}: the backbone does not accept images of that size (")
 
 
 # Head and preprocessing

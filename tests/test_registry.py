@@ -484,7 +484,7 @@ def test_a_served_model_takes_pixels_and_returns_its_version(radiographs):
     mlflow_client(Path.cwd())
     best = json.loads(Path("metrics/promotion.json").read_text())["candidate"]
     model = mlflow.pyfunc.load_model(f"models:/{NAME}@champion")
-    size = config.load_config().active.prepare.size
+    size = config.load_config().active.prepare.image_size
     pixels = np.load("data/images.npy")[-8:]
     assert pixels.shape == (8, size, size)
     predictions = model.predict(pd.DataFrame({"image": list(pixels)}))

@@ -17,6 +17,7 @@ from scipy import stats
 
 from pipeline.core import config
 from pipeline.core.files import write_csv, write_json
+from pipeline.data.outliers import write_contact_sheet
 from pipeline.evaluation.test_scores import FORETOLD, METRICS
 from pipeline.models import classifier
 from pipeline.models.classifier import Architecture, Classifier
@@ -81,7 +82,7 @@ def write_project(
         "source": ["AB"[number % 2] for number in range(count)] if with_metadata else "",
     }
     manifest |= {"sex": "", "age": np.nan, "license": "CC <BY>", "width": 512, "height": 512, "bytes": 9}
-    manifest |= {"jpeg_quantization": 0.0, "xxh128": files}
+    manifest |= {"jpeg_quantization": 0.0, "xxh128": files, "manufacturer": "", "modality": ""}
     images = pd.DataFrame(manifest)
     write_csv(folder / "data/manifest.csv", images)
     folds = [{"train": "1", "validation": "0", "test": ""}[subset] for subset in subsets]
@@ -93,7 +94,9 @@ def write_project(
         folder / "data", data_card.describe_data(images, quarantine, split, np.arange(count) // 2)
     )
     write_json(folder / "data/images.json", {"resize": "stretch"})
-    np.save(folder / "data/images.npy", rng.integers(0, 255, (count, 48, 48), dtype=np.uint8))
+    pixels = rng.integers(0, 255, (count, 48, 48), dtype=np.uint8)
+    np.save(folder / "data/images.npy", pixels)
+    write_contact_sheet(folder / "data/contact_sheet.jpg", pixels, files)
     for seed in range(seeds):
         torch.manual_seed(seed)
         network = Classifier(Architecture("resnet18", [], 0.0, 48, "none", 48, "stretch"))
@@ -164,7 +167,8 @@ def test_every_section_begins_with_an_explanation(html):
 def test_the_registered_model_is_described_by_the_model_card(demo_project):
     description = mlflow_client(demo_project).get_registered_model("covid-xray-demo").description
     card = (demo_project / "report/model-card.md").read_text()
-    assert description == f"{registry.DESCRIPTION}\n{card[: card.index('## Reporting checklist') - 1]}"
+    heading = registry.DESCRIPTION.format(negative="negative", positive="COVID-19 positive")
+    assert description == f"{heading}\n{card[: card.index('## Reporting checklist') - 1]}"
     assert len(description) < registry.MAX_DESCRIPTION
     for text in ("not for diagnosis", "cxr history", "Intended use", "Training data", "Limitations", "not known",
                  "no bootstrap of the data"):  # fmt: skip

@@ -139,6 +139,7 @@ def scored_project(tmp_path, monkeypatch) -> Path:
     write_json(tmp_path / "metrics/summary.json", SUMMARY)
     columns = {"file": FILES, "set": "test", "label": "", "sex": "", "age": "", "patient": "", "source": ""}
     write_csv(tmp_path / "data/manifest.csv", pd.DataFrame(columns))
+    write_csv(tmp_path / "data/quarantine.csv", pd.DataFrame({"file": ["x.jpg"], "reason": ["empty file"]}))
     split = pd.DataFrame({"file": FILES, "group": GROUPS, "subset": "test", "fold": ""})
     write_csv(tmp_path / "data/split.csv", split)
     text = "File,Label\n" + "".join(f"{file},{label}\n" for file, label in LABELS.items())

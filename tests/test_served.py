@@ -40,7 +40,7 @@ def test_evaluation_files_and_the_served_model_give_the_same_probabilities(tmp_p
     labeled = {"train/a.png": wide["wide.png"], "train_labels.csv": b"File,Label\na.png,0\n"}
     members = {f"test/{name}": data for name, data in files.items()} | labeled
     raw = write_zip(tmp_path / "raw.zip", members | {"sample_submission.csv": f"File,Label\n{lines}".encode()})
-    packing.pack_images(raw, PrepareParams(size=48, resize=resize, max_quarantined=0), tmp_path)
+    packing.pack_images(raw, PrepareParams(image_size=48, resize=resize, max_quarantined=0), tmp_path)
     pack, rows = PackedImages(tmp_path / "images.npy", CPU), manifest.read_manifest(tmp_path)
 
     torch.manual_seed(0)
@@ -57,8 +57,8 @@ def test_evaluation_files_and_the_served_model_give_the_same_probabilities(tmp_p
 
     with zipfile.ZipFile(raw) as archive:
         archive.extractall(tmp_path)
-    paths = [tmp_path / "test" / name for name in files]
-    predictions = inference_files.predict_files(candidate.load_candidate(tmp_path / "candidate", CPU), paths)
+    paths = inference_files.ImageFiles([str(tmp_path / "test" / name) for name in files])
+    predictions = pd.concat(inference_files.predict_files(candidate.load_candidate(tmp_path / "candidate", CPU), paths))
     assert predictions["probability"].to_numpy() == pytest.approx(expected, abs=1e-6)
 
     served = ServedModel()

@@ -29,7 +29,7 @@ SMALL, LITE = "squeezenet1_1", "timm/tf_efficientnet_lite0"
 
 
 TINY = {
-    "backbone": SMALL, "head_hidden": [], "dropout": 0.2, "size": 32, "normalization": "imagenet", "epochs": 2,
+    "backbone": SMALL, "head_hidden": [], "dropout": 0.2, "image_size": 32, "normalization": "imagenet", "epochs": 2,
     "frozen_epochs": 0, "keep": "best_f1", "early_stopping_patience": None, "batch_size": 8, "sampling": "shuffle",
     "positive_oversampling": 1.0, "class_weights": (1.0, 1.0), "flip": 0.5, "rotation": 5.0, "zoom": 0.0, "shift": 0.0,
     "gamma_jitter": 0.0, "mixup_alpha": 0.0, "optimizer": "adamw", "reset_optimizer_each_epoch": False, "lr": 1e-3,
@@ -370,7 +370,7 @@ def test_divergence_is_an_error_that_names_epoch_batch_and_parameters(pack, weig
         {"channels_last": False},
         {"head_hidden": [16, 8]},
         {"normalization": "none"},
-        {"size": 40},
+        {"image_size": 40},
         {"gradient_accumulation_steps": 3},
         {"fused": True, "lr": 2e-3},
     ],

@@ -1,12 +1,24 @@
 """The typed model of `params.yaml`: a section per stage, a default for every key, and errors that name the key."""
 
 import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from pipeline.core.errors import UserError
 
@@ -29,6 +41,7 @@ RENAMED = {
     "positive_weight": "positive_oversampling",
     "patience": "early_stopping_patience",
     "gamma": "gamma_jitter",
+    "size": "image_size",  # the run cache of DVC takes no account of a parameter called size
     "licence": "license",
     "cohen": "covid_chestxray",
 }
@@ -36,6 +49,47 @@ REMOVED = {
     "min_probability": "removed; false_promotion_rate, the probability that an equal model is promoted, decides "
     "instead; write false_promotion_rate: 0.05",
 }
+
+
+def _check_pattern(pattern: str) -> str:
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+    if groups != 1:
+        raise ValueError(f"{pattern!r} has {groups} groups; put parentheses around what to take alone, (?:…) elsewhere")
+    return pattern
+
+
+def normalize_value(text: str) -> str:
+    """Return the form in which values of tables are compared: `1.0`, `True` and `Yes` are `1`; case does not count."""
+    text = text.strip().casefold()
+    text = {"true": "1", "yes": "1", "false": "0", "no": "0"}.get(text, text)
+    number = re.fullmatch(r"([+-]?)0*(\d+)(?:\.(\d*?)0*)?", text)
+    if number is None:
+        return text
+    sign, whole, decimals = number.groups()
+    absolute = f"{whole}.{decimals}" if decimals else whole
+    return f"-{absolute}" if sign == "-" and absolute != "0" else absolute
+
+
+def _check_disjoint(**lists: list[str]) -> None:
+    key_of: dict[str, str] = {}
+    for key, values in lists.items():
+        for value in values:
+            other = key_of.setdefault(normalize_value(value), key)
+            if other != key:
+                raise ValueError(f"{value!r} is in {other} and in {key}; keep it in one")
+
+
+Pattern = Annotated[str, AfterValidator(_check_pattern)]
+Files = Path | Annotated[list[Path], Field(min_length=1)]
+# YAML reads 1, 1.0 and yes as numbers and booleans; a table has text.
+TableValue = Annotated[
+    str,
+    BeforeValidator(lambda value: str(value) if isinstance(value, (int, float)) else value),
+    WithJsonSchema({"type": ["string", "number", "boolean"]}),
+]
 
 
 class Section(BaseModel):
@@ -46,6 +100,55 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _check_words(words: str) -> str:
+    if not words or words != words.strip() or not words.isprintable():
+        raise ValueError(f"{words!r}; write one line of text without blanks at its ends")
+    return words
+
+
+def _check_model_name(name: str) -> str:
+    if name.casefold() == "default":
+        raise ValueError(f"{name!r} is the name of MLflow's own experiment; choose another")
+    return name
+
+
+Words = Annotated[str, Field(max_length=60), AfterValidator(_check_words)]
+# A subset of what MLflow allows: it goes into addresses (`models:/NAME/1`) and into filters, where quotes would end it.
+ModelName = Annotated[
+    str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=250), AfterValidator(_check_model_name)
+]
+
+
+class FindingParams(Section):
+    """What the labels mean: the words of the report, the cards and MLflow; no model or metric depends on them."""
+
+    name: Words = Field("COVID-19", description="What positive images show, as in: probability of COVID-19.")
+    positive: Words | None = Field(None, description="Name of the positive class, or null: NAME positive.")
+    negative: Words = Field("negative", validate_default=True, description="Name of the negative class.")
+    model_name: ModelName | None = Field(
+        None, description="Name of the registered model and experiment, or null: covid-xray-PROFILE."
+    )
+
+    @field_validator("negative")
+    @classmethod
+    def _check_difference(cls, negative: str, info: ValidationInfo) -> str:
+        positive = info.data.get("positive") or f"{info.data.get('name')} positive"
+        if positive.casefold() == negative.casefold():
+            raise ValueError(f"{negative!r} is the name of the positive class too; give the classes different names")
+        return negative
+
+    @property
+    def class_names(self) -> tuple[str, str]:
+        """The names of the negative and the positive class."""
+        return self.negative, self.positive or f"{self.name} positive"
+
+
+# A path, or a URL such as s3://bucket/images.zip; or the paths of several archives.
+DataPath = Annotated[str, BeforeValidator(lambda path: str(path) if isinstance(path, Path) else path)]
+DataPaths = DataPath | list[DataPath] | None
+COPY_IMAGES = "Whether data/raw.zip has the images, or references to them, which need path as long as prepare runs."
 
 
 class PhantomParams(Section):
@@ -63,10 +166,13 @@ class PhantomParams(Section):
 
 
 class ArchiveParams(Section):
-    """A zip or a folder in the competition's layout."""
+    """Zips, tars or a folder in the competition's layout."""
 
-    source: Literal["archive"] = Field("archive", description="Data source: a zip or folder.")
-    path: Path | None = Field(None, description="The zip or folder; after a change in it: dvc repro -f download.")
+    source: Literal["archive"] = Field("archive", description="Data source: zips, tars or a folder.")
+    path: DataPaths = Field(
+        None, description="Zip, tar or folder, or a list of archives; after a change in it: dvc repro -f download."
+    )
+    copy_images: bool = Field(True, description=COPY_IMAGES)
 
 
 class KaggleParams(Section):
@@ -85,21 +191,27 @@ class CovidxParams(Section):
     """The COVIDx folder with its lists of training and test images."""
 
     source: Literal["covidx"] = Field("covidx", description="Data source: COVIDx.")
-    path: Path | None = Field(None, description="The folder with train/, test/, train*.txt and test*.txt.")
+    path: DataPaths = Field(None, description="The folder with train/, test/, train*.txt and test*.txt.")
+    copy_images: bool = Field(True, description=COPY_IMAGES)
+    version: str | None = Field(None, description="Version of the lists, such as 9B, if the folder has several.")
 
 
 class CovidChestXrayParams(Section):
     """A checkout of github.com/ieee8023/covid-chestxray-dataset."""
 
     source: Literal["covid_chestxray"] = Field("covid_chestxray", description="Data source: covid-chestxray-dataset.")
-    path: Path | None = Field(None, description="The checkout of the repository.")
+    path: DataPaths = Field(None, description="The checkout of the repository.")
+    copy_images: bool = Field(True, description=COPY_IMAGES)
     test_share: float = Field(0.1, gt=0, lt=1, description="Share of the patients in the test set.")
 
 
 class ColumnsParams(Section):
-    """Names of the columns of a CSV; null where there is none."""
+    """Names of the columns of a table, or texts such as `{folder}/{image}.png` with their names in braces.
 
-    file: str = Field("file", description="Path of the image, relative to the folder.")
+    null where there is none.
+    """
+
+    file: str = Field("file", description="Name or path of the image; with / at its end, the folder of the images.")
     label: str = Field("label", description="The label.")
     patient: str | None = Field(None, description="Identifier of the patient.")
     source: str | None = Field(None, description="Where the image comes from.")
@@ -107,25 +219,96 @@ class ColumnsParams(Section):
     sex: str | None = Field(None, description="Sex of the patient: F, M, female, male.")
     age: str | None = Field(None, description="Age of the patient, years.")
     license: str | None = Field(None, description="License of the image.")
-    set: str | None = Field(None, description="Column with the values train and test.")
+    manufacturer: str | None = Field(None, description="Manufacturer of the scanner.")
+    modality: str | None = Field(None, description="Modality as in DICOM, such as CR or DX.")
+    set: str | None = Field(None, description="Column that tells the training from the test set.")
+
+
+class JoinParams(Section):
+    """A second table, whose columns are added to the rows of the first."""
+
+    table: Files = Field(description="The CSV, relative to the folder, or several.")
+    by: list[str] | dict[str, str] = Field(
+        min_length=1, description="Columns that both tables have; where names differ, first: second."
+    )
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """Columns of the first table, and those of the second that equal them."""
+        return self.by if isinstance(self.by, dict) else dict(zip(self.by, self.by, strict=True))
 
 
 class TableParams(Section):
-    """A folder of images with a CSV."""
+    """A folder of images with a CSV, or several."""
 
     source: Literal["table"] = Field("table", description="Data source: a folder with a CSV.")
-    path: Path | None = Field(None, description="The folder of images.")
-    labels: Path = Field(Path("labels.csv"), description="The CSV, relative to the folder.")
-    columns: ColumnsParams = Field(ColumnsParams(), description="Names of its columns.")
-    positive: list[str] = Field(["1"], min_length=1, description="Positive values of the column label.")
-    negative: list[str] = Field(["0"], min_length=1, description="Negative values of the column label.")
-    test_share: float = Field(0.1, gt=0, lt=1, description="Share of the patients in the test set, without column set.")
+    path: DataPaths = Field(None, description="The folder of images.")
+    copy_images: bool = Field(True, description=COPY_IMAGES)
+    labels: Files = Field(Path("labels.csv"), description="The CSV, relative to the folder, or several.")
+    join: list[JoinParams] = Field([], description="Further tables, with columns to add to these rows.")
+    columns: ColumnsParams = Field(ColumnsParams(), description="Names of the columns.")
+    patterns: dict[str, Pattern] = Field(
+        {},
+        description="Key of columns: regular expression, whose group is taken from the column, or else from the path.",
+    )
+    keep: dict[str, list[TableValue]] = Field({}, description="Column: its values; all other rows are left out.")
+    separator: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="Between findings in the column label, such as '|', or null: a field is one finding."
+    )
+    positive: list[TableValue] = Field(["1"], min_length=1, description="Positive values of the column label.")
+    negative: list[TableValue] | Literal["others"] = Field(
+        ["0"], min_length=1, description="Negative values; others: all others but empty ones."
+    )
+    ignore: list[TableValue] = Field([], description="Values of the column label whose rows are left out.")
+    repeated: Literal["error", "majority", "any"] = Field(
+        "error", description="Label of an image whose rows disagree: error, majority, or any (positive if any row is)."
+    )
+    training_sets: list[TableValue] = Field(["train"], description="Values of the column set: the training set.")
+    test_sets: list[TableValue] = Field(["test"], min_length=1, description="Values of the column set: the test set.")
+    test_list: Path | None = Field(None, description="File with a test image per line, without column set, or null.")
+    test_share: float = Field(0.1, gt=0, lt=1, description="Share of patients in the test set, without column or list.")
+    drop_missing: bool = Field(False, description="Leave out rows whose image is missing, as of a partial download.")
 
     @model_validator(mode="after")
-    def _check_labels(self) -> "TableParams":
-        both = set(self.positive) & set(self.negative)
-        if both:
-            raise ValueError(f"{min(both)!r} is in positive and in negative; keep it in one")
+    def _check_values(self) -> "TableParams":
+        negative = [] if self.negative == "others" else self.negative
+        _check_disjoint(positive=self.positive, negative=negative, ignore=self.ignore)
+        _check_disjoint(training_sets=self.training_sets, test_sets=self.test_sets)
+        return self
+
+    @model_validator(mode="after")
+    def _check_columns(self) -> "TableParams":
+        columns = self.columns.model_dump()
+        for key in self.patterns:
+            if key not in columns:
+                raise ValueError(f"patterns.{key}: no key of columns; {_suggest(key, columns)}")
+            if key in ("sex", "age") and columns[key] is None:
+                raise ValueError(f"patterns.{key}: set columns.{key} to the column that the pattern reads")
+        if self.test_list and (self.columns.set or "set" in self.patterns):
+            raise ValueError("test_list and the column set both tell the test set; delete one")
+        return self
+
+
+class FoldersParams(Section):
+    """A folder per class, with or without train and test around them."""
+
+    source: Literal["folders"] = Field("folders", description="Data source: a folder per class.")
+    path: DataPaths = Field(None, description="The folder with the folders of the classes.")
+    copy_images: bool = Field(True, description=COPY_IMAGES)
+    positive: list[str] = Field([], description="Folders of the positive class; upper and lower case are equal.")
+    negative: list[str] = Field([], description="Folders of the negative class.")
+    ignore: list[str] = Field([], description="Folders that are left out, such as a third class.")
+    patterns: dict[Literal["patient", "source", "view"], Pattern] = Field(
+        {}, description="Regular expressions, whose group is taken from the path of an image."
+    )
+    test_share: float = Field(0.1, gt=0, lt=1, description="Share of the patients in the test set, if no folder is.")
+
+    @model_validator(mode="after")
+    def _check_classes(self) -> "FoldersParams":
+        lists = {key: {name.casefold() for name in getattr(self, key)} for key in ("positive", "negative", "ignore")}
+        for one, other in (("positive", "negative"), ("positive", "ignore"), ("negative", "ignore")):
+            if both := lists[one] & lists[other]:
+                raise ValueError(f"{min(both)!r} is in {one} and in {other}; keep it in one")
         return self
 
 
@@ -138,9 +321,13 @@ class WeightsParams(Section):
 class PrepareParams(Section):
     """Decoding of the images."""
 
-    size: int = Field(160, ge=16, le=2048, description="Edge of the stored square images, pixels.")
+    image_size: int = Field(160, ge=16, le=2048, description="Edge of the stored square images, pixels.")
     resize: Resize = Field("stretch", description="How images become square: stretch, or pad with black bars.")
     max_quarantined: float = Field(0.05, ge=0, le=1, description="Largest unusable share of the labeled images.")
+    views: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description="Views to keep, such as [PA, AP], or null for all; an image whose view is not known stays in."
+    )
+    excluded_files: list[str] = Field([], description="Images to leave out, by file name.")
 
 
 class SplitParams(Section):
@@ -163,7 +350,7 @@ class TrainParams(Section):
     backbone: str = Field("timm/tf_efficientnet_lite0", description="A torchvision classifier, or timm/<name>.")
     head_hidden: list[Annotated[int, Field(gt=0)]] = Field([], description="Widths of the head's hidden layers.")
     dropout: float = Field(0.2, ge=0, lt=1, description="Dropout probability in the head.")
-    size: int = Field(160, ge=16, le=2048, description="Edge of the images the backbone sees, pixels.")
+    image_size: int = Field(160, ge=16, le=2048, description="Edge of the images the backbone sees, pixels.")
     normalization: Literal["none", "imagenet"] = Field("imagenet", description="none (0 to 1) or imagenet.")
     epochs: int = Field(8, gt=0, description="Number of epochs.")
     frozen_epochs: int = Field(1, ge=0, description="First epochs that train the head only.")
@@ -252,15 +439,18 @@ class PromoteParams(Section):
     max_calibration_error: float = Field(0.2, ge=0, le=1, description="Maximum calibration error to pass.")
 
 
-DownloadParams = PhantomParams | ArchiveParams | KaggleParams | CovidxParams | CovidChestXrayParams | TableParams
+DownloadParams = (
+    PhantomParams | ArchiveParams | KaggleParams | CovidxParams | CovidChestXrayParams | FoldersParams | TableParams
+)
 SOURCES: dict[str, type[Section]] = {
     params.model_fields["source"].default: params for params in get_args(DownloadParams)
 }
 
 
 class Profile(Section):
-    """One section per stage."""
+    """What the labels mean, and one section per stage."""
 
+    finding: FindingParams = FindingParams()
     download: DownloadParams = Field(ArchiveParams(), discriminator="source")
     weights: WeightsParams = WeightsParams()
     prepare: PrepareParams = PrepareParams()
@@ -327,7 +517,7 @@ class Config(Section):
     @property
     def model_name(self) -> str:
         """The name of the MLflow experiment and of the registered model."""
-        return f"covid-xray-{self.profile}"
+        return self.active.finding.model_name or f"covid-xray-{self.profile}"
 
 
 def load_config(path: Path = Path("params.yaml")) -> Config:
@@ -406,7 +596,8 @@ def _dotted(loc: tuple[int | str, ...]) -> str:
 def _keys(loc: tuple[int | str, ...]) -> list[str]:
     """Return the keys that the section at `loc` may have."""
     sections = {name: field.annotation for name, field in Profile.model_fields.items()}
-    section = (sections | SOURCES | {"columns": ColumnsParams}).get(str(loc[-2]), Profile)
+    parent = [part for part in loc[:-1] if isinstance(part, str)][-1]  # without the index in a list
+    section = (sections | SOURCES | {"columns": ColumnsParams, "join": JoinParams}).get(parent, Profile)
     return list(section.model_fields)  # type: ignore[union-attr]
 
 

@@ -1,6 +1,8 @@
 """The errors that users see: one line each, without credentials."""
 
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -9,6 +11,18 @@ class UserError(Exception):
 
 class UnreachableError(UserError):
     """A service does not answer; it may later."""
+
+
+@contextmanager
+def rename_in_errors(names: Mapping[str, str]) -> Iterator[None]:
+    """Replace the keys, such as paths of temporary files, by the names that the user gave, in errors of the block."""
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+        for path, name in names.items():
+            message = message.replace(path, name)
+        raise type(error)(message) from None
 
 
 class Interrupted(Exception):  # noqa: N818  # not an error

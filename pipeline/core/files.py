@@ -1,13 +1,21 @@
 """Reading and writing of tables and JSON, and atomic replacement of files."""
 
+import codecs
+import csv
+import difflib
 import errno
 import functools
+import gzip
 import hashlib
+import io
 import json
+import logging
 import lzma
+import re
 import struct
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +24,13 @@ from typing import IO, Any
 import pandas as pd
 
 from pipeline.core.errors import UserError, first_line
+
+log = logging.getLogger(__name__)
+
+# Never count at the ends of a user's text: white space of Unicode, zero-width characters and a byte order mark.
+BLANKS = "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\u200b\u200c\u200d\u2060\ufeff"
+SEPARATORS = ",;\t|"  # of a table's fields
+MAX_QUOTED = 80  # characters of a line in a message
 
 
 @contextmanager
@@ -35,6 +50,16 @@ def write_json(path: Path, content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def escape_undecodable(name: str) -> str:
+    r"""Escape the bytes of a file name that are no UTF-8, which no text file can hold: one byte becomes `\xfc`."""
+    return name if name.isascii() else name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def unescape_undecodable(name: str) -> str:
+    """Return the file name that `escape_undecodable` was given."""
+    return re.sub(r"\\x([89a-f][0-9a-f])", lambda match: chr(0xDC00 + int(match[1], 16)), name)
+
+
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -50,30 +75,120 @@ def read_csv(path: Path) -> pd.DataFrame:
     return pd.read_csv(path, dtype={"file": str}, keep_default_na=False, na_values=[""])
 
 
-def read_text_table(source: Path | IO[bytes], name: str, columns: Collection[str]) -> pd.DataFrame:
-    """Read a user's CSV: every field as unconverted text, one row per line, blank lines included.
+def read_text_table(
+    source: Path | IO[bytes], name: str, columns: Collection[str], optional: Collection[str] = ()
+) -> pd.DataFrame:
+    """Read a user's table: every field as unconverted text without blanks at its ends.
+
+    Fields are separated by `,`, `;`, a tab or `|`, as the header tells. The encoding is UTF-8, UTF-16 with a byte order
+    mark, or else, with a warning, Windows-1252. A file may be compressed by gzip. Lines of blanks are left out.
 
     Args:
-        source: path or stream of the CSV.
+        source: path or stream of the table.
         name: of the table in error messages.
-        columns: that the table must have.
+        columns: that the table must have; one may differ in upper and lower case, and is then renamed to this spelling.
+        optional: further columns that are renamed to this spelling.
+
+    Returns:
+        All columns. Row i is on line i + 2 of the file, unless a field has several lines.
 
     Raises:
-        UserError: the file is not a CSV table in UTF-8, or lacks one of the columns.
+        UserError: the file is not such a table, has a column twice, or lacks one of the columns.
     """
+    data = source.read_bytes() if isinstance(source, Path) else source.read()
+    text = _decode_table(decompress(data, name) if isinstance(source, Path) else data, name)
+    separator, header = _read_header(text, columns)
+    repeated = [column for column, count in Counter(filter(None, header)).items() if count > 1]
+    if repeated:
+        raise UserError(
+            f"{name}: column {repeated[0]!r} occurs {header.count(repeated[0])} times; rename or delete one"
+        )
     try:
-        table = pd.read_csv(source, dtype=str, keep_default_na=False, skip_blank_lines=False, compression=None)
-    except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        table = pd.read_csv(
+            io.StringIO(text, newline=""), sep=separator, dtype=str, keep_default_na=False, skip_blank_lines=False,
+            skipinitialspace=True,
+        )  # fmt: skip
+    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise UserError(f"{name} is not a CSV table: {' '.join(str(error).split())}; save it as CSV in UTF-8") from None
     if not isinstance(table.index, pd.RangeIndex):
         raise UserError(
             f"{name}: the lines have more fields than the header; name every column or delete the trailing commas"
         )
+    if len(header) == len(table.columns):
+        table.columns = pd.Index([own or given for own, given in zip(header, table.columns, strict=True)])
+    table = table.rename(columns=_match_columns(list(table.columns), [*columns, *optional]))
     for column in columns:
         if column not in table:
-            header = ",".join(map(str, table.columns))
-            raise UserError(f"{name}: no column {column!r}; its header is {header} and must have {','.join(columns)}")
-    return table
+            near = difflib.get_close_matches(column, map(str, table.columns), n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise UserError(
+                f"{name}: no column {column!r}{hint}; its header is {','.join(map(str, table.columns))} and must have "
+                f"{','.join(columns)}"
+            )
+    table = pd.DataFrame({column: values.fillna("").str.strip(BLANKS) for column, values in table.items()})
+    return table[(table != "").any(axis="columns")]
+
+
+def decompress(data: bytes, name: str) -> bytes:
+    """Return the content of a file that may be compressed by gzip.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    if not data.startswith(b"\x1f\x8b"):
+        return data
+    try:
+        return gzip.decompress(data)
+    except (EOFError, OSError, zlib.error) as error:
+        raise UserError(f"{name} is damaged ({first_line(error)}); download or copy it again") from None
+
+
+def _decode_table(data: bytes, name: str) -> str:
+    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        problem = f"{name} line {line}: not encoded in UTF-8"
+        try:
+            text = data.decode("cp1252") if encoding == "utf-8-sig" else "\0"
+        except UnicodeDecodeError:
+            text = "\0"
+        if "\0" not in text:
+            shown = text.splitlines()[line - 1].strip()[:MAX_QUOTED]
+            log.warning("%s; read as Windows-1252: %r; if that is wrong, save it as CSV in UTF-8", problem, shown)
+    else:
+        problem = f"{name} has characters of value 0"
+    if "\0" in text:
+        raise UserError(f"{problem}, so it is not a CSV table; save it as CSV in UTF-8")
+    return text
+
+
+def _read_header(text: str, columns: Collection[str]) -> tuple[str, list[str]]:
+    """Return the separator that gives most of the columns, then most fields, and the header without blanks at ends."""
+    wanted = set(map(str.casefold, columns))
+
+    def split(separator: str) -> list[str]:
+        try:
+            fields = next(csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True), [])
+        except csv.Error:
+            return []
+        return [field.strip(BLANKS) for field in fields]
+
+    headers = {separator: split(separator) for separator in SEPARATORS}
+    best = max(
+        SEPARATORS, key=lambda key: (len(wanted & set(map(str.casefold, headers[key]))), len(headers[key]))
+    )  # the first of equal ones
+    return best, headers[best]
+
+
+def _match_columns(header: list[str], wanted: Collection[str]) -> dict[str, str]:
+    """Return the names of columns that equal exactly one wanted one but for upper and lower case."""
+    by_case: dict[str, list[str]] = {}
+    for name in header:
+        by_case.setdefault(name.casefold(), []).append(name)
+    spellings = {column: by_case.get(column.casefold(), []) for column in wanted if column not in header}
+    return {found[0]: column for column, found in spellings.items() if len(found) == 1}
 
 
 DAMAGE = (

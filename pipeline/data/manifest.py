@@ -10,7 +10,8 @@ from pipeline.core.errors import UserError
 
 def read_manifest(data: Path) -> pd.DataFrame:
     """Read `manifest.csv` from the folder `data`; unknown texts are empty, and test images have no label."""
-    text = dict.fromkeys(["file", "set", "patient", "source", "view", "sex", "license", "xxh128", "phash"], "str")
+    metadata = ["patient", "source", "view", "sex", "license", "manufacturer", "modality"]
+    text = dict.fromkeys(["file", "set", *metadata, "xxh128", "phash"], "str")
     numeric = {**dict.fromkeys(["width", "height", "bytes"], "int64"), "age": "float64", "jpeg_quantization": "float64"}
     types, missing = {**text, **numeric, "label": "Int64"}, {"age": [""], "label": [""]}
     return pd.read_csv(data / "manifest.csv", dtype=types, keep_default_na=False, na_values=missing)

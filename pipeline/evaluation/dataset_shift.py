@@ -14,7 +14,9 @@ from scipy.spatial.distance import cdist
 from pipeline.evaluation.metrics import has_single_class
 
 RESAMPLES = 499  # with them, p is a multiple of 0.002
-MAX_CLASS_IMAGES = 500  # labeled images of a class that are compared; the time grows with their square
+# Images that are compared; time and memory grow with their square.
+MAX_CLASS_IMAGES = 500  # labeled images of a class
+MAX_NEW_IMAGES = 2000
 MIN_CLASS_GROUPS = 5  # labeled groups per class; with fewer, resampling them says little
 FOLD_COUNT = 5
 SIGNIFICANCE_LEVEL = 0.05
@@ -152,7 +154,7 @@ def shift_table(
     groups: Mapping[str, np.ndarray],
     new_groups: np.ndarray | None,
 ) -> pd.DataFrame:
-    """Test every set of features; see `fit_mixture` and `discrimination`.
+    """Test every set of features, on `MAX_NEW_IMAGES` of the new images; see `fit_mixture` and `discrimination`.
 
     Args:
         feature_sets: (N, D) of the labeled and (M, D) of the new images, by name; `score` for the model's.
@@ -165,11 +167,15 @@ def shift_table(
         `prevalence`, `auroc`, `distance`, `p`, `adjusted_p` (for the number of tests, Holm 1979) and `reason`.
     """
     rows = []
-    for name, (features, new_features) in feature_sets.items():
-        fit = fit_mixture(features, labels[name], groups[name], new_features, new_groups)
+    count = max(len(all_new) for _, all_new in feature_sets.values())
+    chosen = np.sort(_choose_rows(np.arange(count) if new_groups is None else new_groups, MAX_NEW_IMAGES))
+    groups_of_new = None if new_groups is None else new_groups[chosen]
+    for name, (features, all_new) in feature_sets.items():
+        new_features = all_new[chosen] if len(all_new) else all_new
+        fit = fit_mixture(features, labels[name], groups[name], new_features, groups_of_new)
         auroc = np.nan
         if not fit.reason:
-            auroc = discrimination(features, labels[name], groups[name], new_features, new_groups, fit.prevalence)
+            auroc = discrimination(features, labels[name], groups[name], new_features, groups_of_new, fit.prevalence)
         positive, negative = (len(np.unique(groups[name][labels[name] == label])) for label in (1, 0))
         rows.append({
             "features": name, "labeled_images": len(features), "positive_groups": positive,
@@ -245,17 +251,19 @@ def _share_of_units(prevalence: float, mean_size: Mapping[int, float]) -> float:
 
 
 def _limit_rows(labels: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """Choose whole groups at random until a class has `MAX_CLASS_IMAGES` images; return their rows."""
+    """Choose the rows of at most `MAX_CLASS_IMAGES` images of each class."""
     rng = np.random.default_rng(0)
-    chosen = []
-    for label in (0, 1):
-        rows = np.flatnonzero(labels == label)
-        if len(rows) > MAX_CLASS_IMAGES:
-            _, index = np.unique(groups[rows], return_inverse=True)
-            rank = rng.permutation(index.max() + 1)[index]
-            rows = rows[np.argsort(rank, kind="stable")[:MAX_CLASS_IMAGES]]
-        chosen.append(rows)
-    return np.sort(np.concatenate(chosen))
+    by_class = [np.flatnonzero(labels == label) for label in (0, 1)]
+    return np.sort(np.concatenate([rows[_choose_rows(groups[rows], MAX_CLASS_IMAGES, rng)] for rows in by_class]))
+
+
+def _choose_rows(groups: np.ndarray, limit: int, rng: np.random.Generator | None = None) -> np.ndarray:
+    """Choose whole groups at random until they have `limit` images; return their rows, of all groups if they do not."""
+    if len(groups) <= limit:
+        return np.arange(len(groups))
+    _, index = np.unique(groups, return_inverse=True)
+    rank = (rng or np.random.default_rng(0)).permutation(index.max() + 1)[index]
+    return np.argsort(rank, kind="stable")[:limit]
 
 
 def _untestable_reason(labels: np.ndarray, groups: np.ndarray, new_count: int) -> str:

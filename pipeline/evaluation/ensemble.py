@@ -118,16 +118,15 @@ def predict(predictions: pd.DataFrame, config: EnsembleConfig) -> pd.DataFrame:
 
 
 def describe_output(config: EnsembleConfig, finding: FindingParams) -> str:
-    """Say what the probability is of, at which one the label is 1, and for which share of positives it is calibrated."""
+    """Say what the probability is of, where the label is 1, and for which share of positives it is calibrated."""
     threshold = config.recalibrate(np.array([config.threshold]))[0]
     calibration = (
         "probabilities are not calibrated"
         if config.prevalence is None
         else f"probabilities are calibrated for {config.prevalence:.1%} positives, as in the validation set"
     )
-    return (
-        f"probability of {finding.name}; label 1 ({finding.class_names[1]}) means at least {threshold:.3f}; {calibration}"
-    )
+    label = f"label 1 ({finding.class_names[1]}) means a probability of at least {threshold:.3f}"
+    return f"probability of {finding.name}; {label}; {calibration}"
 
 
 def load_candidate_configs(config: Config) -> dict[str, EnsembleConfig]:

@@ -27,7 +27,8 @@ from pipeline.evaluation.metrics import (
 
 COLUMNS = ["model", "estimate_type", "metric", "value", "low", "high", "method", "reason"]
 RELIABILITY_COLUMNS = [
-    "model", "calibration", "bin", "images", "groups", "positive_images", "probability", "positives", "low", "high",
+    "model", "calibration", "bin", "images", "groups", "positive_groups", "negative_groups", "positive_images",
+    "probability", "positives", "low", "high",
 ]  # fmt: skip
 
 

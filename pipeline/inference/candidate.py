@@ -6,11 +6,13 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor
 
+from pipeline.core.config import FindingParams
 from pipeline.core.errors import UserError
 from pipeline.core.files import read_json, write_json
 from pipeline.evaluation import ensemble
@@ -22,10 +24,12 @@ BATCH_SIZE = 32  # images per forward pass
 
 
 class Candidate:
-    """Classifiers that predict together, as an `EnsembleConfig` combines them."""
+    """Classifiers that predict together the probability of a finding, as an `EnsembleConfig` combines them."""
 
-    def __init__(self, members: Mapping[str, Classifier | FoldEnsemble], config: EnsembleConfig) -> None:
-        self.members, self.config = members, config
+    def __init__(
+        self, members: Mapping[str, Classifier | FoldEnsemble], config: EnsembleConfig, finding: FindingParams
+    ) -> None:
+        self.members, self.config, self.finding = members, config, finding
         architectures = [network.architecture for network in members.values()]
         ((self.packed_size, self.resize),) = {(one.packed_size, one.resize) for one in architectures}
 
@@ -33,7 +37,7 @@ class Candidate:
         """Classify gray images (N, packed_size, packed_size), uint8.
 
         Returns:
-            A row per image: `score`, `probability` of COVID-19 and `label`, 0 or 1, of all members combined; see
+            A row per image: `score`, `probability` of the finding and `label`, 0 or 1, of all members combined; see
             `ensemble.predict`.
         """
         device = next(iter(self.members.values())).scale.device
@@ -45,13 +49,19 @@ class Candidate:
         return ensemble.predict(probabilities, self.config)
 
 
-def assemble_candidate(folder: Path, models: Path, config: EnsembleConfig) -> None:
-    """Write a folder for `load_candidate`, from the folder `models` with a folder per member."""
+def assemble_candidate(
+    folder: Path, models: Path, config: EnsembleConfig, finding: FindingParams | None = None
+) -> None:
+    """Write a folder for `load_candidate`, from the folder `models` with a folder per member.
+
+    Of the finding, only what is not the default is written: so the hash of a model of an earlier release stays.
+    """
     for name in config.members:
         (folder / name).mkdir(parents=True)
         for file in (WEIGHTS_FILE, DESCRIPTION_FILE):
             shutil.copyfile(models / name / file, folder / name / file)
-    write_json(folder / "candidate.json", asdict(config))
+    words = finding.model_dump(exclude_defaults=True, exclude={"model_name"}) if finding else {}
+    write_json(folder / "candidate.json", asdict(config) | ({"finding": words} if words else {}))
 
 
 def content_hash(folder: Path) -> str:
@@ -68,6 +78,11 @@ def is_of_earlier_release(fields: Mapping[str, object]) -> bool:
     return "thresholds" in fields
 
 
+def read_finding(fields: Mapping[str, Any]) -> FindingParams:
+    """Return what the labels mean from a candidate.json; one of an earlier release does not say it: the default."""
+    return FindingParams(**fields.get("finding", {}))
+
+
 def load_candidate(folder: Path, device: torch.device) -> Candidate:
     """Load a candidate for prediction; no code in its files is executed.
 
@@ -78,8 +93,9 @@ def load_candidate(folder: Path, device: torch.device) -> Candidate:
         fields = read_json(folder / "candidate.json")
         if is_of_earlier_release(fields):
             raise UserError(f"{folder / 'candidate.json'}: written by an earlier release; train again with: dvc repro")
-        config = EnsembleConfig(**fields)
+        finding = read_finding(fields)
+        config = EnsembleConfig(**{key: value for key, value in fields.items() if key != "finding"})
         members = {name: classifier.load_classifier(folder / name, device) for name in config.members}
     except FileNotFoundError as error:
         raise UserError(f"{error.filename}: not found; this is not a complete model of this pipeline") from None
-    return Candidate(members, config)
+    return Candidate(members, config, finding)

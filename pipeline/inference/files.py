@@ -1,67 +1,115 @@
 """Classifies image files with a candidate; each file is decoded once."""
 
 import glob
-from collections.abc import Iterable
-from itertools import islice
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from joblib import Parallel, delayed
+from joblib import cpu_count
 
 from pipeline.core.config import Resize
 from pipeline.core.errors import UserError
+from pipeline.core.files import escape_undecodable
 from pipeline.core.progress import track_progress
 from pipeline.data import images
+from pipeline.data.checks import UnusableError
 from pipeline.inference.candidate import BATCH_SIZE, Candidate
 
 
-def expand_paths(names: Iterable[str]) -> list[Path]:
-    """Expand files, folders (recursively) and patterns such as `x/*.png` to a list of files without duplicates.
+class ImageFiles:
+    """Files, folders (recursively) and patterns such as `x/*.png`, expanded each time that they are iterated over.
 
-    Raises:
-        UserError: a name matches no file.
+    Of a single folder, only the names in one folder at a time are in memory, so it may hold millions of files.
     """
-    files: dict[Path, None] = {}  # an ordered set
-    for name in names:
-        path = Path(name)
-        pattern = glob.escape(name) if path.exists() else name
-        matches = glob.glob(pattern, recursive=True)  # noqa: PTH207  # Path.glob takes no absolute pattern
-        candidates = sorted(path.rglob("*") if path.is_dir() else map(Path, matches))
-        visible = [file for file in candidates if file.is_file() and not file.name.startswith(".")]
-        if not visible:
-            raise UserError(f"{name}: no files found; give radiographs, folders or patterns")
-        files |= dict.fromkeys(visible)
-    return list(files)
+
+    def __init__(self, names: Sequence[str], excluded: Path | None = None) -> None:
+        """Check the names; `excluded` is a file in one of the folders that is none of the images.
+
+        Raises:
+            UserError: a name matches no file.
+        """
+        self.names, self.excluded = names, excluded
+        for name in names:
+            if next(_expand(name), None) is None:
+                raise UserError(f"{escape_undecodable(name)}: no files found; give radiographs, folders or patterns")
+
+    def __iter__(self) -> Iterator[Path]:
+        """Yield every file once, those of a folder in the order of their paths."""
+        files: Iterator[Path] = chain.from_iterable(map(_expand, self.names))
+        if len(self.names) > 1 or not Path(self.names[0]).is_dir():  # names and patterns may overlap
+            files = iter(dict.fromkeys(files))
+        return (file for file in files if not self._is_excluded(file))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def _is_excluded(self, file: Path) -> bool:
+        return self.excluded is not None and file.name == self.excluded.name and file.samefile(self.excluded)
 
 
-def predict_files(candidate: Candidate, paths: list[Path]) -> pd.DataFrame:
-    """Classify image files.
+def _expand(name: str) -> Iterator[Path]:
+    path = Path(name)
+    if path.is_dir():
+        yield from _walk(path)
+    elif path.exists():
+        yield path
+    else:
+        matches = map(Path, glob.iglob(name, recursive=True))  # noqa: PTH207  # Path.glob takes no absolute pattern
+        yield from sorted(file for file in matches if file.is_file() and not file.name.startswith("."))
 
-    Returns:
-        A row per file: `file`, `probability` and `label` as of `Candidate.predict`, and `reason`: empty, or why a file
-        is not a usable radiograph, whose probability and label are missing.
+
+def _walk(folder: Path) -> Iterator[Path]:
+    with os.scandir(folder) as entries:
+        children = sorted(entries, key=lambda entry: entry.name)
+    for child in children:
+        if child.is_dir(follow_symlinks=False):
+            yield from _walk(Path(child.path))
+        elif child.is_file() and not child.name.startswith("."):
+            yield Path(child.path)
+
+
+def predict_files(candidate: Candidate, paths: ImageFiles) -> Iterator[pd.DataFrame]:
+    """Classify image files; memory does not grow with their number.
+
+    Yields:
+        Tables with a row per file: `file`, `probability` and `label` as of `Candidate.predict`, and `reason`: empty, or
+        why a file is not a usable radiograph, whose probability and label are missing. Bytes of a file name that are no
+        UTF-8 are escaped.
     """
-    decoded = Parallel(n_jobs=-1, prefer="threads", return_as="generator")(
-        delayed(_decode)(path, candidate.packed_size, candidate.resize) for path in paths
-    )
-    results, rows = track_progress(decoded, "predicting", len(paths)), []
-    while batch := list(islice(results, BATCH_SIZE)):
-        usable = [pixels for pixels in batch if isinstance(pixels, np.ndarray)]
-        predictions = iter(candidate.predict(torch.from_numpy(np.stack(usable))).to_dict("records") if usable else [])
-        rows += [
-            {**next(predictions), "reason": ""} if isinstance(pixels, np.ndarray) else {"reason": pixels}
-            for pixels in batch
-        ]
-    table = pd.DataFrame(rows, columns=["probability", "label", "reason"])
-    table.insert(0, "file", [str(path) for path in paths])
-    return table.astype({"label": "Int64"})
+    with ThreadPoolExecutor(cpu_count()) as pool:
+        remaining = track_progress(paths, "predicting", len(paths))
+        waiting = deque[tuple[list[Path], Iterator[np.ndarray | str]]]()
+        while (batch := list(islice(remaining, BATCH_SIZE))) or waiting:
+            if batch:
+                decoded = [pool.submit(_decode, path, candidate.packed_size, candidate.resize) for path in batch]
+                waiting.append((batch, (future.result() for future in decoded)))
+            # Decode ahead of the network, but not the whole folder.
+            if not batch or len(waiting) > 1 + cpu_count() // BATCH_SIZE:
+                yield _predict_batch(candidate, *waiting.popleft())
+
+
+def _predict_batch(candidate: Candidate, paths: list[Path], decoded: Iterator[np.ndarray | str]) -> pd.DataFrame:
+    table = pd.DataFrame({"file": [escape_undecodable(str(path)) for path in paths]})
+    results = list(decoded)
+    is_usable = np.array([isinstance(result, np.ndarray) for result in results])
+    table["reason"] = ["" if isinstance(result, np.ndarray) else result for result in results]
+    predicted = pd.DataFrame({"probability": pd.Series(dtype=float), "label": pd.Series(dtype="Int64")})
+    if is_usable.any():
+        pixels = np.stack([result for result in results if isinstance(result, np.ndarray)])
+        predicted = candidate.predict(torch.from_numpy(pixels))[["probability", "label"]]
+        predicted.index = table.index[is_usable]
+    return table.join(predicted).astype({"label": "Int64"})[["file", "probability", "label", "reason"]]
 
 
 def _decode(path: Path, size: int, resize: Resize) -> np.ndarray | str:
     """Return the pixels, or why the file is not usable."""
     try:
         return images.decode_radiograph(path.read_bytes(), size, resize)[0]
-    except (images.UnusableError, OSError) as reason:
+    except (UnusableError, OSError) as reason:
         return str(reason)

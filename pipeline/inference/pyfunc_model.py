@@ -18,7 +18,7 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from pipeline.core.config import Resize
-from pipeline.data import images
+from pipeline.data import checks, images
 from pipeline.inference import candidate
 
 
@@ -45,9 +45,9 @@ class ServedModel(PythonModel):
             params: unused.
 
         Returns:
-            A row per image: `probability` of COVID-19; `label` (0 or 1) at the operating point; `prevalence`, the share
-            of positives for which the probability is calibrated, or None if it is not; and `version`, the registered
-            version, or empty if the model was not loaded from the registry.
+            A row per image: `probability` of the finding, which the model's metadata name; `label` (0 or 1) at the
+            operating point; `prevalence`, the share of positives for which the probability is calibrated, or None if it
+            is not; and `version`, the registered version, or empty if the model was not loaded from the registry.
 
         Raises:
             MlflowException: an image is not usable; a server answers with HTTP 400.
@@ -63,7 +63,7 @@ def _decode(image: Any, size: int, resize: Resize) -> np.ndarray:
         if isinstance(image, np.ndarray | list):
             return images.resize_to_square(np.asarray(image), size, resize)
         return images.decode_radiograph(image if isinstance(image, bytes) else _read_bytes(image), size, resize)[0]
-    except (images.UnusableError, OSError, TypeError, ValueError) as reason:
+    except (checks.UnusableError, OSError, TypeError, ValueError) as reason:
         raise MlflowException(f"not a usable radiograph: {reason}", INVALID_PARAMETER_VALUE) from None
 
 
@@ -73,7 +73,7 @@ def _read_bytes(path_or_base64: str) -> bytes:
     try:
         return base64.b64decode("".join(path_or_base64.split()), validate=True)
     except (ValueError, AttributeError):
-        raise images.UnusableError("neither base64 nor the path of a file") from None
+        raise checks.UnusableError("neither base64 nor the path of a file") from None
 
 
 set_model(ServedModel())

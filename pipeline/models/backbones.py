@@ -83,7 +83,7 @@ def feature_count(network: nn.Module, size: int) -> int:
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = first_line(error)
         raise UserError(
-            f"train.size = {size}: the backbone does not accept images of that size ({reason}); change train.size"
+            f"train.image_size = {size}: the backbone does not accept images of that size ({reason}); change it"
         ) from None
 
 

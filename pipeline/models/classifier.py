@@ -19,7 +19,7 @@ from pipeline.models import backbones
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 WEIGHTS_FILE, DESCRIPTION_FILE = "model.safetensors", "model.json"  # in the folder of a saved model
-POSITIVE_CLASS = 1  # index of the COVID-19 class in the logits
+POSITIVE_CLASS = 1  # index in the logits
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,13 @@
 
 import re
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.core.errors import UserError, first_line
 from pipeline.core.files import atomic_path, check_zip, detect_damage, write_json
@@ -37,8 +38,7 @@ def write_pretrained_weights(backbone: str, source: str, folder: Path) -> None:
             origin |= {"file": file.name, "sha256": weights_source.verified_sha256(file)}
             state = _load_state(file)
         if weights_source.is_packaged(backbone, source):
-            # The package's names are older than timm's; the order is the same, with the classifier at the end.
-            state = dict(zip(expected, state.values(), strict=False))
+            state = _rename_packaged(state, expected)
         # DenseNet's files use older names than torchvision's modules; torchvision renames them in the same way.
         state = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.(?=[12]\.)", r"\1", name): state[name] for name in state}
         for name, tensor in expected.items():
@@ -49,6 +49,19 @@ def write_pretrained_weights(backbone: str, source: str, folder: Path) -> None:
         with atomic_path(folder / "backbone.safetensors") as temporary:
             temporary.write_bytes(save({name: state[name].contiguous() for name in expected}))
     write_json(folder / "origin.json", origin)
+
+
+def load_packaged_backbone() -> nn.Module:
+    """Build EfficientNet-Lite0 with the ImageNet weights that come in a package, for use without a workspace."""
+    network = backbones.build_backbone(weights_source.PACKAGED_BACKBONE)
+    state = _load_state(weights_source.find_file(weights_source.PACKAGED_BACKBONE, "imagenet", Path()))
+    network.load_state_dict(_rename_packaged(state, network.state_dict()))
+    return network.eval()
+
+
+def _rename_packaged(state: dict[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
+    # The package's names are older than timm's; the order is the same, with the classifier at the end.
+    return dict(zip(expected, state.values(), strict=False))
 
 
 def _load_state(file: Path) -> dict[str, Tensor]:

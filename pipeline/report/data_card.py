@@ -10,12 +10,14 @@ import pandas as pd
 
 from pipeline.core.files import atomic_path, write_json
 from pipeline.core.markdown import markdown_table
+from pipeline.data.views import excluded_views
 from pipeline.evaluation.metrics import score_predictions
 
 MAX_LISTED = 20  # rows of a table or list of `card_sections`; card.json is complete
 UNKNOWN = "not known"
+UNUSUAL_IMAGES = "Most unusual images"  # title of a section
 COLUMNS = ["negative", "positive", "test"]
-COLUMN_LABELS = ["negative", "positive", "unlabeled (test)"]
+DEVICE_COLUMNS = ["manufacturer", "modality"]  # of DICOM files; readers see them only where they are known
 PATIENTS_OF = {column: f"{column}_patients" for column in COLUMNS}
 
 
@@ -31,38 +33,51 @@ class CardSection:
 
 
 def describe_data(
-    manifest: pd.DataFrame, quarantine: pd.DataFrame, split: pd.DataFrame, duplicate_groups: np.ndarray
+    manifest: pd.DataFrame,
+    quarantine: pd.DataFrame,
+    split: pd.DataFrame,
+    duplicate_groups: np.ndarray,
+    class_names: Sequence[str] = ("negative", "positive"),
+    outliers: pd.DataFrame | None = None,
 ) -> dict[str, Any]:
     """Count images and find duplicates and leaks.
 
     Args:
         manifest: N rows.
-        quarantine: one row per image that `prepare` rejected.
+        quarantine: one row per image that `prepare` rejected or left out.
         split: N rows, from `splitting.split_dataset`.
         duplicate_groups: (N,), from `duplicates.find_duplicates`.
+        class_names: what readers are shown for negative and positive.
+        outliers: N rows, the most unusual image first, from `outliers.write_outliers`; None if they were not ranked.
 
     Returns:
-        Counts of negative, positive (both labeled) and test images, and of their known patients; the `age` in years by
-        class; `duplicates`, an entry per radiograph with several copies; patients in both train and test; and the
-        metrics of a baseline that predicts from the source only, with `majority_accuracy`, that of predicting the class
-        more common in training.
+        The `class_names`; counts of negative, positive (both labeled) and test images, and of their known patients; the
+        `age` in years by class; the number of labeled images whose patient is not known; `excluded_views`, how many
+        images `prepare.views` left out by view; the most unusual images; `duplicates`, an entry per radiograph with
+        several copies; patients in both train and test; and the metrics of a baseline that predicts from the source
+        only, with `majority_accuracy`, that of predicting the class more common in training.
     """
     label = manifest["label"].map({0: "negative", 1: "positive"}).fillna("test")
     size = manifest["width"].astype(str) + "×" + manifest["height"].astype(str)
     keys = {
         "subset": split["subset"],
-        **{name: manifest[name] for name in ("source", "view", "sex", "license")},
+        **{name: manifest[name] for name in ("source", "view", "sex", "license", *DEVICE_COLUMNS)},
         "size": size,
     }
     train_patients, test_patients = (
         set(manifest.loc[manifest["set"] == name, "patient"]) - {""} for name in ("train", "test")
     )
+    without_patient = manifest["file"][(manifest["set"] == "train") & (manifest["patient"] == "")]
     return {
+        "class_names": list(class_names),
         "images": len(manifest),
         "patients": len(train_patients | test_patients),
         "groups": split["group"].nunique(),
         **{name: _count_images(key.replace("", UNKNOWN), label, manifest["patient"]) for name, key in keys.items()},
         "age": _describe_age(manifest["age"], label),
+        "labeled_without_patient": {"images": len(without_patient), "first": next(iter(without_patient), None)},
+        "excluded_views": excluded_views(quarantine["reason"].astype("str")).value_counts().sort_index().to_dict(),
+        "outliers": None if outliers is None else _describe_outliers(outliers),
         "quarantine": quarantine["reason"].value_counts().sort_index().to_dict(),
         "source_only_baseline": _score_source_only(manifest, split["subset"]),
         "duplicates": _describe_duplicates(manifest, duplicate_groups),
@@ -75,6 +90,13 @@ def data_warnings(card: Mapping[str, Any]) -> list[str]:
     conflicting, leaking = _conflicting_labels(card["duplicates"]), _in_train_and_test(card["duplicates"])
     patients = card["patients_in_train_and_test"]
     lines = []
+    without_patient = card["labeled_without_patient"]
+    if without_patient["images"]:
+        count = f"{without_patient['images']} labeled images" if card["patients"] else "all labeled images"
+        lines.append(
+            f"the patient of {count} is not known, the first is {without_patient['first']}; images of one patient may "
+            "be in both training and validation set"
+        )
     if conflicting:
         example = _join_files(conflicting[0])
         lines.append(f"{len(conflicting)} radiograph(s) have copies with different labels, the first is {example}")
@@ -97,16 +119,22 @@ def card_sections(card: Mapping[str, Any]) -> list[CardSection]:
     """Return the sections of the card for readers; the first one counts the images by subset."""
     duplicates = card["duplicates"]
     identical = sum(duplicate["identical_pixels"] for duplicate in duplicates)
+    labels = [*card["class_names"], "unlabeled (test)"]
     counts = f"{card['images']} images, {card['patients'] or 'no'} known patients, {card['groups']} groups"
+    text = f"{counts}. Training and validation set never share a group."
     return [
-        _counts_section("subset", card["subset"], f"{counts}. Training and validation set never share a group."),
-        *(_counts_section(name, card[name]) for name in ("source", "view", "sex")),
-        _age_section(card["age"]),
-        *(_counts_section(name, card[name]) for name in ("size", "license")),
+        _counts_section("subset", labels, card["subset"], text),
+        _counts_section("source", labels, card["source"]),
+        _counts_section("view", labels, card["view"], _describe_excluded_views(card["excluded_views"])),
+        _counts_section("sex", labels, card["sex"]),
+        _age_section(labels, card["age"]),
+        *(_counts_section(name, labels, card[name]) for name in ("size", "license")),
+        *(_counts_section(name, labels, card[name]) for name in DEVICE_COLUMNS if set(card[name]) != {UNKNOWN}),
         CardSection("Source-only baseline", _describe_source_only(card["source_only_baseline"])),
         CardSection(
             "Duplicates", f"Radiographs with several copies: {len(duplicates)}; with identical pixels: {identical}."
         ),
+        *([_outliers_section(card["outliers"])] if card["outliers"] else []),
         *_list_sections(
             {
                 "Duplicates with different labels": [_join_files(one) for one in _conflicting_labels(duplicates)],
@@ -139,6 +167,15 @@ def _describe_age(age: pd.Series, label: pd.Series) -> dict[str, dict[str, float
     ages.columns = pd.Index(["images", "median", "lowest", "highest"])
     known = ages[ages["images"] > 0]
     return {str(name): {str(key): float(value) for key, value in row.items()} for name, row in known.iterrows()}
+
+
+def _describe_outliers(outliers: pd.DataFrame) -> dict[str, Any]:
+    first = outliers.head(MAX_LISTED)
+    return {
+        "files": list(first["file"]),
+        "distances": [float(f"{distance:.4g}") for distance in first["distance"]],
+        "median_distance": float(f"{outliers['distance'].median():.4g}"),
+    }
 
 
 def _score_source_only(manifest: pd.DataFrame, subset: pd.Series) -> dict[str, float] | None:
@@ -213,10 +250,12 @@ def _describe_source_only(baseline: Mapping[str, float] | None) -> str:
     )
 
 
-def _counts_section(name: str, counts: Mapping[str, Mapping[str, int]], text: str = "") -> CardSection:
+def _counts_section(
+    name: str, labels: Sequence[str], counts: Mapping[str, Mapping[str, int]], text: str = ""
+) -> CardSection:
     rows = [[key, *(_format_count(row, column) for column in COLUMNS)] for key, row in counts.items()]
-    text = text or _truncation_note(rows)
-    return CardSection(f"Images by {name}", text, [name, *COLUMN_LABELS], rows[:MAX_LISTED])
+    text = " ".join(filter(None, [text, _truncation_note(rows)]))
+    return CardSection(f"Images by {name}", text, [name, *labels], rows[:MAX_LISTED])
 
 
 def _format_count(row: Mapping[str, int], column: str) -> str:
@@ -225,11 +264,31 @@ def _format_count(row: Mapping[str, int], column: str) -> str:
     return f"{row[column]} ({patients} patient{'' if patients == 1 else 's'})" if patients else str(row[column])
 
 
-def _age_section(age: Mapping[str, Mapping[str, float]]) -> CardSection:
-    names = dict(zip(COLUMNS, COLUMN_LABELS, strict=True))
+def _age_section(labels: Sequence[str], age: Mapping[str, Mapping[str, float]]) -> CardSection:
+    names = dict(zip(COLUMNS, labels, strict=True))
     rows = [[names[key], *(f"{value:g}" for value in row.values())] for key, row in age.items()]
     header = ["class", "images of known age", "median", "lowest", "highest"]
     return CardSection("Age in years", "" if rows else "Not known.", header, rows)
+
+
+def _describe_excluded_views(views: Mapping[str, int]) -> str:
+    if not views:
+        return ""
+    listed = ", ".join(f"{count} × {view}" for view, count in views.items())
+    return f"Before prepare.views left out {sum(views.values())} images, there were also: {listed}."
+
+
+def _outliers_section(outliers: Mapping[str, Any]) -> CardSection:
+    files, distances = outliers["files"], outliers["distances"]
+    text = (
+        "The images that are least like the others, by the features of a network trained on photographs. Look at them "
+        "in data/contact_sheet.jpg: CT slices, lateral views or rotated images, if there are any, tend to be among "
+        "them. Unusual is not wrong, and no image is left out for it; to leave one out, name it in "
+        "prepare.excluded_files in params.yaml. data/outliers.csv lists all images in this order; their median "
+        f"distance is {outliers['median_distance']:g}."
+    )
+    rows = [[file, f"{distance:g}"] for file, distance in zip(files, distances, strict=True)]
+    return CardSection(UNUSUAL_IMAGES, text, ["file", "distance"], rows)
 
 
 def _list_sections(lists: Mapping[str, Sequence[str]]) -> list[CardSection]:

@@ -15,6 +15,11 @@ def image_data_uri(pixels: np.ndarray) -> str:
     return _jpeg_data_uri(Image.fromarray(pixels))
 
 
+def jpeg_data_uri(jpeg: bytes) -> str:
+    """Encode the content of a JPEG file."""
+    return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
+
+
 def heatmap_data_uri(pixels: np.ndarray, heatmap: np.ndarray) -> str:
     """Encode a radiograph, uint8 (S, S), with a heatmap of any size, values in [0, 1], blended over it."""
     size = (min(MAX_EDGE, pixels.shape[-1]),) * 2
@@ -29,4 +34,4 @@ def _jpeg_data_uri(image: Image.Image) -> str:
     image.thumbnail((MAX_EDGE, MAX_EDGE))
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=88)
-    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
+    return jpeg_data_uri(stream.getvalue())

@@ -13,6 +13,7 @@ import torch
 
 from pipeline.core.config import Profile
 from pipeline.core.files import atomic_path, md5_of_file, read_csv, read_json
+from pipeline.core.markdown import escape_markdown
 from pipeline.evaluation.metrics import CALIBRATION_METRICS, METRIC_LABELS, has_single_class
 from pipeline.models import classifier
 from pipeline.models.classifier import Classifier
@@ -51,7 +52,7 @@ def write_report(folder: Path, results: Results) -> None:
         lstrip_blocks=True,
     )
     formats = (tables.format_percent, tables.format_number, tables.format_interval, tables.format_estimate)
-    for function in (*formats, tables.format_markdown, tables.counts_table):
+    for function in (*formats, tables.format_markdown, tables.counts_table, escape_markdown):
         environment.filters[function.__name__] = function
     context = _template_context(results) | {"style": environment.get_template("style.css").render()}
     for name in ("index.html", "model-card.md"):
@@ -63,6 +64,7 @@ def gradcam_examples(results: Results, networks: Networks) -> list[ExampleImage]
     """Compute mean heatmaps of the members for the most and least confident validation images of the bag."""
     validation, bag = results.validation, results.bag_predictions
     labels, scores = validation["label"].to_numpy(int), bag["score"].to_numpy()
+    class_names = results.config.active.finding.class_names
     examples = gradcam.most_and_least_confident(labels, scores, results.summary["bag"]["threshold"])
     rows = examples["row"].to_numpy()
     members = list(networks)
@@ -70,7 +72,7 @@ def gradcam_examples(results: Results, networks: Networks) -> list[ExampleImage]
     return [
         ExampleImage(
             validation["file"].iloc[row],
-            f"validation{_format_label(labels[row])}; P(positive) {bag['probability'].iloc[row]:.3f}",
+            f"validation{_format_label(labels[row], class_names)}; P(positive) {bag['probability'].iloc[row]:.3f}",
             [image_encoding.image_data_uri(radiograph), image_encoding.heatmap_data_uri(radiograph, heatmap)],
             kind,
         )
@@ -114,14 +116,14 @@ def compute_heatmaps(results: Results, networks: Networks, rows: np.ndarray, mem
 
 def disagreement_examples(results: Results) -> list[ExampleImage]:
     """Return the images on which the votes of the members are closest to a tie."""
-    count = len(results.config.bag_members)
+    count, class_names = len(results.config.bag_members), results.config.active.finding.class_names
     table = read_csv(Path("predictions/disputed.csv"))
     table["margin"] = (2 * table["votes"] - count).abs()
     return [
         ExampleImage(
             row["file"],
-            f"{row['subset']}{_format_label(row['label'])}; {row['votes']} of {count} members predict positive, "
-            f"mean P(positive) {row['mean']:.3f}",
+            f"{row['subset']}{_format_label(row['label'], class_names)}; {row['votes']} of {count} members predict "
+            f"positive, mean P(positive) {row['mean']:.3f}",
             [image_encoding.image_data_uri(_radiograph(results, row["file"]))],
         )
         for _, row in table.sort_values(["margin", "file"]).head(MAX_DISAGREEMENTS).iterrows()
@@ -142,9 +144,12 @@ def _template_context(results: Results) -> dict[str, Any]:
         "best": results.best,
         "bag": bag,
         "params": params,
+        "class_names": params.finding.class_names,
         "parameters": _format_parameters(params),
         "sections": SECTIONS,
         "quarantined_count": len(pd.read_csv("data/quarantine.csv")),
+        "unusual_images": data_card.UNUSUAL_IMAGES,
+        "contact_sheet": image_encoding.jpeg_data_uri(Path("data/contact_sheet.jpg").read_bytes()),
         "card_sections": data_card.card_sections(read_json(Path("data/card.json"))),
         "hashes": {
             "data (MD5 of data/manifest.csv)": md5_of_file(Path("data/manifest.csv")),
@@ -276,7 +281,7 @@ def _bins_in_use(results: Results) -> pd.DataFrame:
 def _format_parameters(params: Profile) -> list[tuple[str, str]]:
     """List the parameters that affect the report; a path as its name only, because its folder differs by machine."""
     rows = []
-    for section in ("download", "weights", "prepare", "split", "train", "evaluate", "bag"):
+    for section in ("finding", "download", "weights", "prepare", "split", "train", "evaluate", "bag"):
         for key, value in getattr(params, section):
             plain = value.name if isinstance(value, Path) else value
             rows.append((f"{section}.{key}", plain if isinstance(plain, str) else json.dumps(plain)))
@@ -289,6 +294,6 @@ def _radiograph(results: Results, file: str) -> np.ndarray:
     return image
 
 
-def _format_label(label: float) -> str:
-    """Return ", positive" or ", negative"; nothing for a test image, whose label is not known."""
-    return "" if np.isnan(label) else ", positive" if label else ", negative"
+def _format_label(label: float, class_names: Sequence[str]) -> str:
+    """Return ", " and the name of the class; nothing for a test image, whose label is not known."""
+    return "" if np.isnan(label) else f", {class_names[int(label)]}"

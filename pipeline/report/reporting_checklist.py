@@ -32,6 +32,7 @@ def fill_checklist(results: Results, border: Estimate) -> list[Item]:
         border: the mean share of the Grad-CAM heatmaps in the border.
     """
     params, counts = results.config.active, results.counts
+    negative, positive = params.finding.class_names
     source, train, split = params.download.source, params.train, params.split
     members, table = len(results.config.bag_members), results.table
     f1 = format_estimate(results.estimate(results.bag, "f1"))
@@ -56,7 +57,7 @@ def fill_checklist(results: Results, border: Estimate) -> list[Item]:
     return [
         Item("1", "1", "title", f"{results.config.model_name}: deep learning classifier of chest radiographs"),
         Item("2", "2", "summary", "the first paragraphs of this card"),
-        Item("3", "3a", "background", "COVID-19 on chest radiographs; the intended use is research and teaching"),
+        Item("3", "3a", "background", f"{params.finding.name} on chest radiographs; for research and teaching"),
         Item("", "3b", "target population and users", "Intended use, above"),
         Item("", "3c", "health inequalities", NO_STUDY),
         Item("4", "4", "aim", "develop and evaluate classifiers with one recipe and several random seeds"),
@@ -65,14 +66,14 @@ def fill_checklist(results: Results, border: Estimate) -> list[Item]:
         Item("7", "5a", "source of the data", f"download.source: {source}"),
         Item("8", "6a, 6b", "setting and eligibility", NOT_IN_DATA),
         Item("", "6c", "treatments", NOT_IN_DATA),
-        Item("9", "7", "preparation of the images", f"gray, {params.prepare.size} pixels, {params.prepare.resize}"),
+        Item("9", "7", "preparation of images", f"gray, {params.prepare.image_size} pixels, {params.prepare.resize}"),
         Item(
             "10", "", "subsets of the data", "all usable images; the others are in data/quarantine.csv with the reason"
         ),
         Item("11", "", "de-identification", NOT_IN_DATA),
         Item("12", "11", "missing data", "a missing patient, source, view, sex or age is counted as not known"),
         Item("13", "", "acquisition of the images", f"{NOT_IN_DATA}; clusters of acquisition are in {PAGE}"),
-        Item("14", "8a", "reference standard", "the label of the archive, negative or COVID-19 positive"),
+        Item("14", "8a", "reference standard", f"the label of the archive, {negative} or {positive}"),
         Item("15", "8a", "why this reference standard", NOT_IN_DATA),
         Item("16", "8b", "who labeled, with which qualification", NOT_IN_DATA),
         Item("17", "8c", "labels of the test set; blinding", "not read by the pipeline; who made them is not known"),
@@ -82,7 +83,7 @@ def fill_checklist(results: Results, border: Estimate) -> list[Item]:
         Item("19", "12a", "partitions", partition),
         Item("20", "12a", "level at which partitions are disjoint", f"patients and duplicates; {patients}"),
         Item("21", "10", "sample size", f"not calculated in advance. {more}"),
-        Item("22", "12b, 12c, 22", "model", f"{train.backbone} at {train.size} pixels; models/ has the weights"),
+        Item("22", "12b, 12c, 22", "model", f"{train.backbone} at {train.image_size} pixels; models/ has the weights"),
         Item("23", "", "software", f"versions in {PAGE}, Versions and runs"),
         Item("24", "", "initial weights", f"weights.source: {params.weights.source}; the head is random"),
         Item("25", "12c", "training", f"{train.epochs} epochs, {train.optimizer}; all parameters in {PAGE}"),

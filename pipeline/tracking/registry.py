@@ -33,8 +33,10 @@ from PIL import Image
 from requests import RequestException
 
 import pipeline
+from pipeline.core.config import FindingParams
 from pipeline.core.errors import UserError, first_line
 from pipeline.core.files import read_json
+from pipeline.core.markdown import escape_markdown
 from pipeline.core.memory import is_out_of_memory
 from pipeline.inference import candidate
 from pipeline.tracking.store import Store, software_version_tag
@@ -48,12 +50,12 @@ ARTIFACT = "candidate"  # name of the candidate's folder among the model's artif
 OLD_CONTENT_HASH_TAG = "identity"  # release 0.1
 OLD_RECORD_FIELDS = {"why": "reason", "over": "overruled_up_to"}  # release 0.1
 REQUIREMENTS = [
-    "mlflow", "numpy", "pandas", "pillow", "pydicom", "safetensors", "scikit-learn", "simplejpeg", "timm", "torch",
-    "torchvision",
+    "imagecodecs", "mlflow", "numpy", "pandas", "pillow", "pydicom", "safetensors", "scikit-learn", "simplejpeg",
+    "timm", "torch", "torchvision",
 ]  # fmt: skip
 MAX_DESCRIPTION = 5000  # characters, the limit of MLflow's database
 CHECKLIST = "\n## "  # begins the last part of the model card, the only one with a heading
-DESCRIPTION = """Classifies chest radiographs as COVID-19 positive or negative. For research and teaching only.
+DESCRIPTION = """Classifies chest radiographs as {positive} or {negative}. For research and teaching only.
 
 The alias `champion` is the version to use, `challenger` the best candidate of the last run. `cxr history` shows all
 champions and why each was promoted (stored in the tags `champion.0001.…`); `cxr rollback` restores the previous one.
@@ -104,7 +106,7 @@ def register_candidate(
             store.client.get_registered_model(name)
         except MlflowException as error:
             _raise_unless_not_found(error)
-            store.client.create_registered_model(name, description=DESCRIPTION)
+            store.client.create_registered_model(name)
         existing = store.client.search_model_versions(f"name = '{name}' AND tags.{CONTENT_HASH_TAG} = '{content_hash}'")
         if existing:
             return existing[0]
@@ -113,9 +115,11 @@ def register_candidate(
         return store.client.create_model_version(name, f"models:/{model_id}", run_id, tags, model_id=model_id)
 
 
-def set_model_description(store: Store, name: str, model_card: str) -> None:
-    """Append the model card, without the reporting checklist, which does not fit, to the registered model."""
-    description = f"{DESCRIPTION}\n{model_card.partition(CHECKLIST)[0]}"[:MAX_DESCRIPTION]
+def set_model_description(store: Store, name: str, finding: FindingParams, model_card: str) -> None:
+    """Describe the registered model by what it classifies and the model card, without the checklist, which is long."""
+    negative, positive = map(escape_markdown, finding.class_names)
+    heading = DESCRIPTION.format(negative=negative, positive=positive)
+    description = f"{heading}\n{model_card.partition(CHECKLIST)[0]}"[:MAX_DESCRIPTION]
     if store.client.get_registered_model(name).description != description:
         store.client.update_registered_model(name, description)
 
@@ -357,6 +361,7 @@ def _log_model(store: Store, run_id: str, folder: Path, example: np.ndarray) -> 
     stream = io.BytesIO()
     Image.fromarray(example).save(stream, "PNG")
     run = store.client.get_run(run_id)
+    finding = candidate.read_finding(read_json(folder / "candidate.json"))
     with mlflow.start_run(run_id=run_id), warnings.catch_warnings():
         # MLflow advises type hints, which cannot express "bytes or path", and warns that integers cannot be missing.
         warnings.simplefilter("ignore", UserWarning)
@@ -367,6 +372,7 @@ def _log_model(store: Store, run_id: str, folder: Path, example: np.ndarray) -> 
             artifacts={ARTIFACT: str(folder)},
             code_paths=[str(Path(pipeline.__file__).parent)],
             signature=SIGNATURE,
+            metadata={"finding": finding.name, "classes": list(finding.class_names)},
             input_example={"image": [base64.b64encode(stream.getvalue()).decode()]},
             pip_requirements=[f"{name}=={metadata.version(name)}" for name in REQUIREMENTS],
         )

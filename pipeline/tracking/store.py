@@ -4,7 +4,6 @@ import logging
 import os
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 
 from filelock import FileLock
 from mlflow import MlflowClient, set_tracking_uri
@@ -13,7 +12,15 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.core.errors import UserError, first_line, redact_credentials
 from pipeline.core.files import atomic_path
-from pipeline.tracking.tracking_uri import SQLITE, check_reachable, tracking_uri, unreachable_error, workspace_root
+from pipeline.tracking.tracking_uri import (
+    SQLITE,
+    check_reachable,
+    sqlite_path,
+    sqlite_uri,
+    tracking_uri,
+    unreachable_error,
+    workspace_root,
+)
 
 # MLflow's UI shows training runs for this kind of experiment, not prompts and traces.
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
@@ -76,7 +83,7 @@ def software_version_tag() -> dict[str, str]:
 
 def _create_sqlite(uri: str) -> None:
     """Create a new sqlite store under a temporary name: creating its tables takes seconds, and may be interrupted."""
-    path = Path(uri.removeprefix(SQLITE))
+    path = sqlite_path(uri)
     if uri.startswith(SQLITE) and not path.exists():
         with atomic_path(path) as temporary:
-            MlflowClient(f"{SQLITE}{temporary}").search_experiments(max_results=1)
+            MlflowClient(sqlite_uri(temporary)).search_experiments(max_results=1)

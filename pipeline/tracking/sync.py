@@ -1,7 +1,6 @@
 """Completes MLflow from DVC's files (`backfill`), and decides which candidate is champion (`promote_best`)."""
 
 import tempfile
-import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Literal, TypedDict
@@ -18,6 +17,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.files import DamagedFileError, md5_of_file, read_csv, read_json, write_csv, write_json
 from pipeline.data import images, layout
 from pipeline.data.manifest import read_split
+from pipeline.data.raw_images import open_raw_images
 from pipeline.evaluation import calibration, ensemble, gate
 from pipeline.evaluation.cross_fitted_predictor import CrossFittedPredictor
 from pipeline.evaluation.intervals import compare_predictions
@@ -92,12 +92,13 @@ def backfill(store: Store, config: Config) -> dict[str, ModelVersion]:
     for name, ensemble_config in configs.items():
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch, registry.ARTIFACT)
-            candidate.assemble_candidate(folder, Path("models"), ensemble_config)
+            candidate.assemble_candidate(folder, Path("models"), ensemble_config, config.active.finding)
             write_csv(folder / registry.LABELED_IMAGES, predictions.labeled_images(name))
             versions[name] = registry.register_candidate(
                 store, config.model_name, run_ids[name], folder, example, {"candidate": name, **tags}
             )
-    registry.set_model_description(store, config.model_name, Path("report/model-card.md").read_text(encoding="utf-8"))
+    card = Path("report/model-card.md").read_text(encoding="utf-8")
+    registry.set_model_description(store, config.model_name, config.active.finding, card)
     return versions
 
 
@@ -210,6 +211,7 @@ class ValidationPredictions:
     def __init__(self, config: Config) -> None:
         predictions, split, params = read_csv(Path("predictions/validation.csv")), config.active.split, config.active
         self._images = read_split(MANIFEST.parent, split.validation_folds).set_index("file")
+        self._download = params.download
         table = self._images.loc[predictions["file"]]
         self.files, self.labels = predictions["file"], predictions["label"].to_numpy()
         self.groups = table["group"].to_numpy()
@@ -251,23 +253,21 @@ class ValidationPredictions:
         """Return a model's labels for rows of the validation set, decoding the images at the size that it needs."""
         members = layout.read_layout(RAW).images.set_index("file").loc[self.files.iloc[rows], "member"]
         labels = []
-        with zipfile.ZipFile(RAW) as archive:
+        with open_raw_images(RAW, self._download) as raw_images:
             for start in range(0, len(members), BATCH_SIZE):
                 try:
-                    contents = [layout.read_member(archive, name) for name in members[start : start + BATCH_SIZE]]
+                    contents = [raw_images.read(name) for name in members[start : start + BATCH_SIZE]]
                 except DamagedFileError as error:
                     raise UserError(f"{RAW}: damaged ({error}); run: dvc repro -f download") from None
                 pixels = [images.decode_radiograph(content, model.packed_size, model.resize)[0] for content in contents]
                 labels.append(model.predict(torch.from_numpy(np.stack(pixels)))["label"])
         return np.concatenate(labels)
 
-    @staticmethod
-    def _checksums(files: pd.Series) -> pd.Series:
-        """Return the CRC-32 and the size of each image's file, which the archive's directory has."""
+    def _checksums(self, files: pd.Series) -> pd.Series:
+        """Return the CRC-32 and the size of each image's file, which the archive's tables have."""
         members = layout.read_layout(RAW).images.set_index("file").loc[files, "member"]
-        with zipfile.ZipFile(RAW) as archive:
-            entries = [archive.getinfo(member) for member in members]
-        return pd.Series([f"{entry.CRC:08x}{entry.file_size:08x}" for entry in entries], dtype=str)
+        with open_raw_images(RAW, self._download) as raw_images:
+            return pd.Series([raw_images.checksum(member) for member in members], dtype=str)
 
 
 def decide(
@@ -313,7 +313,13 @@ def decide(
     except UserError as load_error:
         return {**decision, "promoted": True, "reason": f"{f1}; the champion cannot be loaded: {load_error}"}
     obstacle = f"a person chose version {champion.version} instead; to change that"
-    if int(challenger.version) > overruled_up_to:
+    finding = config.active.finding.name
+    if model.finding.name != finding:
+        obstacle = (
+            f"champion, version {champion.version}, cannot be compared: it predicts {model.finding.name}, not "
+            f"{finding}; to promote all the same"
+        )
+    elif int(challenger.version) > overruled_up_to:
         labels, obstacle = find_champion_labels(config, predictions, versions, champion, known)
     if obstacle:
         return {**decision, "reason": f"{f1}, but {obstacle}: {override}"}

@@ -7,7 +7,7 @@ import urllib.request
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
-from urllib.parse import urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from pipeline.core.errors import UnreachableError, redact_credentials
 
@@ -23,7 +23,24 @@ def workspace_root() -> Path:
 def tracking_uri() -> str:
     """Return `MLFLOW_TRACKING_URI`, by default `mlflow.db` in the root; relative sqlite paths start at the root."""
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}mlflow.db"
-    return f"{SQLITE}{workspace_root() / uri.removeprefix(SQLITE)}" if uri.startswith(SQLITE) else uri
+    if not uri.startswith(SQLITE) or uri.startswith(f"{SQLITE}/"):
+        return uri
+    name, *query = uri.removeprefix(SQLITE).partition("?")
+    return "".join([sqlite_uri(workspace_root() / unquote(name)), *query])
+
+
+def sqlite_uri(path: Path) -> str:
+    """Return the URI of a sqlite file, quoted if a character of its path would mean something in a URI.
+
+    The slashes are quoted too, since MLflow creates the folders that the URI seems to name.
+    """
+    text = str(path)
+    return f"{SQLITE}{quote(text, safe='') if any(character in text for character in '%?#') else text}"
+
+
+def sqlite_path(uri: str) -> Path:
+    """Return the file of a `sqlite:///` URI."""
+    return Path(unquote(uri.removeprefix(SQLITE).partition("?")[0]))
 
 
 def check_reachable() -> None:
@@ -46,7 +63,7 @@ def check_reachable() -> None:
     except (OSError, ValueError, HTTPException) as error:
         if not isinstance(getattr(error, "reason", None), ssl.SSLError):  # MLflow has its own TLS settings
             raise unreachable_error(str(getattr(error, "reason", error))) from None
-    folder = Path(uri.removeprefix(SQLITE)).parent
+    folder = sqlite_path(uri).parent
     if uri.startswith(SQLITE) and not os.access(folder, os.W_OK):
         raise unreachable_error(f"the folder {folder} does not exist or is not writable")
 
@@ -57,3 +74,7 @@ def unreachable_error(reason: str) -> UnreachableError:
         f"MLflow at {redact_credentials(tracking_uri())} cannot be used: {redact_credentials(reason)}; start the "
         "server or correct MLFLOW_TRACKING_URI (unset it to use mlflow.db in the repository's root)"
     )
+
+
+if __name__ == "__main__":  # for the Makefile
+    print(tracking_uri())

@@ -95,7 +95,7 @@ class Trainer:
                 params.backbone,
                 params.head_hidden,
                 params.dropout,
-                params.size,
+                params.image_size,
                 params.normalization,
                 packed_size=pack.size,
                 resize=pack.resize,
@@ -353,7 +353,7 @@ def report_out_of_memory(params: TrainParams) -> Iterator[None]:
         if not memory.is_out_of_memory(error):
             raise
         raise UserError(
-            f"out of memory with train.batch_size = {params.batch_size} at train.size = {params.size}; raise "
-            f"train.gradient_accumulation_steps = {params.gradient_accumulation_steps} (the same batch in smaller "
-            "parts), or lower one of the two"
+            f"out of memory with train.batch_size = {params.batch_size} at train.image_size = {params.image_size}; "
+            f"raise train.gradient_accumulation_steps = {params.gradient_accumulation_steps} (the same batch in "
+            "smaller parts), or lower one of the two"
         ) from error

@@ -7,7 +7,8 @@ To add a source, write a module here with a function `write_source(params, targe
 import importlib
 from pathlib import Path
 
-from pipeline.core.config import DownloadParams
+from pipeline.core.config import DownloadParams, KaggleParams, PhantomParams
+from pipeline.data.sources import remote
 
 
 def fetch_source(params: DownloadParams, target: Path) -> None:
@@ -17,3 +18,13 @@ def fetch_source(params: DownloadParams, target: Path) -> None:
         UserError: see `write_source` of the source's module.
     """
     importlib.import_module(f"pipeline.data.sources.{params.source}").write_source(params, target)
+
+
+def name_data(params: DownloadParams) -> str:
+    """Return what the user calls the data, for error messages: the path or paths, or the name on Kaggle."""
+    if isinstance(params, KaggleParams):
+        return f"Kaggle's {params.competition or params.dataset}"
+    if isinstance(params, PhantomParams):
+        return params.source
+    paths = params.path if isinstance(params.path, list) else [params.path or ""]
+    return ", ".join(remote.redact_url(path) if remote.is_url(path) else path for path in paths)

@@ -1,6 +1,7 @@
 """Writing of the zip in the competition's layout; equal rows and images give equal bytes."""
 
 import hashlib
+import io
 import logging
 import zipfile
 from collections.abc import Collection, Iterable
@@ -9,9 +10,12 @@ from pathlib import Path
 import pandas as pd
 
 from pipeline.core.errors import UserError
-from pipeline.core.files import read_text_table
+from pipeline.core.files import decompress, read_text_table
 from pipeline.core.progress import track_progress
+from pipeline.data.file_names import quote_nearest
+from pipeline.data.image_references import IMAGE_REFERENCES, ImageReference, format_references
 from pipeline.data.layout import METADATA, OPTIONAL_METADATA
+from pipeline.data.sources.source_folder import SourceFolder, map_in_threads
 from pipeline.data.test_labels import TEST_LABELS
 
 log = logging.getLogger(__name__)
@@ -19,7 +23,9 @@ log = logging.getLogger(__name__)
 ZIP_TIMESTAMP = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip can store
 
 
-def write_zip(rows: pd.DataFrame, images: Iterable[bytes | None], target: Path) -> None:
+def write_zip(
+    rows: pd.DataFrame, images: Iterable[bytes | None], target: Path, references: list[ImageReference] | None = None
+) -> None:
     """Write images, labels, sample submission and metadata.
 
     Args:
@@ -28,6 +34,7 @@ def write_zip(rows: pd.DataFrame, images: Iterable[bytes | None], target: Path) 
             `cxr score` alone reads.
         images: content of the image files in the order of the rows; None if the image of a label is missing.
         target: the zip.
+        references: to images that are not in the zip, as `find_references` returns them.
     """
     table, labeled = rows.rename(columns={"file": "File", "label": "Label"}), rows["label"].notna()
     optional = [name for name in OPTIONAL_METADATA if name in rows and rows[name].replace("", pd.NA).notna().any()]
@@ -40,34 +47,65 @@ def write_zip(rows: pd.DataFrame, images: Iterable[bytes | None], target: Path) 
         tables[TEST_LABELS] = table[["File", "test_label"]].dropna().rename(columns={"test_label": "Label"})
     with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
         for name, content in tables.items():
-            archive.writestr(_zip_info(name), content.to_csv(index=False, float_format="%.9g", lineterminator="\n"))
-        for file, is_labeled, image in zip(rows["file"], labeled, images, strict=True):
-            folder = "train/train" if is_labeled else "test/test"
+            archive.writestr(zip_info(name), content.to_csv(index=False, float_format="%.9g", lineterminator="\n"))
+        if references is not None:
+            write_references(archive, references)
+        for member, image in zip(_name_members(rows), images, strict=True):
             if image is not None:
-                archive.writestr(_zip_info(f"{folder}/{file}"), image)
+                archive.writestr(zip_info(member), image)
 
 
-def write_zip_of_files(rows: pd.DataFrame, target: Path) -> None:
-    """Write the zip as `write_zip` does, with the images read from the paths in the column path.
+def find_references(members: Iterable[str], folder: SourceFolder, paths: Collection[str]) -> list[ImageReference]:
+    """Describe the images of a folder that are not copied.
+
+    Args:
+        members: the name that each image would have in the zip.
+        folder: of the images.
+        paths: of the images, relative to the folder.
+    """
+    checksums = track_progress(map_in_threads(folder.read_checksum, paths), "reading", len(paths))
+    return [
+        ImageReference(member, path, *checksum)
+        for member, path, checksum in zip(members, paths, checksums, strict=True)
+    ]
+
+
+def write_references(archive: zipfile.ZipFile, references: list[ImageReference]) -> None:
+    archive.writestr(zip_info(IMAGE_REFERENCES), format_references(references), zipfile.ZIP_DEFLATED)
+
+
+def _name_members(rows: pd.DataFrame) -> pd.Series:
+    return rows["label"].isna().map({False: "train/train/", True: "test/test/"}) + rows["file"]
+
+
+def write_zip_of_files(rows: pd.DataFrame, folder: SourceFolder, target: Path, *, copy_images: bool = True) -> None:
+    """Write the zip as `write_zip` does, with the images that the column path names.
 
     A label whose image is missing is kept; `prepare` lists it in quarantine.csv.
+
+    Args:
+        rows: as for `write_zip`, with the column path: of the image, relative to the folder; empty if it is missing.
+        folder: of the images.
+        target: the zip.
+        copy_images: whether the images are in the zip, or references to the files of the folder.
 
     Raises:
         UserError: a test image is missing, two images have the same name, or the training or test set is empty.
     """
-    exists = rows["path"].map(Path.is_file)
-    missing_test = rows["path"][~exists & rows["label"].isna()]
+    missing = rows["path"] == ""
+    missing_test = rows["file"][missing & rows["label"].isna()]
     if len(missing_test):
+        name = quote_nearest(missing_test.iloc[0], folder.files)
         raise UserError(
-            f"{missing_test.iloc[0]}: not found ({len(missing_test)} missing in total); add it: a submission needs "
-            "every test image"
+            f"{folder.root}: {name} not found ({len(missing_test)} missing in total); add it: a submission needs every "
+            "test image"
         )
-    if not exists.all():
-        first = rows["path"][~exists].iloc[0]
+    if missing.any():
         log.warning(
-            "%s: not found (%s labeled images in total); when it is added, run: dvc repro -f download",
-            first,
-            sum(~exists),
+            "%s: %s not found (%s labeled images in total); when it is added, run: dvc repro -f download",
+            folder.root,
+            quote_nearest(rows["file"][missing].iloc[0], folder.files),
+            sum(missing),
         )
     repeated = rows["file"][rows["file"].duplicated()]
     if len(repeated):
@@ -75,8 +113,12 @@ def write_zip_of_files(rows: pd.DataFrame, target: Path) -> None:
     if rows["label"].isna().all() or rows["label"].notna().all():
         subset = "test" if rows["label"].isna().all() else "training"
         raise UserError(f"all {len(rows)} images are in the {subset} set; add images or patients to the other set")
-    images = (path.read_bytes() if is_file else None for path, is_file in zip(rows["path"], exists, strict=True))
-    write_zip(rows, track_progress(images, "packing", len(rows)), target)
+    if copy_images:
+        images = map_in_threads(lambda path: folder.read_bytes(path) if path else None, rows["path"])
+        write_zip(rows, track_progress(images, "packing", len(rows)), target)
+    else:
+        references = find_references(_name_members(rows)[~missing], folder, rows["path"][~missing])
+        write_zip(rows, [None] * len(rows), target, references)
 
 
 def draw_test_set(patient: pd.Series, file: pd.Series, share: float) -> pd.Series:
@@ -96,33 +138,23 @@ def draw_test_set(patient: pd.Series, file: pd.Series, share: float) -> pd.Serie
     return keys.map(lambda name: int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) < share * 2**32).astype(bool)
 
 
-def source_folder(path: Path | None, content: str) -> Path:
-    """Return `download.path` with ~ expanded; `content` describes the folder in error messages.
-
-    Raises:
-        UserError: it is not set, or not a folder.
-    """
-    if path is None:
-        raise UserError(f"params.yaml: download.path: not set; set it to {content}")
-    path = path.expanduser()
-    if not path.is_dir():
-        raise UserError(f"{path}: no such folder; set download.path in params.yaml to {content}")
-    return path
-
-
-def read_source_table(path: Path, columns: Collection[str]) -> pd.DataFrame:
-    """Read a CSV with the given columns, all fields as text.
+def read_source_table(folder: SourceFolder, file: str, columns: Collection[str]) -> pd.DataFrame:
+    """Read a CSV of the folder with the given columns, all fields as text; it may be compressed by gzip.
 
     Raises:
         UserError: the file is missing, is not a CSV table, or lacks a column.
     """
+    path = f"{folder.root}/{file}"
     try:
-        return read_text_table(path, str(path), columns)
+        content = decompress(folder.read_bytes(file), path)
     except FileNotFoundError:
-        raise UserError(f"{path}: not found; add this table, which describes the images") from None
+        nearest = quote_nearest(file, folder.files)
+        hint = f"; {nearest}" if nearest != repr(file) else ""
+        raise UserError(f"{path}: not found; add this table, which describes the images{hint}") from None
+    return read_text_table(io.BytesIO(content), path, columns)
 
 
-def _zip_info(name: str) -> zipfile.ZipInfo:
+def zip_info(name: str) -> zipfile.ZipInfo:
     info = zipfile.ZipInfo(name, ZIP_TIMESTAMP)
     info.external_attr = 0o644 << 16
     info.create_system = 3  # Unix, so that every operating system writes the same bytes

@@ -1,12 +1,17 @@
 """Source: frontal radiographs of github.com/ieee8023/covid-chestxray-dataset (Cohen et al. 2020, arXiv:2006.11988)."""
 
+import logging
 from pathlib import Path
 
 from pipeline.core.config import CovidChestXrayParams
 from pipeline.data.demographics import read_age, read_sex
+from pipeline.data.file_names import match_files
 from pipeline.data.sources import archive_writer
+from pipeline.data.sources.source_folder import open_source_folder
+from pipeline.data.views import is_view
 
-FRONTAL = ["PA", "AP", "AP Supine", "AP semi erect", "AP erect"]
+log = logging.getLogger(__name__)
+
 UNLABELED = ["", "todo", "unknown"]  # values of the column finding, lower case
 COLUMNS = ["patientid", "finding", "view", "folder", "filename"]
 
@@ -19,10 +24,17 @@ def write_source(params: CovidChestXrayParams, target: Path) -> None:
     Raises:
         UserError: metadata.csv or an image is missing, or a sex or age is invalid.
     """
-    folder = archive_writer.source_folder(params.path, "a checkout of ieee8023/covid-chestxray-dataset")
-    table = archive_writer.read_source_table(folder / "metadata.csv", COLUMNS)
-    frontal = table["view"].str.strip().str.lower().isin([view.lower() for view in FRONTAL])
-    table = table[frontal & ~table["finding"].str.strip().str.lower().isin(UNLABELED)].drop_duplicates("filename")
+    folder = open_source_folder(params.path, "a checkout of ieee8023/covid-chestxray-dataset")
+    table = archive_writer.read_source_table(folder, "metadata.csv", COLUMNS)
+    frontal = is_view(table["view"], ["PA", "AP"])
+    table = table[frontal & ~table["finding"].str.strip().str.lower().isin(UNLABELED)]
+    repeated = table["filename"][table["filename"].duplicated()]
+    if len(repeated):
+        log.warning(
+            "%s/metadata.csv: %s lines repeat an image, the first %s; the first line of each counts",
+            folder.root, len(repeated), repeated.iloc[0],
+        )  # fmt: skip
+    table = table.drop_duplicates("filename")
     positive = table["finding"].str.contains("COVID-19", regex=False).astype("Int64")
     is_test = archive_writer.draw_test_set(table["patientid"], table["filename"], params.test_share)
     optional = table.reindex(columns=["sex", "age", "license"], fill_value="")
@@ -32,9 +44,9 @@ def write_source(params: CovidChestXrayParams, target: Path) -> None:
         test_label=positive.where(is_test),
         patient=table["patientid"],
         source="cohen",
-        sex=read_sex(optional["sex"], str(folder / "metadata.csv")),
-        age=read_age(optional["age"], str(folder / "metadata.csv")),
+        sex=read_sex(optional["sex"], f"{folder.root}/metadata.csv"),
+        age=read_age(optional["age"], f"{folder.root}/metadata.csv"),
         license=optional["license"],
-        path=[folder / parent / file for parent, file in zip(table["folder"], table["filename"], strict=True)],
+        path=match_files(table["folder"] + "/" + table["filename"], folder.files),
     )
-    archive_writer.write_zip_of_files(rows, target)
+    archive_writer.write_zip_of_files(rows, folder, target, copy_images=params.copy_images)

@@ -1,0 +1,37 @@
+"""What the path of an image says: its name in the zip, and by a pattern its patient."""
+
+import re
+
+import pandas as pd
+
+
+def name_images(paths: pd.Series) -> pd.Series:
+    r"""Return names without folders: `./a/1.png` becomes `a_1.png`, and so does `a\1.png`.
+
+    Two paths such as `a/b_1.png` and `a_b/1.png` get the same name, which `archive_writer.write_zip_of_files` refuses.
+
+    Args:
+        paths: relative paths with `/` between folders, (N,).
+    """
+    return paths.str.removeprefix("./").str.replace(r"[/\\]", "_", regex=True).astype("str")
+
+
+def extract(values: pd.Series, pattern: str, name: str, notes: list[str]) -> pd.Series:
+    """Take the group of a regular expression, which may match anywhere in a text, such as the patient in a path.
+
+    Args:
+        values: texts, (N,).
+        pattern: with one group.
+        name: of what is taken, such as "patient in the path".
+        notes: to which the number of texts that have none is added, and the first of them.
+
+    Returns:
+        (N,) with the index of `values`: the group, or an empty text.
+    """
+    found = values.str.extract(re.compile(pattern), expand=False).fillna("").astype("str").str.strip()
+    without = values[(found == "") & (values != "")]
+    if len(without):
+        notes.append(
+            f"download.patterns finds no {name} in {len(without)} of {len(values)}, the first is {without.iloc[0]!r}"
+        )
+    return found

@@ -1,0 +1,156 @@
+"""`cxr data check`: what is understood of data, what is not, and a contact sheet; nothing else is written."""
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from conftest import ROOT, archive_members, encode_jpeg, error_line_of, invoke, output_of, write_zip
+from PIL import Image
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch) -> Path:
+    """A folder with a params.yaml whose images are small."""
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params["profile"] = "local"
+    params["local"]["prepare"]["image_size"] = 64
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def set_download(folder: Path, section: dict) -> None:
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params["local"]["download"] = section
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+
+
+def guessed_section(output: str) -> dict:
+    """Return the section that the command printed."""
+    return yaml.safe_load(output[output.index("download:") :].split("\n\n", maxsplit=1)[0])["download"]
+
+
+def write_images(folder: Path, *names: str) -> None:
+    rng = np.random.default_rng(0)
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(encode_jpeg(rng))
+
+
+def test_an_archive_is_described_and_nothing_but_the_contact_sheet_is_written(folder):
+    members = archive_members(train=24, test=4)
+    members["train/train/a001.jpg"] = b"not an image"
+    members["train/train/a002.jpg"] = b""
+    del members["train/train/a003.jpg"]
+    lines = ["File,patient,source,view,sex,age"]
+    lines += [f"a{index:03}.jpg,p{index // 2},clinic,{'PA' if index % 2 else ''},F,{index + 20}" for index in range(24)]
+    members["metadata.csv"] = "\n".join(lines).encode()
+    write_zip(folder / "own.zip", members)
+    output = output_of("cxr data check own.zip")
+    assert guessed_section(output) == {"source": "archive", "path": "own.zip"}
+    rows = dict(line.split(maxsplit=1) for line in output.splitlines() if line[:1].isalpha() and "  " in line)
+    assert rows["labeled"] == "24 images: 16 negative, 8 positive"
+    assert rows["test"] == "4 images"
+    assert rows["missing"] == "1 labeled images, the first is a003.jpg"
+    assert rows["patients"] == "12 known; 4 images of unknown ones"
+    assert rows["view"] == "not known 16, PA 12"
+    assert rows["age"] == "24 known, 20 to 43 years"
+    assert rows["decoded"] == "25 of 27"
+    assert rows["unusable"].startswith("2: 1 × ")
+    assert "not an image in a known format (first train/train/a001.jpg)" in rows["unusable"]
+    assert "empty file (first train/train/a002.jpg)" in rows["unusable"]
+    assert sorted(path.name for path in folder.iterdir()) == ["contact_sheet.jpg", "own.zip", "params.yaml"]
+    assert Image.open(folder / "contact_sheet.jpg").width > 1000
+
+
+def test_only_some_of_many_images_are_decoded(folder):
+    write_zip(folder / "own.zip", archive_members(train=24, test=4))
+    output = output_of("cxr data check own.zip --images 7 --sheet sheets/seven.jpg")
+    assert "decoded            7 of 7, from all 28" in output
+    assert (folder / "sheets/seven.jpg").is_file()
+
+
+def test_the_path_of_the_profile_is_the_default(folder):
+    write_zip(folder / "own.zip", archive_members(train=6, test=2))
+    set_download(folder, {"source": "archive", "path": "own.zip"})
+    for command in ("cxr data check", "cxr data check own.zip"):
+        output = output_of(command)
+        assert "download:" not in output  # nothing was guessed
+        assert "6 images: 4 negative, 2 positive" in output
+
+
+def test_a_guessed_table_becomes_complete_by_its_labels(folder):
+    names = [f"set/{number}.jpg" for number in range(8)]
+    write_images(folder / "own", *names)
+    lines = ["id;Image Name;Diagnosis;Patient ID;Projection;Gender"]
+    lines += [f"{n + 100};{n}.JPG;{'flu' if n % 2 else 'none'};p{n};PA;F" for n in range(8)]
+    (folder / "own/list.csv").write_text("\n".join(lines))
+    result = invoke("cxr data check own")
+    assert result.exit_code == 2
+    error = "Error: own: list these values of Diagnosis in positive or negative: 'none' (4), 'flu' (4)"
+    assert result.stderr.strip().splitlines()[-1] == error
+    assert "decoded            8 of 8" in result.output
+    section = guessed_section(result.output)
+    columns = {
+        "file": "Image Name",
+        "label": "Diagnosis",
+        "patient": "Patient ID",
+        "view": "Projection",
+        "sex": "Gender",
+    }
+    empty: dict = {"positive": [], "negative": []}
+    assert section == {"source": "table", "path": "own", "labels": "list.csv", "columns": columns} | empty
+    assert guessed_section(invoke("cxr data check own/list.csv").output) == section
+    complete = section | {"positive": ["flu"], "negative": ["none"], "test_share": 0.5}
+    set_download(folder, complete)
+    output = output_of("cxr data check")
+    assert "sex                F 8" in output
+    assert "8 known; 0 images of unknown ones" in output
+
+
+def test_class_folders_and_public_sets_are_recognized(folder):
+    write_images(folder / "own", "a/1.jpg", "a/2.jpg", "b/3.jpg")
+    assert error_line_of("cxr data check own").startswith("Error: own: in no list of classes: 'a' (2 images), 'b' (1")
+    write_images(folder / "nih", "images_001/images/00000001_000.png")
+    (folder / "nih/Data_Entry_2017.csv").write_text("Image Index,Finding Labels\n00000001_000.png,Mass\n")
+    assert error_line_of("cxr data check nih") == (
+        "Error: nih: copy the rest of the section from docs/data/nih-chestxray14.md, which describes this data set"
+    )
+
+
+def test_every_public_set_has_its_page():
+    from pipeline.data.sources.detection import PUBLIC_SETS
+
+    assert [page for page in PUBLIC_SETS if not (ROOT / f"docs/data/{page}.md").is_file()] == []
+
+
+def test_errors_name_the_path_of_the_user(folder):
+    assert error_line_of("cxr data check nowhere") == "Error: nowhere: not found; correct download.path in params.yaml"
+    write_zip(folder / "other.zip", {"a.txt": b"a"})
+    assert error_line_of("cxr data check other.zip").startswith("Error: other.zip: has no train_labels.csv;")
+    (folder / "broken.zip").write_bytes(b"PK")
+    assert error_line_of("cxr data check broken.zip").startswith("Error: broken.zip: ")
+    assert not (folder / "contact_sheet.jpg").exists()
+
+
+@pytest.mark.parametrize("command", ["cxr data check /data/radiographs", "cxr data check /data/radiographs.zip"])
+def test_documented_commands_describe_the_same_data(folder, command):
+    members = archive_members(train=6, test=2)
+    write_zip(folder / "radiographs.zip", members)
+    with zipfile.ZipFile(folder / "radiographs.zip") as archive:
+        archive.extractall(folder / "radiographs")
+    output = output_of(command.replace("/data/", f"{folder}/"))
+    assert "6 images: 4 negative, 2 positive" in output
+    assert "decoded            8 of 8" in output
+
+
+def test_warnings_of_the_tables_are_shown(folder):
+    members = archive_members(train=6, test=2)
+    members["metadata.csv"] = b"File,patient,source,view\na000,p,s,PA\nzzz,p,s,PA\n"
+    write_zip(folder / "own.zip", members)
+    assert (
+        "Warning: metadata.csv: 1 of 2 names are of no image, the first is 'zzz'"
+        in invoke("cxr data check own.zip").stderr
+    )
