@@ -47,7 +47,7 @@ def main(count: int = 192, rounds: int = 5) -> None:
 
 
 def compare(params: TrainParams, folder: Path, count: int, rounds: int) -> dict[str, float]:
-    table = write_folder_and_pack(folder, count + 8, params.size)
+    table = write_folder_and_pack(folder, count + 8, params.image_size)
     pack = PackedImages(folder / "images.npy", torch.device("cpu"))
 
     def ours() -> float:
@@ -60,7 +60,7 @@ def compare(params: TrainParams, folder: Path, count: int, rounds: int) -> dict[
         network = build_classifier(params).train()
         optimizer = build_optimizer(network.parameters(), params)
         start, image_count = time.perf_counter(), 0
-        for images, labels in loader(folder, params.size, params.batch_size, workers):
+        for images, labels in loader(folder, params.image_size, params.batch_size, workers):
             step(network, optimizer, images, labels)
             image_count += len(images)
         return image_count / (time.perf_counter() - start)
@@ -70,7 +70,9 @@ def compare(params: TrainParams, folder: Path, count: int, rounds: int) -> dict[
         memory_format = torch.channels_last if params.channels_last else torch.contiguous_format
         network = build_classifier(params).train().to(memory_format=memory_format)
         optimizer = build_optimizer(network.parameters(), params)
-        images = torch.rand(params.batch_size, 3, params.size, params.size).contiguous(memory_format=memory_format)
+        images = torch.rand(params.batch_size, 3, params.image_size, params.image_size).contiguous(
+            memory_format=memory_format
+        )
         labels = torch.arange(params.batch_size) % 2
         start = time.perf_counter()
         for _ in range(count // params.batch_size):
@@ -89,7 +91,15 @@ def compare(params: TrainParams, folder: Path, count: int, rounds: int) -> dict[
 
 def build_classifier(params: TrainParams) -> Classifier:
     return Classifier(
-        Architecture(params.backbone, params.head_hidden, 0, params.size, params.normalization, params.size, "stretch")
+        Architecture(
+            params.backbone,
+            params.head_hidden,
+            0,
+            params.image_size,
+            params.normalization,
+            params.image_size,
+            "stretch",
+        )
     )
 
 

@@ -14,7 +14,14 @@ def data() -> None:
 
 @stage
 @click.argument("path", required=False)
-@click.option("--images", "limit", default=1000, show_default=True, help="Images to decode, evenly spaced; 0 for all.")
+@click.option(
+    "--images",
+    "limit",
+    default=1000,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Images to decode, evenly spaced; 0 for all.",
+)
 @click.option(
     "--sheet",
     default="contact_sheet.jpg",
@@ -26,7 +33,8 @@ def check(path: str | None, limit: int, sheet: Path) -> None:
     """Show what the pipeline would make of PATH, a folder or an archive; by default of the profile's download.path.
 
     It shows what is understood, what is not, and a contact sheet of the most unusual images. The contact sheet is all
-    that it writes. For a PATH that params.yaml does not name, it guesses the section `download`.
+    that it writes. For a PATH that params.yaml does not name, it guesses what the profile needs, which for a public
+    data set with a page in docs/data is the section of the page.
     """
     import numpy as np
 
@@ -37,9 +45,9 @@ def check(path: str | None, limit: int, sheet: Path) -> None:
 
     config = load_config().active
     params, remark = config.download, ""
-    if path is not None and path != getattr(params, "path", None):
+    if path is not None and path.rstrip("/") != str(getattr(params, "path", None)).rstrip("/"):
         section, remark = detection.guess_section(path)
-        click.echo(f"The section of params.yaml for it:\n\n{detection.format_section(section)}", err=True)
+        click.echo(f"What the profile in params.yaml needs:\n\n{detection.format_section(section)}", err=True)
         params = detection.parse_section(section)
     with data_check.open_data(params, f"{path}: {remark}" if remark else "") as opened:
         for warning in opened.warnings:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import click
 
@@ -11,6 +11,8 @@ from stages.common import print_table, stage
 
 if TYPE_CHECKING:
     import pandas as pd
+
+TABLE_START = b"file,"
 
 
 @stage
@@ -46,10 +48,10 @@ def predict(files: tuple[str, ...], model: str, output: Path | None) -> None:
         click.echo(ensemble.describe_output(loaded.config, loaded.finding), err=True)
         for table in inference_files.predict_files(loaded, paths):
             if csv and output:
-                if not count and output.is_file() and Path("/dev") not in output.parents:  # no pipe, no /dev/stdout
+                if not count and _is_regular(output):
                     csv.truncate(0)
-                table.to_csv(csv, index=False, header=not count, float_format="%.9g", lineterminator="\n")
-                csv.flush()
+                rows = table.to_csv(index=False, header=not count, float_format="%.9g", lineterminator="\n")
+                _write_rows(csv, rows.encode(), can_truncate=_is_regular(output))
             else:
                 tables.append(table)
             count += len(table)
@@ -64,19 +66,45 @@ def predict(files: tuple[str, ...], model: str, output: Path | None) -> None:
 
 
 @contextmanager
-def _open_csv(path: Path | None) -> Iterator[TextIO | None]:
-    """Open a table for appending, which shows whether it can be written and leaves what is in it as it was."""
+def _open_csv(path: Path | None) -> Iterator[BinaryIO | None]:
+    """Open a table for appending, which shows whether it can be written and leaves what is in it as it was.
+
+    Raises:
+        UserError: the file is there and is no table, such as the first image of a pattern that was taken for it.
+    """
+    from pipeline.core.errors import UserError
+
     if path is None:
         yield None
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     is_new = not path.exists()
-    with path.open("a", encoding="utf-8", newline="") as stream:
+    if _is_regular(path):
+        with path.open("rb") as stream:
+            if stream.read(len(TABLE_START)) not in (TABLE_START, b""):
+                raise UserError(f"{path}: no table of cxr predict; delete it, or give --csv another name")
+    with path.open("ab", buffering=0) as stream:
         try:
             yield stream
         finally:
             if is_new and not path.stat().st_size:
                 path.unlink()
+
+
+def _is_regular(path: Path) -> bool:
+    return path.is_file() and Path("/dev") not in path.parents  # no pipe, no /dev/stdout
+
+
+def _write_rows(stream: BinaryIO, rows: bytes, *, can_truncate: bool) -> None:
+    """Write rows; if the disk becomes full, none of them is left half-written."""
+    left = memoryview(rows)
+    while left:
+        try:
+            left = left[stream.write(left) :]
+        except OSError:
+            if can_truncate:
+                stream.truncate(stream.tell() - (len(rows) - len(left)))
+            raise
 
 
 def _print(predictions: "pd.DataFrame") -> None:

@@ -21,14 +21,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from click.testing import CliRunner
-from conftest import archive_members, edit_params, error_message, run, use_project, write_zip
+from conftest import archive_members, edit_params, error_message, run, use_project, write_files, write_zip
 
 from pipeline.core.config import ArchiveParams, DownloadParams, KaggleParams, PrepareParams, TableParams
 from pipeline.core.errors import UserError
 from pipeline.core.files import DamagedFileError
 from pipeline.data import layout, packing
 from pipeline.data.image_references import IMAGE_REFERENCES
-from pipeline.data.raw_images import open_raw_images
+from pipeline.data.raw_images import RawImages
 from pipeline.data.sources import fetch_source, remote
 from pipeline.data.sources.archive_writer import write_zip_of_files
 from pipeline.data.sources.source_folder import open_source_folder
@@ -57,13 +57,6 @@ def write_tar(path: Path, members: dict[str, bytes], *special: tarfile.TarInfo) 
     compress = next(function for ending, function in reversed(COMPRESSORS.items()) if path.name.endswith(ending))
     path.write_bytes(compress(pack_tar(members, *special)))
     return path
-
-
-def write_files(folder: Path, members: dict[str, bytes]) -> Path:
-    for name, content in members.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
-    return folder
 
 
 def params(*path: object, **other: object) -> ArchiveParams:
@@ -464,8 +457,8 @@ def test_the_pack_is_the_same_with_copies_and_with_references(tmp_path, source):
     assert str(tmp_path).encode() not in b"".join(content.values())
     members = (layout.read_layout(tmp_path / name).images["member"] for name in ("copies.zip", "references.zip"))
     with (
-        open_raw_images(tmp_path / "copies.zip", source) as copies,
-        open_raw_images(tmp_path / "references.zip", references) as refer,
+        RawImages(tmp_path / "copies.zip", source) as copies,
+        RawImages(tmp_path / "references.zip", references) as refer,
     ):
         for one, two in zip(*members, strict=True):
             if one:
@@ -508,12 +501,12 @@ def test_a_member_of_a_zip_that_changed_or_is_damaged_is_noticed(tmp_path):
     data = bytearray(path.read_bytes())
     data[data.index(MEMBERS[member]) + 300] ^= 1
     path.write_bytes(data)
-    with open_raw_images(raw, source) as images, pytest.raises(DamagedFileError):
+    with RawImages(raw, source) as images, pytest.raises(DamagedFileError):
         images.read(member)
     quarantine = pd.read_csv(io.BytesIO(pack(raw, source, tmp_path / "pack")["quarantine.csv"]))
     assert quarantine["reason"].str.startswith("damaged in the zip").all()
     write_zip(path, MEMBERS | {member: MEMBERS["train/train/a004.jpg"]})
-    with open_raw_images(raw, source) as images, pytest.raises(UserError, match=r"a003\.jpg changed since download"):
+    with RawImages(raw, source) as images, pytest.raises(UserError, match=r"a003\.jpg changed since download"):
         images.read(member)
 
 
@@ -543,7 +536,7 @@ def test_a_file_name_that_is_no_utf8_is_read_again(tmp_path):
     assert rows["member"][6] == "train/train/M_xfcller.jpg"
     source = params(folder, copy_images=False)
     pd.testing.assert_frame_equal(fetch(source, tmp_path / "raw.zip"), rows)
-    with open_raw_images(tmp_path / "raw.zip", source) as images:
+    with RawImages(tmp_path / "raw.zip", source) as images:
         assert images.read(rows["member"][6]) == MEMBERS["train/train/a000.jpg"]
 
 
@@ -572,7 +565,7 @@ def test_a_folder_lists_files_behind_links_once_and_nothing_of_file_managers(tmp
 def test_what_is_not_listed_is_missing_whatever_else_is_wrong(tmp_path, caplog):
     folder = open_source_folder(str(write_files(tmp_path / "input", {"1.png": b"1", "2.png": b"2"})), "a folder")
     rows = pd.DataFrame({"file": ["1.png", "2.png", "3.png"], "label": [0, None, 1], "path": ["1.png", "2.png", ""]})
-    rows = rows.assign(patient="", source="", view="")
+    rows = rows.assign(patient="", source="", view="", is_test=[False, True, False])
     write_zip_of_files(rows, folder, tmp_path / "raw.zip")
     assert f"{folder.root}: '3.png' not found (1 labeled images in total)" in caplog.text
     assert sorted(contents(tmp_path / "raw.zip"))[-2:] == ["train/train/1.png", "train_labels.csv"]

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.slow
     ("command", "arguments", "lines"),
     [
         ("python bench/prepare.py", ["20"], 1),
+        ("python bench/decode.py", ["1"], 1),
         ("python bench/duplicates.py", ["300"], 1),
         ("python bench/duplicates.py", ["3000", "random"], 1),
         ("python bench/scale.py", ["300"], 9),

@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, archive_members, encode_jpeg, error_line_of, invoke, output_of, write_zip
+from conftest import ROOT, archive_members, encode_jpeg, error_line_of, invoke, output_of, write_files, write_zip
 from PIL import Image
+
+from pipeline.data.sources.source_folder import LocalFolder
 
 
 @pytest.fixture(autouse=True)
@@ -34,9 +36,7 @@ def guessed_section(output: str) -> dict:
 
 def write_images(folder: Path, *names: str) -> None:
     rng = np.random.default_rng(0)
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(encode_jpeg(rng))
+    write_files(folder, {name: encode_jpeg(rng) for name in names})
 
 
 def test_an_archive_is_described_and_nothing_but_the_contact_sheet_is_written(folder):
@@ -89,7 +89,7 @@ def test_a_guessed_table_becomes_complete_by_its_labels(folder):
     (folder / "own/list.csv").write_text("\n".join(lines))
     result = invoke("cxr data check own")
     assert result.exit_code == 2
-    error = "Error: own: list these values of Diagnosis in positive or negative: 'none' (4), 'flu' (4)"
+    error = "Error: own: list these values of Diagnosis in positive, negative or ignore: 'none' (4), 'flu' (4)"
     assert result.stderr.strip().splitlines()[-1] == error
     assert "decoded            8 of 8" in result.output
     section = guessed_section(result.output)
@@ -110,14 +110,69 @@ def test_a_guessed_table_becomes_complete_by_its_labels(folder):
     assert "8 known; 0 images of unknown ones" in output
 
 
-def test_class_folders_and_public_sets_are_recognized(folder):
+def test_class_folders_are_recognized_also_in_a_zip(folder, caplog):
     write_images(folder / "own", "a/1.jpg", "a/2.jpg", "b/3.jpg")
     assert error_line_of("cxr data check own").startswith("Error: own: in no list of classes: 'a' (2 images), 'b' (1")
+    write_zip(folder / "own.zip", {f"x/{name}.jpg": encode_jpeg(np.random.default_rng(0)) for name in ("a/1", "b/2")})
+    result = invoke("cxr data check own.zip")
+    assert "decoded            2 of 2" in result.output
+    assert result.stderr.strip().splitlines()[-1].startswith("Error: own.zip: in no list of classes: 'a' (1 images), ")
+    (folder / "own/list.csv").write_text("study,finding\n1.2.3,flu\n")
+    invoke("cxr data check own")
+    assert "own: no column of its 1 tables, the first is list.csv, names images or folders; folders are" in caplog.text
+
+
+CHEXPERT = "Path,Sex,Age,Frontal/Lateral,AP/PA,No Finding,Pneumonia\n"
+
+
+@pytest.mark.parametrize("around", ["", "CheXpert-v1.0-small/"])
+def test_public_sets_have_the_section_of_their_page_with_the_tables_where_they_are(folder, around, caplog):
+    names = [f"train/patient0000{number}/study1/view1_frontal.jpg" for number in range(4)]
+    test = "valid/patient64541/study1/view1_frontal.jpg"
+    write_images(folder / "own", *(around + name for name in (*names, test)))
+    lines = [f"CheXpert-v1.0-small/{name},Male,50,Frontal,AP,,{n % 3 - 1}.0\n" for n, name in enumerate(names)]
+    (folder / f"own/{around}train.csv").write_text(CHEXPERT + "".join(lines))
+    (folder / f"own/{around}valid.csv").write_text(CHEXPERT + f"CheXpert-v1.0-small/{test},Female,60,Frontal,PA,,1.0\n")
+    output = output_of("cxr data check own")
+    assert "own: the data set of docs/data/chexpert.md, whose first section follows" in caplog.text
+    assert "labeled            2 images: 1 negative, 1 positive" in output
+    assert "ignored: 2 (Pneumonia is '-1.0' 2)" in caplog.text
+    assert guessed_section(output)["labels"] == [f"{around}train.csv", f"{around}valid.csv"]
+    assert yaml.safe_load(output[output.index("download:") :].split("\n\n")[0])["finding"]["name"] == "pneumonia"
+
+
+def test_a_section_whose_column_is_missing_is_shown_with_the_error(folder):
     write_images(folder / "nih", "images_001/images/00000001_000.png")
     (folder / "nih/Data_Entry_2017.csv").write_text("Image Index,Finding Labels\n00000001_000.png,Mass\n")
-    assert error_line_of("cxr data check nih") == (
-        "Error: nih: copy the rest of the section from docs/data/nih-chestxray14.md, which describes this data set"
-    )
+    error = "Error: nih/Data_Entry_2017.csv: no column 'Patient ID'; its header is Image Index,Finding Labels"
+    assert error_line_of("cxr data check nih").startswith(error)
+    assert guessed_section(invoke("cxr data check nih").output)["labels"] == "Data_Entry_2017.csv"
+
+
+def test_a_table_may_name_folders_and_have_several_findings_in_a_field(folder):
+    write_images(folder / "own", "a/s1/1.jpg", "a/s1/2.jpg", "a/s2/1.jpg")
+    (folder / "own/list.csv").write_text("study,where,all,findings\ns1,a,x,flu|tb\ns2,a,x,none\n")
+    result = invoke("cxr data check own")
+    section = guessed_section(result.output)
+    assert section["columns"] == {"file": "{study}/", "label": "findings"}
+    assert section["separator"] == "|"
+    assert "ignore: 'flu' (1), 'tb' (1), 'none' (1)" in result.stderr
+    set_download(folder, section | {"positive": ["flu"], "negative": ["none"], "patterns": {"set": "/(s.)/"}}
+                 | {"training_sets": ["s1"], "test_sets": ["s2"]})  # fmt: skip
+    assert "labeled            2 images: 0 negative, 2 positive" in output_of("cxr data check own/")
+
+
+def test_no_image_is_read_for_a_checksum_nor_copied(folder, monkeypatch):
+    names = [f"{subset}/{subset}{number}.jpg" for subset in ("train", "test") for number in range(4)]
+    write_images(folder / "own", *names)
+    for table, subset in (("train_labels", "train"), ("sample_submission", "test")):
+        lines = [f"{name.rpartition('/')[2]},0\n" for name in names if name.startswith(subset)]
+        (folder / f"own/{table}.csv").write_text("File,Label\n" + "".join(lines))
+    read: list[str] = []
+    read_bytes = LocalFolder.read_bytes
+    monkeypatch.setattr(LocalFolder, "read_bytes", lambda self, file: [read.append(file), read_bytes(self, file)][1])
+    assert "decoded            2 of 2, from all 8" in output_of("cxr data check own --images 2")
+    assert sorted(name for name in read if name.endswith(".jpg")) == ["test/test0.jpg", "train/train0.jpg"]
 
 
 def test_every_public_set_has_its_page():
@@ -127,7 +182,7 @@ def test_every_public_set_has_its_page():
 
 
 def test_errors_name_the_path_of_the_user(folder):
-    assert error_line_of("cxr data check nowhere") == "Error: nowhere: not found; correct download.path in params.yaml"
+    assert error_line_of("cxr data check nowhere") == "Error: nowhere: not found; correct the path"
     write_zip(folder / "other.zip", {"a.txt": b"a"})
     assert error_line_of("cxr data check other.zip").startswith("Error: other.zip: has no train_labels.csv;")
     (folder / "broken.zip").write_bytes(b"PK")

@@ -5,10 +5,11 @@ import sys
 import tracemalloc
 import zlib
 
+import imagecodecs
 import numpy as np
 import pytest
 from conftest import ROOT, run
-from odd_files import chest, dicom, encode
+from odd_files import chest, dicom, encode, lut
 from PIL import Image
 from pydicom.uid import (
     JPEG2000,
@@ -168,6 +169,48 @@ def test_a_sigmoid_window_is_applied():
     assert np.abs(image - expected).max() <= 1
 
 
+@pytest.mark.parametrize("width", [1, 20])
+def test_a_sigmoid_window_that_shows_nothing_is_not_applied(width):
+    assert (pixels(dicom(DEEP, WindowCenter=1930, WindowWidth=width, VOILUTFunction="SIGMOID")) == GRAY).all()
+
+
+@pytest.mark.parametrize("sequence", ["ModalityLUTSequence", "VOILUTSequence"])
+@pytest.mark.parametrize(
+    ("descriptor", "entries", "problem"),
+    [
+        ([4096, 0, 12], 3600, "a LUT of 4096 entries has 3600"),
+        ([0, 0, 16], 4096, "a LUT of 65536 entries has 4096"),
+        ([4096, 0], 4096, "LUTDescriptor: not three numbers"),
+        (4096, 4096, "LUTDescriptor: not three numbers"),
+    ],
+)
+def test_a_lut_without_all_of_its_entries_is_broken(sequence, descriptor, entries, problem):
+    item = lut(np.arange(entries))
+    item["LUTDescriptor"].value = descriptor
+    item.add_new("LUTData", "OW", np.arange(entries, dtype="<u2").tobytes())
+    assert reason(dicom(DEEP, **{sequence: [item]})) == f"broken DICOM: {problem}"
+
+
+def test_an_overlay_in_a_palette_image_is_left_out():
+    palette = {"PhotometricInterpretation": "PALETTE COLOR", "BitsStored": 8, "HighBit": 7}
+    for color in ("Red", "Green", "Blue"):
+        palette[f"{color}PaletteColorLookupTableDescriptor"] = [256, 0, 16]
+        palette[f"{color}PaletteColorLookupTableData"] = (np.arange(256, dtype="<u2") * 257).tobytes()
+    overlay = GRAY | np.where(np.arange(64) % 7 == 0, 1 << 12, 0).astype(np.uint16)
+    assert (pixels(dicom(overlay, **palette)) == GRAY).all()
+
+
+@pytest.mark.parametrize("interpretation", ["RGB", "YBR_FULL"])
+def test_color_of_a_lossless_jpeg_is_what_the_dicom_says(interpretation):
+    rgb = np.dstack([GRAY] * 3)
+    stored = rgb if interpretation == "RGB" else np.asarray(Image.fromarray(rgb).convert("YCbCr"))
+    jpeg = imagecodecs.jpeg8_encode(stored, lossless=True)
+    jfif = jpeg[:2] + bytes.fromhex("ffe000104a46494600010100000100010000") + jpeg[2:]  # which says YCbCr
+    for data in (jpeg, jfif):
+        image = pixels(dicom(rgb, JPEGLosslessSV1, data, PhotometricInterpretation=interpretation))
+        assert np.abs(image.astype(int) - GRAY).max() <= 1
+
+
 def test_a_dicom_without_pixels_has_a_reason():
     assert reason(dicom(GRAY, Rows=None)) == "DICOM without an image"
     assert reason(dicom(GRAY, PixelData=b"")) == "broken DICOM: its pixel data are missing or cut off"
@@ -199,6 +242,9 @@ def test_metadata_are_read(syntax, start):
         ({"PatientBirthDate": "20200615", "StudyDate": "19600615"}, {}),
         ({"PatientAge": "999Y"}, {}),
         ({"PatientAge": "018M"}, {"age": "018M"}),
+        ({"PatientAge": "63", "PatientSex": "female"}, {"age": "63", "sex": "F"}),
+        ({"PatientAge": "63y", "PatientSex": "m"}, {"age": "63Y", "sex": "M"}),
+        ({"PatientAge": "0"}, {}),
         ({"PatientAge": None, "PatientSex": None, "PatientID": None}, {}),
         ({"PatientSex": "unknown"}, {}),
         ({"PatientID": "Anonymous"}, {}),

@@ -122,12 +122,14 @@ def test_many_names_are_matched_in_linear_time():
 
 
 def test_the_nearest_name_is_shown():
-    files = ["Im4.JPG", "R\u00f6ntgen.png", "image_0001.png", "x/1.png", "y/1.png", "pat\u0430.png"]
+    files = ["Im4.JPG", "R\u00f6ntgen.png", "image_0001.png", "x/1.png", "y/1.png", "pat\u0430.png", "0070.png"]
     assert quote_nearest("im4.jpg", files) == "'im4.jpg' (did you mean 'Im4.JPG'?)"
     assert quote_nearest("Ro\u0308ntgen", files) == "'Ro\\u0308ntgen' (did you mean 'R\\xf6ntgen.png'?)"
     assert quote_nearest("imge_0001.png", files) == "'imge_0001.png' (did you mean 'image_0001.png'?)"
     assert quote_nearest("1.png", files) == "'1.png' (is it 'x/1.png' or 'y/1.png'?)"
     assert quote_nearest("pata.png", files) == "'pata.png' (did you mean 'pat\\u0430.png'?)"
+    for name in ("70", "70.0", "70.png"):  # as a spreadsheet writes it
+        assert quote_nearest(name, files) == f"'{name}' (did you mean '0070.png'?)"
     assert quote_nearest("other", files) == "'other'"
     assert quote_nearest("", []) == "''"
 

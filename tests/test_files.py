@@ -62,7 +62,8 @@ def read(data: bytes, columns=("a", "b")) -> pd.DataFrame:
         b" a , b\n 1 , x y \n2,\n",
         b'"a","b"\n"1","x y"\n"2",""', b'a, b\n1, "x y"\n2, ""\n', "\ufeffa,b\n1,x y\u00a0\n2,\u200b\n".encode(),
         "a;b\n1;x y\n2;\n".encode("utf-16"), b"\xfe\xff" + "a,b\n1,x y\n2,\n".encode("utf-16-be"), b"A,B\n1,x y\n2,\n",
-        b"a,b\n1,x y\n2,\n,\n\n , \n", b"a,b\r1,x y\r2,\r",
+        b"a,b\n1,x y\n2,\n,\n\n , \n", b"a,b\r1,x y\r2,\r", b"sep=;\r\na;b\r\n1;x y\r\n2;\r\n",
+        b'"sep=,"\na,b\n1,x y\n2,\n', b'\n \r\na,b\n="1","=""x y"""\n=" 2",=""\n',
     ],
 )  # fmt: skip
 def test_tables_are_read_as_programs_write_them(data):
@@ -116,7 +117,11 @@ def test_a_compressed_table_is_read_and_a_damaged_one_named(tmp_path):
     )
 
 
-FIELDS = st.text(st.characters(codec="utf-8", exclude_characters="\0\r"), max_size=8)
+def test_the_index_is_that_of_the_lines_also_below_what_stands_before_the_header():
+    assert read(b"\nsep=;\na;b\n1;2\n").index.tolist() == [2]  # on line 4
+
+
+FIELDS = st.text(st.characters(codec="utf-8", exclude_characters="\0\r="), max_size=8)  # no ="001" of Excel
 
 
 @given(

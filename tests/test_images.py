@@ -15,7 +15,7 @@ import sklearn.datasets
 from conftest import ROOT, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from odd_files import chest, dicom, encode, formats
+from odd_files import chest, dicom, encode, formats, tiff
 from PIL import Image
 from pydicom.uid import JPEG2000, JPEGBaseline8Bit
 
@@ -225,6 +225,8 @@ def flat_image(level: int, spread: int = 0) -> Image.Image:
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n", "not an image in a known format"),
         (b"%PDF-1.7\n%%EOF\n", "not an image in a known format: PDF; convert it to PNG"),
         (b"\xff\x0a" + bytes(200), "not an image in a known format: JPEG XL; convert it to PNG"),
+        (b"version https://git-lfs.github", "not an image in a known format: Git LFS pointer; run: git lfs pull"),
+        (b"MM\0+" + bytes(200), "big-endian BigTIFF: it cannot be read; convert it to PNG"),
         (encode(Image.new("L", (31, 64))), "too small: 31×64 pixels"),
         (encode(Image.new("L", (64, 1)), "JPEG"), "too small: 64×1 pixels"),
         (encode(Image.new("L", (40, 401))), "too narrow: 40×401 pixels"),
@@ -248,6 +250,12 @@ def flat_image(level: int, spread: int = 0) -> Image.Image:
 )
 def test_unusable_files_have_a_reason(data, expected):
     assert reason(data) == expected
+
+
+def test_opacity_of_a_tiff_is_not_inverted():
+    gray = chest().astype(np.uint16) * 257
+    opaque = np.full_like(gray, 65535)
+    assert (pixels(tiff(np.dstack([65535 - gray, opaque]), 0)) == chest()).all()
 
 
 def test_a_heic_image_without_its_decoder_has_a_reason_that_names_what_reads_it(monkeypatch):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import archive_members, file_error_message, write_zip
+from conftest import archive_members, file_error_message, write_files, write_zip
 
 from pipeline.core.config import ArchiveParams
 from pipeline.core.errors import UserError
@@ -76,7 +76,7 @@ def test_other_files_in_the_zip_are_ignored(tmp_path):
 @pytest.mark.parametrize("name", [LABELS, SAMPLE])
 def test_a_missing_table_is_named(tmp_path, name):
     path = write_archive(tmp_path, **{name.removesuffix(".csv"): None})
-    assert layout_error(path) == f"has no {name}; add it at the top level of the zip"
+    assert layout_error(path) == f"has no {name}; add it at the top level, or set download.source (docs/data.md)"
 
 
 @pytest.mark.parametrize(("header", "missing"), [("File,Class", "Label"), ("Name,Label", "File")])
@@ -150,17 +150,6 @@ def test_an_empty_table_is_an_error(tmp_path, name):
 )
 def test_a_table_that_is_not_a_csv_is_named(tmp_path, content):
     assert LABELS in layout_error(write_archive(tmp_path, train_labels=content))
-
-
-def test_a_trailing_comma_in_every_line_is_an_error(tmp_path):
-    assert LABELS in file_error_message(
-        layout.read_layout, write_archive(tmp_path, train_labels=labels(*(f"{line}," for line in label_lines())))
-    )
-
-
-def test_tables_with_a_byte_order_mark_and_crlf_are_read(tmp_path):
-    text = "\ufeff" + labels(*label_lines()).replace("\n", "\r\n")
-    assert len(layout.read_layout(write_archive(tmp_path, train_labels=text)).images) == 9
 
 
 def test_metadata_are_joined_by_file_and_empty_if_unknown(tmp_path):
@@ -240,11 +229,7 @@ def test_without_metadata_all_values_are_empty(tmp_path):
 
 
 def write_folder(tmp_path):
-    for name, data in archive_members(train=4, test=2).items():
-        path = tmp_path / "folder" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    return tmp_path / "folder"
+    return write_files(tmp_path / "folder", archive_members(train=4, test=2))
 
 
 def test_zipping_a_folder_twice_gives_equal_bytes(tmp_path):
@@ -532,6 +517,20 @@ def test_names_that_match_nothing_are_warned_of_both_ways(tmp_path):
         "metadata.csv: 2 of 3 names are of no image, the first is 'a0000.jpg' (did you mean 'a000.jpg'?)",
         "metadata.csv: 9 of 10 images have no line, the first is 'a000.jpg'",
     ]
+
+
+def test_test_images_that_the_sample_does_not_list_are_warned_of(tmp_path):
+    members = archive_members(train=6, test=3) | {"test/test/x.jpg": b"", "test/test/README": b""}
+    assert layout.read_layout(write_zip(tmp_path / "raw.zip", members)).warnings == [
+        "sample_submission.csv: 1 of 5 images in test/ have no line, the first is 'x.jpg'"
+    ]
+
+
+def test_tables_that_do_not_lie_beside_the_images_are_an_error(tmp_path):
+    members = archive_members(train=6, test=3)
+    moved = {f"tables/{name}" if name.endswith(".csv") else name: data for name, data in members.items()}
+    message = layout_error(write_zip(tmp_path / "raw.zip", moved))
+    assert message == "no images in train/ beside train_labels.csv; move the tables or the images there"
 
 
 def test_tables_of_other_images_are_an_error(tmp_path):

@@ -47,7 +47,7 @@ def test_a_folder_that_contains_the_output_zip_is_rejected(project):
 
 def test_without_a_path_the_error_says_what_to_set(project):
     use_archive(project, None)
-    assert "set it to a zip or folder in the competition's layout" in stage_error(project, "download")
+    assert "set it to a zip, tar or folder in the competition's layout" in stage_error(project, "download")
 
 
 def test_a_zip_without_labels_is_rejected(project, tmp_path):
@@ -68,7 +68,7 @@ def test_a_missing_test_image_is_named(project, tmp_path):
     members = archive_members()
     del members["test/test/t001.jpg"]
     use_archive(project, write_zip(tmp_path / "raw.zip", members))
-    assert "image t001.jpg is not in test/ (1 missing in total)" in stage_error(project, "download")
+    assert "image 't001.jpg' is not in test/ (1 missing in total)" in stage_error(project, "download")
 
 
 def test_an_archive_with_a_path_outside_of_it_is_rejected(project, tmp_path):
@@ -82,7 +82,7 @@ def test_a_damaged_zip_is_rejected(project, tmp_path):
     whole = write_zip(tmp_path / "raw.zip", archive_members()).read_bytes()
     (tmp_path / "half.zip").write_bytes(whole[: len(whole) // 2])
     use_archive(project, tmp_path / "half.zip")
-    assert "half.zip: not a zip" in stage_error(project, "download")
+    assert "half.zip: neither a zip nor a tar, or damaged" in stage_error(project, "download")
 
 
 def test_weights_that_cannot_be_downloaded_name_the_file_and_its_setting(project):
@@ -119,7 +119,7 @@ def test_training_without_its_inputs_or_its_server_fails_in_one_line(make_prepar
 )
 def test_a_full_disk_is_a_one_line_error_and_leaves_no_incomplete_file(make_prepared_project, stage, folder):
     prepared = make_prepared_project()
-    edit_params(prepared, lambda params: params["demo"]["prepare"].update(size=512))
+    edit_params(prepared, lambda params: params["demo"]["prepare"].update(image_size=512))
     script = (
         f"mkdir -p {folder}; cp data/raw.zip raw; "
         f"mount -t tmpfs -o size=6m tmpfs {folder} && echo mounted >&2 || exit 99; "
@@ -154,7 +154,7 @@ def test_a_diverging_training_leaves_a_failed_run_and_no_outs(make_prepared_proj
 
 
 def test_out_of_memory_names_the_batch_size(make_prepared_project):
-    project = make_prepared_project(size=1024, batch_size=64, frozen_epochs=0)
+    project = make_prepared_project(image_size=1024, batch_size=64, frozen_epochs=0)
     completed = run(project, "bash", "-c", "ulimit -v 9000000; python -m stages.train --seed 0")
     assert completed.returncode == 2, completed.stderr
     assert completed.stderr.strip().splitlines()[-1] == (

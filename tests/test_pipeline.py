@@ -42,8 +42,8 @@ def test_every_stage_writes_its_tables_with_the_documented_columns(demo_project)
     best = json.loads((demo_project / "metrics/summary.json").read_text())["best"]["model"]
     columns = {
         "data/manifest.csv": [
-            *("file", "set", "label", "patient", "source", "view", "sex", "age", "license", "width", "height", "bytes"),
-            *("jpeg_quantization", "xxh128", "phash"),
+            *("file", "set", "label", "patient", "source", "view", "sex", "age", "license"),
+            *("manufacturer", "modality", "width", "height", "bytes", "jpeg_quantization", "xxh128", "phash"),
         ],
         "data/quarantine.csv": ["file", "set", "label", "reason"],
         "data/split.csv": ["file", "group", "subset", "fold"],
@@ -74,7 +74,8 @@ def test_every_stage_writes_its_tables_with_the_documented_columns(demo_project)
         "metrics/intervals.csv": ["model", "estimate_type", "metric", "value", "low", "high", "method", "reason"],
         "metrics/ranks.csv": ["model", "probability"],
         "metrics/shift.csv": [
-            *("features", "labeled_images", "images", "prevalence", "auroc", "distance", "p", "adjusted_p", "reason"),
+            *("features", "labeled_images", "positive_groups", "negative_groups", "images", "prevalence", "auroc"),
+            *("distance", "p", "adjusted_p", "reason"),
         ],
         "report/table.csv": [
             *("metric", f"{best}, corrected", "seed-0", "seed-1", "bag (vote)", "bag (mean)"),

@@ -1,5 +1,7 @@
 """`cxr predict`: rows are written as they come, and no file name or number of files stops it."""
 
+import errno
+import io
 import os
 import shlex
 import sys
@@ -107,12 +109,42 @@ def test_a_full_disk_is_named(use_candidate):
 
 def test_a_model_that_cannot_be_loaded_leaves_tables_as_they_were(use_candidate, monkeypatch):
     write_files(Path("images"), 1)
-    Path("old.csv").write_text("of an earlier run")
+    Path("old.csv").write_text("file,of an earlier run")
     monkeypatch.setattr(candidate_module, "load_candidate", lambda *_: (_ for _ in ()).throw(FileNotFoundError("x")))
     for name in ("old.csv", "new.csv"):
         assert error_line_of(f"cxr predict images --csv {name}")
-    assert Path("old.csv").read_text() == "of an earlier run"
+    assert Path("old.csv").read_text() == "file,of an earlier run"
     assert not Path("new.csv").exists()
+
+
+def test_an_image_that_is_taken_for_the_table_is_kept(use_candidate):
+    write_files(Path("images"), 3)
+    message = error_line_of("cxr predict --csv images/0001.png images/0002.png")
+    assert message == "Error: images/0001.png: no table of cxr predict; delete it, or give --csv another name"
+    assert Path("images/0001.png").read_bytes() == b"\x01"
+
+
+def test_a_disk_that_becomes_full_leaves_whole_rows(use_candidate, monkeypatch):
+    class FullDisk(io.BytesIO):
+        def write(self, data) -> int:
+            if self.tell() >= 4:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data[:4])
+
+    disk = FullDisk(b"a,1\n")
+    disk.seek(0, 2)
+    with pytest.raises(OSError, match="No space"):
+        stage._write_rows(disk, b"b,2\nc,3\n", can_truncate=True)
+    assert disk.getvalue() == b"a,1\n"
+    pipe = io.BytesIO()
+    stage._write_rows(pipe, b"b,2\nc,3\n", can_truncate=False)
+    assert pipe.getvalue() == b"b,2\nc,3\n"
+
+
+def test_a_carriage_return_in_a_file_name_ends_no_row(use_candidate):
+    write_files(Path("images"), 1).joinpath("Icon\r").touch()
+    invoke("cxr predict images --csv t.csv")
+    assert list(pd.read_csv("t.csv")["file"]) == ["images/0000.png", r"images/Icon\r"]
 
 
 @pytest.mark.skipif(not Path("/dev/stdout").exists(), reason="no /dev/stdout")

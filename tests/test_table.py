@@ -5,12 +5,14 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from conftest import ROOT, error_message
+from conftest import ROOT, error_message, write_files
 from hypothesis import given
 from hypothesis import strategies as st
+from odd_files import dicom
 
 from pipeline.core.config import TableParams, load_config, normalize_value
 from pipeline.data import layout
@@ -28,10 +30,9 @@ Row = tuple[str, int, str, str, str, float | None]  # set, label, patient, view,
 
 
 def write(root: Path, files: dict[str, str]) -> None:
-    for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        data = text.encode()
-        (root / name).write_bytes(gzip.compress(data, mtime=0) if name.endswith(".gz") else data)
+    contents = {name: text.encode() for name, text in files.items()}
+    zipped = {name: gzip.compress(data, mtime=0) for name, data in contents.items() if name.endswith(".gz")}
+    write_files(root, contents | zipped)
 
 
 def fetch(params: TableParams, folder: Path) -> dict[str, Row]:
@@ -553,6 +554,42 @@ def test_tables_are_joined_by_names_that_differ_in_spelling(tmp_path, caplog):
     assert "left out by download.keep: 1 (set is empty 1)" in caplog.text
 
 
+def test_tables_are_joined_by_texts_put_together_from_columns(tmp_path):
+    write(tmp_path, {"studies.csv": "id,negative\na_study,0\nb_study,1\n"})
+    images = "id,study\n1_image,a\n2_image,a\n3_image,b\n"
+    changes: dict = {"join": [{"table": "studies.csv", "by": {"{study}_study": "id"}}]}
+    changes["columns"] = {"file": "id", "label": "negative", "patient": "study"}
+    changes |= {"patterns": {"file": "^(.+)_image"}, "positive": [0], "negative": [1], "test_share": 0.5}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(archive_writer, "draw_test_set", lambda patient, file, share: patient == "b")
+        rows = fetch(table(tmp_path, images, "1.png 2.png 3.png", **changes), tmp_path)
+    assert [row[:3] for row in rows.values()] == [("train", 1, "a"), ("train", 1, "a"), ("test", 0, "b")]
+
+
+def test_values_that_no_row_has_and_unknown_labels_of_test_images_are_named(tmp_path, caplog):
+    listed = {"positive": [1, "covdi"], "ignore": ["unclaer", ""], "negative": "others"}
+    fetch(table(tmp_path, SETS, **listed), tmp_path)
+    assert "values of download.positive that no row has: 1, the first is 'covdi'" in caplog.text
+    assert "values of download.ignore that no row has: 1, the first is 'unclaer'" in caplog.text
+    fetch(table(tmp_path, SETS.replace("3.png,1", "3.png,maybe")), tmp_path)
+    assert "test images whose label is in no list: 1 ('maybe' 1)" in caplog.text
+    message = fails(table(tmp_path, SETS, positive=[2], negative=[0, 1]), tmp_path)
+    assert message.endswith("labels.csv: no image is positive; download.positive is '2'; label is '0' 2, '1' 2")
+
+
+def test_images_of_a_patient_whom_only_dicom_files_name_are_in_one_set(tmp_path):
+    (tmp_path / "data").mkdir()
+    for number in range(40):
+        content = dicom(np.uint16([[0]]), PatientID=f"p{number % 4}")
+        (tmp_path / f"data/{number}{'.dcm' if number % 3 else ''}").write_bytes(content)
+    text = "file,label\n" + "".join(f"{number},{number // 4 % 2}\n" for number in range(40))
+    (tmp_path / "data/labels.csv").write_text(text)
+    rows = fetch(TableParams(source="table", path=str(tmp_path / "data"), test_share=0.5), tmp_path)
+    sets = pd.Series({int(Path(name).stem): row[0] for name, row in rows.items()})
+    assert sets.groupby(sets.index % 4).nunique().eq(1).all()
+    assert sets.nunique() == 2
+
+
 @pytest.mark.parametrize(
     ("images", "labels", "changes", "reason"),
     [
@@ -560,7 +597,7 @@ def test_tables_are_joined_by_names_that_differ_in_spelling(tmp_path, caplog):
         ("name\n1.png\n", SETS + "1.png,0,test\n", {}, "labels.csv line 6: the second row of '1.png' that"),
         ("name,set\n1.png,train\n", SETS, {}, "column 'set' is also in the other table; add it to download.join"),
         ("nam\n1.png\n", SETS, {}, "images.csv: no column 'name' (did you mean 'nam'?)"),
-        ("name\n1.png\n", SETS, {"keep": {"sets": ["x"]}}, "images.csv: no column 'sets' (did you mean 'set'?); the"),
+        ("name\n1.png\n", SETS, {"keep": {"sets": ["x"]}}, "images.csv: no column 'sets' (did you mean 'set'?); its"),
     ],
 )  # fmt: skip
 def test_tables_that_cannot_be_joined_are_an_error_of_one_line(tmp_path, images, labels, changes, reason):

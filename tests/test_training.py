@@ -90,7 +90,7 @@ def train(pack, weights, seed=0, rows=None, **changes):
 def initial_network(seed=0, **changes) -> Classifier:
     recipe = params(**changes)
     determinism.seed_global_generators(seed, "initial weights")
-    arguments = (recipe.backbone, recipe.head_hidden, recipe.dropout, recipe.size, recipe.normalization)
+    arguments = (recipe.backbone, recipe.head_hidden, recipe.dropout, recipe.image_size, recipe.normalization)
     return Classifier(Architecture(*arguments, packed_size=32, resize="stretch"))
 
 
@@ -464,7 +464,7 @@ def test_gradient_accumulation_takes_the_step_of_the_whole_batch(pack, weights, 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_a_compiled_network_trains_like_an_uncompiled_one(pack, weights):
     eager, compiled = (
-        train(pack, weights, backbone="alexnet", size=64, epochs=1, frozen_epochs=1, compile=flag)[0]
+        train(pack, weights, backbone="alexnet", image_size=64, epochs=1, frozen_epochs=1, compile=flag)[0]
         for flag in (False, True)
     )
     for first, second in zip(eager.history, compiled.history, strict=True):
@@ -476,8 +476,10 @@ def test_a_compiled_network_trains_like_an_uncompiled_one(pack, weights):
 def test_on_cuda_training_is_deterministic_and_close_to_the_cpu(pack, weights, tmp_path, precision):
     np.save(tmp_path / "images.npy", pack.images.numpy())
     cuda_pack = PackedImages(tmp_path / "images.npy", torch.device("cuda"))
-    first, second = (train(cuda_pack, weights, backbone="alexnet", size=64, precision=precision)[0] for _ in range(2))
-    on_cpu, _ = train(pack, weights, backbone="alexnet", size=64)
+    first, second = (
+        train(cuda_pack, weights, backbone="alexnet", image_size=64, precision=precision)[0] for _ in range(2)
+    )
+    on_cpu, _ = train(pack, weights, backbone="alexnet", image_size=64)
     assert data(first.network.cpu()) == data(second.network.cpu())
     assert first.history[0].train_loss == pytest.approx(on_cpu.history[0].train_loss, rel=0.05)
 

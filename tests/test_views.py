@@ -81,7 +81,7 @@ def test_an_image_is_left_out_if_its_view_cannot_be_a_wanted_one(wanted, kept):
 def test_the_reason_has_the_view_as_it_is_written_and_the_view_is_found_in_it_again():
     found = reasons([" Ap Axial ", "PA", "LL"], ["PA"])
     assert list(found) == ["view Ap Axial: not in prepare.views", "", "view LL: not in prepare.views"]
-    assert list(views.excluded_views(pd.concat([found, pd.Series(["empty file"])]))) == ["Ap Axial", "LL"]
+    assert list(exclusion.excluded_views(pd.concat([found, pd.Series(["empty file"])]))) == ["Ap Axial", "LL"]
 
 
 def test_excluded_files_are_left_out_and_a_name_that_no_image_has_is_an_error():

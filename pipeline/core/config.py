@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -73,11 +73,11 @@ def normalize_value(text: str) -> str:
     return f"-{absolute}" if sign == "-" and absolute != "0" else absolute
 
 
-def _check_disjoint(**lists: list[str]) -> None:
+def _check_disjoint(normalize: Callable[[str], str], **lists: list[str]) -> None:
     key_of: dict[str, str] = {}
     for key, values in lists.items():
         for value in values:
-            other = key_of.setdefault(normalize_value(value), key)
+            other = key_of.setdefault(normalize(value), key)
             if other != key:
                 raise ValueError(f"{value!r} is in {other} and in {key}; keep it in one")
 
@@ -272,8 +272,8 @@ class TableParams(Section):
     @model_validator(mode="after")
     def _check_values(self) -> "TableParams":
         negative = [] if self.negative == "others" else self.negative
-        _check_disjoint(positive=self.positive, negative=negative, ignore=self.ignore)
-        _check_disjoint(training_sets=self.training_sets, test_sets=self.test_sets)
+        _check_disjoint(normalize_value, positive=self.positive, negative=negative, ignore=self.ignore)
+        _check_disjoint(normalize_value, training_sets=self.training_sets, test_sets=self.test_sets)
         return self
 
     @model_validator(mode="after")
@@ -305,10 +305,7 @@ class FoldersParams(Section):
 
     @model_validator(mode="after")
     def _check_classes(self) -> "FoldersParams":
-        lists = {key: {name.casefold() for name in getattr(self, key)} for key in ("positive", "negative", "ignore")}
-        for one, other in (("positive", "negative"), ("positive", "ignore"), ("negative", "ignore")):
-            if both := lists[one] & lists[other]:
-                raise ValueError(f"{min(both)!r} is in {one} and in {other}; keep it in one")
+        _check_disjoint(str.casefold, positive=self.positive, negative=self.negative, ignore=self.ignore)
         return self
 
 

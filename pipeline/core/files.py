@@ -12,6 +12,7 @@ import json
 import logging
 import lzma
 import re
+import shutil
 import struct
 import zipfile
 import zlib
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 # Never count at the ends of a user's text: white space of Unicode, zero-width characters and a byte order mark.
 BLANKS = "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\u200b\u200c\u200d\u2060\ufeff"
 SEPARATORS = ",;\t|"  # of a table's fields
+BEFORE_HEADER = re.compile(r'(?:[^\S\n]*\n)*(?:"?sep=[^\n]{0,9}\n)?')  # blank lines, and the line that Excel writes
+EXCEL_TEXT = re.compile(r'^="(.*)"$', re.DOTALL)  # how Excel is told to keep the zeros of ="001"
 MAX_QUOTED = 80  # characters of a line in a message
 
 
@@ -43,6 +46,20 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_disk_space(folder: Path, needed: int) -> None:
+    """Check that a download of this many bytes fits.
+
+    Raises:
+        UserError: it does not.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"{folder}: the download needs {needed / 1e9:.2f} GB, but the disk has {free / 1e9:.2f} GB free; free disk "
+            "space and run again"
+        )
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -81,7 +98,8 @@ def read_text_table(
     """Read a user's table: every field as unconverted text without blanks at its ends.
 
     Fields are separated by `,`, `;`, a tab or `|`, as the header tells. The encoding is UTF-8, UTF-16 with a byte order
-    mark, or else, with a warning, Windows-1252. A file may be compressed by gzip. Lines of blanks are left out.
+    mark, or else, with a warning, Windows-1252. A file may be compressed by gzip. Lines of blanks, a first line such as
+    `sep=;`, and the quotes of `="001"`, with which Excel is told how to read a table, are left out.
 
     Args:
         source: path or stream of the table.
@@ -97,6 +115,8 @@ def read_text_table(
     """
     data = source.read_bytes() if isinstance(source, Path) else source.read()
     text = _decode_table(decompress(data, name) if isinstance(source, Path) else data, name)
+    start = BEFORE_HEADER.match(text).end()  # type: ignore[union-attr]  # it may match nothing
+    text, skipped = text[start:], text.count("\n", 0, start)
     separator, header = _read_header(text, columns)
     repeated = [column for column, count in Counter(filter(None, header)).items() if count > 1]
     if repeated:
@@ -114,19 +134,37 @@ def read_text_table(
         raise UserError(
             f"{name}: the lines have more fields than the header; name every column or delete the trailing commas"
         )
+    table.index += skipped
     if len(header) == len(table.columns):
         table.columns = pd.Index([own or given for own, given in zip(header, table.columns, strict=True)])
     table = table.rename(columns=_match_columns(list(table.columns), [*columns, *optional]))
+    check_columns(table, columns, name)
+    table = pd.DataFrame({column: _clean_text(values) for column, values in table.items()})
+    return table[(table != "").any(axis="columns")]
+
+
+def _clean_text(values: pd.Series) -> pd.Series:
+    text = values.fillna("").str.strip(BLANKS)
+    if text.str.startswith('="').any():
+        text = text.str.replace(EXCEL_TEXT, r"\1", regex=True).str.strip(BLANKS)
+    return text
+
+
+def check_columns(table: pd.DataFrame, columns: Collection[str], name: str) -> None:
+    """Check that a table has these columns.
+
+    Raises:
+        UserError: it lacks one.
+    """
     for column in columns:
         if column not in table:
-            near = difflib.get_close_matches(column, map(str, table.columns), n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            by_case = {str(own).casefold(): own for own in table.columns}
+            near = difflib.get_close_matches(column.casefold(), by_case, n=1)
+            hint = f" (did you mean {by_case[near[0]]!r}?)" if near else ""
             raise UserError(
                 f"{name}: no column {column!r}{hint}; its header is {','.join(map(str, table.columns))} and must have "
                 f"{','.join(columns)}"
             )
-    table = pd.DataFrame({column: values.fillna("").str.strip(BLANKS) for column, values in table.items()})
-    return table[(table != "").any(axis="columns")]
 
 
 def decompress(data: bytes, name: str) -> bytes:

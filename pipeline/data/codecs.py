@@ -83,7 +83,7 @@ def decode_frame(data: bytes, frame: Frame, *, is_rgb: bool = False) -> np.ndarr
     Args:
         data: the code stream.
         frame: its header, from `read_frame`.
-        is_rgb: that three channels of a lossy JPEG are red, green and blue, whatever the JPEG lets one assume.
+        is_rgb: that there are three channels that are not to be converted, whatever the JPEG lets one assume.
 
     Returns:
         Integers, (H, W) or (H, W, C). Three channels of a lossy JPEG or JPEG 2000 are red, green and blue; those of a
@@ -105,5 +105,5 @@ def decode_frame(data: bytes, frame: Frame, *, is_rgb: bool = False) -> np.ndarr
         raise ValueError(f"{frame.name} is truncated")
     if frame.marker == JPEG_LS:
         return imagecodecs.jpegls_decode(data)
-    colors = {"colorspace": "RGB", "outcolorspace": "RGB"} if is_rgb and frame.marker not in LOSSLESS else {}
+    colors = {"colorspace": "RGB", "outcolorspace": "RGB"} if is_rgb else {}
     return imagecodecs.jpeg8_decode(data, **colors)  # type: ignore[arg-type]

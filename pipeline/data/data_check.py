@@ -18,8 +18,9 @@ from pipeline.data import images, layout, sources
 from pipeline.data.checks import UnusableError
 from pipeline.data.dicom import read_metadata
 from pipeline.data.exclusion import exclusion_reasons
-from pipeline.data.raw_images import open_raw_images
+from pipeline.data.raw_images import RawImages
 from pipeline.data.sources import detection
+from pipeline.data.sources.archive_writer import without_reading_images
 from pipeline.data.sources.source_folder import open_source_folder
 
 
@@ -71,21 +72,24 @@ def open_data(params: DownloadParams, problem: str = "") -> Iterator[CheckedData
         UserError: as `download` would, if the data are not in a folder.
     """
     path = getattr(params, "path", None)
-    is_folder = isinstance(path, str) and detection.is_folder(path)
+    paths = path if isinstance(path, list) else [path] if path else []
+    is_listed = bool(paths) and all(map(detection.can_list, paths))
+    if is_listed:  # nor are the images of an archive copied or those of a folder all read
+        params = params.model_copy(update={"copy_images": False})
     with ExitStack() as stack:
         raw = Path(stack.enter_context(TemporaryDirectory(prefix="cxr-"))) / "raw.zip"
         contents = None
         try:
             if not problem:
-                with rename_in_errors({str(raw): sources.name_data(params)}):
+                with rename_in_errors({str(raw): sources.name_data(params)}), without_reading_images():
                     sources.fetch_source(params, raw)
                     contents = layout.read_layout(raw)
         except UserError as error:
-            if not is_folder:
+            if not is_listed:
                 raise
             problem = str(error)
         if contents is not None:
-            reader, members = stack.enter_context(open_raw_images(raw, params)), contents.images["member"]
+            reader, members = stack.enter_context(RawImages(raw, params)), contents.images["member"]
             yield CheckedData(reader.read, list(members[members != ""]), contents.images, contents.warnings, "")
         else:
             folder = open_source_folder(path, "the data")

@@ -8,7 +8,7 @@ from pipeline.core.errors import UserError
 
 SEXES = {"f": "F", "female": "F", "m": "M", "male": "M", "o": "O", "other": "O"}  # O as in DICOM
 UNKNOWN = {"", "u", "unknown", "na", "n/a", "nan", "none", "null", "<na>"}  # of sex and age, lower case
-UNKNOWN_PATIENTS = {"nan", "none", "null", "unknown", "n/a", "<na>"}  # lower case; NA is a possible name
+UNKNOWN_PATIENTS = UNKNOWN - {"", "u", "na"}  # NA is a possible name
 AGE = re.compile(r"([0-9]{1,4}(?:\.[0-9]+)?)([dwmy]?)")  # years, or with a unit as in DICOM: 063Y, 018M
 UNITS_PER_YEAR = {"": 1.0, "y": 1.0, "m": 12.0, "w": 52.1775, "d": 365.2425}
 OLDEST = re.compile(r"(>|>=|≥)\s*([0-9]{2,3})|([0-9]{2,3})\+")  # ages that a de-identifier grouped, such as >89

@@ -21,6 +21,7 @@ from pipeline.data.checks import (
     describe_error,
 )
 from pipeline.data.codecs import JPEG2000_START, LOSSLESS, decode_frame, read_frame
+from pipeline.data.demographics import SEXES
 from pipeline.data.gray_levels import TABLE_SIZE, find_percentiles, find_range, scale_to_uint8
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ METADATA = {
     "manufacturer": "Manufacturer",
     "modality": "Modality",
 }
-AGE = re.compile(r"(?:0\d\d|1[01]\d|120)Y|\d{3}[DWM]")  # up to 120 years; 999Y and the like stand for an unknown age
+# Up to 120 years, also as 63Y or 63; 999Y, 0 and the like stand for an unknown age.
+AGE = re.compile(r"(?:0?\d?\d|1[01]\d|120)Y|\d{1,3}[DWM]|0?[1-9]\d?|1[01]\d|120")
 PLACEHOLDERS = {"0", "anon", "anonymized", "anonymised", "anonymous", "n/a", "none", "unknown"}  # for a patient's id
 NO_IMAGE = "not an image in a known format"
 
@@ -95,7 +97,8 @@ def read_metadata(data: bytes) -> dict[str, str]:
 
     Of several values it is the first; control characters and blanks at the ends are left out. An id that de-identifiers
     give to every patient, such as `anonymous`, is no id. The sex is F, M or O. The age is as in DICOM (`063Y`,
-    `018M`), in whole years from the dates of birth and study if only these are there.
+    `018M`) or, as in many files, without zeros or unit, and in whole years from the dates of birth and study if only
+    these are there.
 
     Args:
         data: content of a file; everything is empty if it is no DICOM or a broken one.
@@ -112,8 +115,7 @@ def read_metadata(data: bytes) -> dict[str, str]:
             metadata[name] = _text(file, keyword)
     if metadata["patient"].lower() in PLACEHOLDERS:
         metadata["patient"] = ""
-    if metadata["sex"] not in ("F", "M", "O"):
-        metadata["sex"] = ""
+    metadata["sex"] = SEXES.get(metadata["sex"].lower(), "")
     with contextlib.suppress(UnusableError):
         metadata["age"] = metadata["age"].upper() or _age_at_study(file)
     if not AGE.fullmatch(metadata["age"]):
@@ -229,7 +231,7 @@ def _decode_pixels(file: "Dataset", syntax: "UID | None", interpretation: str) -
         if syntax == RLELossless:
             pixels = _decode_rle(frame, rows, columns, channels)
         else:
-            pixels, is_rgb = _decode_jpeg(frame, syntax, rows, columns, interpretation)
+            pixels, is_rgb = _decode_jpeg(frame, syntax, rows, columns, channels, interpretation)
             is_ycbcr = is_ycbcr and not is_rgb
     if pixels.shape[:2] != (rows, columns):
         raise ValueError("image of another size")
@@ -281,7 +283,7 @@ def _decode_rle(frame: bytes, rows: int, columns: int, channels: int) -> np.ndar
 
 
 def _decode_jpeg(
-    data: bytes, syntax: "UID | None", rows: int, columns: int, interpretation: str
+    data: bytes, syntax: "UID | None", rows: int, columns: int, channels: int, interpretation: str
 ) -> tuple[np.ndarray, bool]:
     """Decode a frame of any kind of JPEG, whatever the transfer syntax says; also whether color is RGB for sure."""
     start = max(data.find(JPEG2000_START), 0) if not data.startswith(b"\xff\xd8") else 0  # after the boxes of a JP2
@@ -297,8 +299,9 @@ def _decode_jpeg(
         raise UnusableError(
             f"broken DICOM: {columns}×{rows} pixels in its header, but {frame.width}×{frame.height} in its image"
         )
-    # Without the segments in which JPEGs name their color space, decoders assume YCbCr.
+    # Without the segments in which JPEGs name their color space, decoders assume YCbCr; lossless ones are as stored.
     is_rgb = interpretation == "RGB" and b"JFIF" not in data[:64] and b"Adobe" not in data[:1000]
+    is_rgb = is_rgb or (frame.marker in LOSSLESS and channels == 3)
     pixels = decode_frame(data[start:], frame, is_rgb=is_rgb)
     return pixels, frame.marker not in LOSSLESS | {0}
 
@@ -338,8 +341,7 @@ def _scale(pixels: np.ndarray, file: "Dataset", *, is_lossy: bool) -> np.ndarray
         indices = np.searchsorted(containers, pixels)
         counts, containers = np.bincount(indices.ravel()), containers.astype(np.int64)
     is_signed = _integer(file, "PixelRepresentation") == 1
-    bits = min(_integer(file, "BitsStored", allocated), allocated)
-    shift = min(max(_integer(file, "HighBit", bits - 1) + 1 - bits, 0), allocated - bits)
+    bits, shift = _find_stored_bits(file, allocated)
     stored = _sign((containers >> shift) & ((1 << bits) - 1), bits, is_signed=is_signed)
     tolerance = (1 << bits) * LOSSY_PADDING if is_lossy else 0
     is_padding = _is_padding(stored, _sign(containers, allocated, is_signed=is_signed), file, tolerance)
@@ -355,6 +357,12 @@ def _scale(pixels: np.ndarray, file: "Dataset", *, is_lossy: bool) -> np.ndarray
     table[is_picture] = (255 - gray if _is_inverted(file) else gray)[level_of]
     scaled: np.ndarray = table[indices]
     return scaled
+
+
+def _find_stored_bits(file: "Dataset", allocated: int) -> tuple[int, int]:
+    """Return the number of the bits that are the picture, and of the bits below them."""
+    bits = min(_integer(file, "BitsStored", allocated), allocated)
+    return bits, min(max(_integer(file, "HighBit", bits - 1) + 1 - bits, 0), allocated - bits)
 
 
 def _sign(values: np.ndarray, bits: int, *, is_signed: bool) -> np.ndarray:
@@ -400,7 +408,7 @@ def _to_gray_levels(levels: np.ndarray, counts: np.ndarray, file: "Dataset", *, 
     if shown is not None:
         merged = _merge(shown, counts)
         low, high = find_percentiles(*merged, 0.01)
-        inside = counts[(shown > 0) & (shown < 255)].sum() / counts.sum()
+        inside = counts[(shown >= 0.5) & (shown <= 254.5)].sum() / counts.sum()  # a sigmoid never reaches its ends
         if high - low >= MIN_CONTRAST and inside >= MIN_INSIDE_WINDOW:
             return scale_to_uint8(shown, *find_range(*merged))
     if is_8_bit and modality_lut is None:
@@ -436,17 +444,20 @@ def _find_lut(file: "Dataset", keyword: str) -> "Dataset | None":
 
 def _look_up(values: np.ndarray, lut: "Dataset", file: "Dataset") -> np.ndarray:
     """Replace values by the entries of a LUT; those before and after it by its first and last (PS3.3 C.11.1.1)."""
-    count, first, _ = (int(number) for number in lut.LUTDescriptor)
+    try:
+        count, first, _ = (int(number) for number in lut.LUTDescriptor)
+    except (TypeError, ValueError):
+        raise UnusableError("broken DICOM: LUTDescriptor: not three numbers") from None
     count = count or TABLE_SIZE
     if _integer(file, "PixelRepresentation") == 1 and first >= TABLE_SIZE // 2:  # written as unsigned
         first -= TABLE_SIZE
     entries = lut.LUTData
     if isinstance(entries, bytes):
-        dtype = (
-            np.dtype(np.uint8) if len(entries) < 2 * count else np.dtype("<u2" if file.original_encoding[1] else ">u2")
-        )
-        entries = np.frombuffer(entries, dtype)
+        word = "<u2" if file.original_encoding[1] else ">u2"
+        entries = np.frombuffer(entries, np.uint8 if len(entries) in (count, count + 1) else word)
     entries = np.atleast_1d(np.asarray(entries, float))[:count]
+    if len(entries) < count:
+        raise UnusableError(f"broken DICOM: a LUT of {count} entries has {len(entries)}")
     looked_up: np.ndarray = entries[np.clip(values - first, 0, len(entries) - 1).astype(int)]
     return looked_up
 
@@ -454,6 +465,8 @@ def _look_up(values: np.ndarray, lut: "Dataset", file: "Dataset") -> np.ndarray:
 def _look_up_colors(pixels: np.ndarray, file: "Dataset") -> np.ndarray:
     from pydicom.pixels.processing import apply_color_lut
 
+    bits, shift = _find_stored_bits(file, 8 * pixels.itemsize)
+    pixels = (pixels >> shift) & ((1 << bits) - 1)
     colors = apply_color_lut(np.arange(int(pixels.max()) + 1), file)[:, :3]
     looked_up: np.ndarray = (colors >> 8 if colors.dtype == np.uint16 else colors).astype(np.uint8)[pixels]
     return looked_up

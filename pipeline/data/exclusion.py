@@ -8,12 +8,14 @@ import pandas as pd
 from pipeline.core.config import PrepareParams
 from pipeline.core.errors import UserError
 from pipeline.data.file_names import match_files, quote_nearest
-from pipeline.data.views import EXCLUDED_VIEW, is_known, is_view
+from pipeline.data.views import is_known, is_view
 
 log = logging.getLogger(__name__)
 
 MAX_LISTED = 10  # views in a message
+# Reasons in quarantine.csv
 EXCLUDED_FILE = "listed in prepare.excluded_files"
+EXCLUDED_VIEW = ": not in prepare.views"  # after the word view and the view as it is written
 
 
 def exclusion_reasons(images: pd.DataFrame, params: PrepareParams) -> pd.Series:
@@ -31,20 +33,23 @@ def exclusion_reasons(images: pd.DataFrame, params: PrepareParams) -> pd.Series:
     Raises:
         UserError: `excluded_files` has a name that is no image.
     """
-    reasons = pd.Series("", index=images.index, dtype="str")
-    view = images["view"]
+    reasons, view = pd.Series("", index=images.index, dtype="str"), images["view"]
     if params.views is not None:
-        reasons = reasons.mask(
-            is_known(view) & ~is_view(view, params.views), "view " + view.str.strip() + EXCLUDED_VIEW
-        )
+        is_excluded = is_known(view) & ~is_view(view, params.views)
+        reasons = reasons.mask(is_excluded, "view " + view.str.strip() + EXCLUDED_VIEW)
     if params.excluded_files:
-        files = match_files(pd.Series(params.excluded_files, dtype="str"), images["file"].tolist())
-        if (files == "").any():
-            unknown = params.excluded_files[files.eq("").to_numpy().argmax()]
-            nearest = quote_nearest(unknown, images["file"].tolist())
+        files, names = images["file"].tolist(), pd.Series(params.excluded_files, dtype="str")
+        found = match_files(names, files)
+        if (found == "").any():
+            nearest = quote_nearest(names[found == ""].iloc[0], files)
             raise UserError(f"params.yaml: prepare.excluded_files: no image is named {nearest}; correct or delete it")
-        reasons = reasons.mask(images["file"].isin(files), EXCLUDED_FILE)
+        reasons = reasons.mask(images["file"].isin(found), EXCLUDED_FILE)
     return reasons
+
+
+def excluded_views(reasons: pd.Series) -> pd.Series:
+    """Take from the reasons in quarantine.csv, (Q,), the views of the images that `prepare.views` left out."""
+    return reasons.str.extract(f"^view (.*){EXCLUDED_VIEW}$", expand=False).dropna()
 
 
 def report_exclusions(

@@ -16,6 +16,7 @@ from pipeline.core.files import BLANKS
 IMAGE_ENDING = re.compile(
     r"(?<=.)\.(?:jpe?g|jpe|jfif|png|dcm|dicom|ima|tiff?|bmp|gif|webp|jp2|j2k|jpx|jls|hei[cf]|avif|p[gnp]m)$"
 )
+NUMBER = re.compile(r"0*(\d+?)(?:\.0+)?")
 SPELLED, FOLDED, STEM = range(3)  # forms of a path
 NEIGHBORS = 50  # names before and after, in alphabetical order, that a suggestion is chosen from
 
@@ -55,6 +56,8 @@ def quote_nearest(name: str, files: Collection[str]) -> str:
     """
     known, stem = sorted(set(files)), _stem(name)
     fits = [file for file in known if stem and _stem(file) == stem]
+    if not fits and (number := NUMBER.fullmatch(stem)):  # a spreadsheet may have taken 0012 for 12 or 12.0
+        fits = [file for file in known if _stem(file).lstrip("0") == number[1]]
     if len(fits) > 1:
         return f"{name!r} (is it {fits[0]!r} or {fits[1]!r}?)"
     nearest = fits[0] if fits else _find_similar(stem, known)

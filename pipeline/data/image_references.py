@@ -8,6 +8,7 @@ from typing import NamedTuple
 from pipeline.core.files import DamagedFileError, detect_damage
 
 IMAGE_REFERENCES = "image_references.csv"
+UNKNOWN_CHECKSUM = 0, -1  # size and CRC-32 of a file that was not read
 COLUMNS = ["member", "path", "bytes", "crc32"]
 
 

@@ -30,13 +30,18 @@ TIFF_START = re.compile(rb"II[*+]\0|MM\0[*+]")
 MIN_IS_WHITE = 0  # photometric interpretation of TIFF
 LUMA = np.float32(0.299), np.float32(0.587), np.float32(0.114)  # of red, green and blue, ITU-R 601-2
 OTHER_FORMATS = {
-    b"%PDF": "PDF",
-    b"8BPS": "Photoshop",
-    b"II\xbc": "JPEG XR",
-    b"\xff\x0a": "JPEG XL",
-    b"\0\0\0\x0cJXL ": "JPEG XL",
-    b"PK\x03\x04": "zip",
-    b"\x1f\x8b": "gzip",
+    b"%PDF": "PDF; convert it to PNG",
+    b"8BPS": "Photoshop; convert it to PNG",
+    b"II\xbc": "JPEG XR; convert it to PNG",
+    b"\xff\x0a": "JPEG XL; convert it to PNG",
+    b"\0\0\0\x0cJXL ": "JPEG XL; convert it to PNG",
+    b"NRRD": "NRRD; convert it to PNG",
+    b"\x93NUMPY": "NumPy; convert it to PNG",
+    b"PK\x03\x04": "zip; unpack it",
+    b"\x1f\x8b": "gzip; unpack it",
+    b"Rar!": "RAR; unpack it",
+    b"7z\xbc\xaf": "7z; unpack it",
+    b"version https://git-lfs": "Git LFS pointer; run: git lfs pull",
 }
 EXIF_TRANSPOSITIONS = {  # EXIF orientation to the operation that makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -149,7 +154,7 @@ def _decode_image(data: bytes) -> np.ndarray:
         raise
     except UnidentifiedImageError:
         name = next((name for start, name in OTHER_FORMATS.items() if data.startswith(start)), None)
-        raise UnusableError(f"{NO_IMAGE}: {name}; convert it to PNG" if name else NO_IMAGE) from None
+        raise UnusableError(f"{NO_IMAGE}: {name}" if name else NO_IMAGE) from None
     except Exception as error:  # noqa: BLE001  # Pillow raises errors of any type for damaged files
         raise UnusableError(f"broken image: {describe_error(error)}") from None
 
@@ -236,6 +241,8 @@ def _decode_deep_tiff(data: bytes) -> np.ndarray | None:
     """
     if not TIFF_START.match(data):
         return None
+    if data.startswith(b"MM\0+"):  # Pillow takes it for another kind of TIFF
+        raise UnusableError("big-endian BigTIFF: it cannot be read; convert it to PNG")
     import imagecodecs
 
     stream = io.BytesIO(data)
@@ -246,7 +253,7 @@ def _decode_deep_tiff(data: bytes) -> np.ndarray | None:
     bits = max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,)))
     if bits not in (16, 32, 64):
         return None
-    width, height = tags[TiffImagePlugin.IMAGEWIDTH], tags[TiffImagePlugin.IMAGELENGTH]
+    width, height = (tags.get(tag, 0) for tag in (TiffImagePlugin.IMAGEWIDTH, TiffImagePlugin.IMAGELENGTH))
     check_shape(width, height)
     channels = tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1)
     if channels > (4 if bits == 16 else 1):
@@ -259,7 +266,8 @@ def _decode_deep_tiff(data: bytes) -> np.ndarray | None:
     if pixels.dtype == np.float64:
         pixels = pixels.astype(np.float32)
     if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == MIN_IS_WHITE:
-        pixels = -pixels if pixels.dtype.kind == "f" else ~pixels
+        gray = pixels if pixels.ndim == 2 else pixels[..., 0]  # the other channel is opacity
+        gray[:] = -gray if gray.dtype.kind == "f" else ~gray
     return _transpose(_channels_to_gray(pixels), tags.get(ExifTags.Base.Orientation, 1))
 
 

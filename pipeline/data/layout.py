@@ -31,12 +31,7 @@ METADATA = ["patient", "source", "view"]
 # Columns that metadata.csv may lack; the license is that of the image.
 OPTIONAL_METADATA = ["sex", "age", "license", "manufacturer", "modality"]
 TRAIN_LABELS, SAMPLE_SUBMISSION, METADATA_TABLE = "train_labels.csv", "sample_submission.csv", "metadata.csv"
-IGNORED_FILES = (
-    "",
-    ".DS_Store",
-    "Thumbs.db",
-    "desktop.ini",
-)  # "" is a folder; file managers write the others, and names with ._
+IGNORED_FILES = ("", ".DS_Store", "Thumbs.db", "desktop.ini")  # "" is a folder; file managers write the others
 MAX_MEMBER_SIZE = 2**28  # bytes, uncompressed
 ENCRYPTION_FLAGS = 0b1100001  # flag bits of a member: encryption, strong encryption, or patch data
 MAX_COMPRESSION_RATIO = 200  # of members above MIN_BOMB_SIZE; far above that of any radiograph
@@ -73,7 +68,7 @@ def read_layout(path: Path) -> Layout:
         metadata = _read_metadata(archive, members, path) if find_table(members, METADATA_TABLE) else None
     warnings: list[str] = []
     train = _match_labels(path, labels, train_members, warnings)
-    images = pd.concat([train, _match_sample(path, sample, test_members)], ignore_index=True)
+    images = pd.concat([train, _match_sample(path, sample, test_members, warnings)], ignore_index=True)
     images["label"] = images["label"].astype("Int64")
     return Layout(_with_metadata(path, images, metadata, warnings), sample.reset_index(drop=True), warnings)
 
@@ -145,8 +140,7 @@ def find_members(archive: zipfile.ZipFile, path: Path) -> dict[str, str]:
     members: dict[str, str] = {}
     for member in names:
         name = clean_name(member)
-        *folders, file = name.split("/")
-        if file in IGNORED_FILES or file.startswith("._") or "__MACOSX" in folders:
+        if is_ignored(name):
             continue
         if name in members:
             raise UserError(f"{path}: {member!r} and {members[name]!r} have the same name; keep one of them")
@@ -156,6 +150,12 @@ def find_members(archive: zipfile.ZipFile, path: Path) -> dict[str, str]:
         raise UserError(f"{path}: has {tables[0]!r} and {tables[1]!r}; keep one of them")
     root = tables[0][: -len(TRAIN_LABELS)] if tables else ""
     return {name.removeprefix(root): member for name, member in members.items() if name.startswith(root)}
+
+
+def is_ignored(name: str) -> bool:
+    """Return whether a path is of a folder or of a file that file managers write, such as `._a.jpg` of a Mac."""
+    *folders, file = name.split("/")
+    return file in IGNORED_FILES or file.startswith("._") or "__MACOSX" in folders
 
 
 def clean_name(member: str) -> str:
@@ -207,7 +207,7 @@ def _read_table(
 ) -> pd.DataFrame:
     member = find_table(members, name)
     if not member:
-        raise UserError(f"{path}: has no {name}; add it at the top level of the zip")
+        raise UserError(f"{path}: has no {name}; add it at the top level, or set download.source (docs/data.md)")
     try:
         content = read_member(archive, member)
     except DamagedFileError as error:
@@ -247,8 +247,7 @@ def _match_labels(path: Path, labels: pd.DataFrame, members: Mapping[str, str], 
             "it must be 0 (negative) or 1 (positive)"
         )
     missing = files[found == ""]
-    # A file without an extension, such as README or .gitkeep, counts as an image only if a table lists it.
-    unlabeled = sorted(name for name in members.keys() - set(found) if "." in name.strip("."))
+    unlabeled = _find_unlisted(members, found)
     if unlabeled:
         nearest = f" ({TRAIN_LABELS} has {quote_nearest(missing.iloc[0], unlabeled)})" if len(missing) else ""
         raise UserError(
@@ -266,7 +265,7 @@ def _match_labels(path: Path, labels: pd.DataFrame, members: Mapping[str, str], 
     })  # fmt: skip
 
 
-def _match_sample(path: Path, sample: pd.DataFrame, members: Mapping[str, str]) -> pd.DataFrame:
+def _match_sample(path: Path, sample: pd.DataFrame, members: Mapping[str, str], warnings: list[str]) -> pd.DataFrame:
     files = sample["File"]
     found = _match(path, SAMPLE_SUBMISSION, files, members, "test")
     missing = files[found == ""]
@@ -276,15 +275,28 @@ def _match_sample(path: Path, sample: pd.DataFrame, members: Mapping[str, str]) 
             f"{quote_nearest(missing.iloc[0], members.keys() - set(found))} is not in test/ "
             f"({len(missing)} missing in total); add it: a submission needs every test image"
         )
+    unlisted = _find_unlisted(members, found)
+    if unlisted:
+        warnings.append(
+            f"{SAMPLE_SUBMISSION}: {len(unlisted)} of {len(members)} images in test/ have no line, the first is "
+            f"{unlisted[0]!r}"
+        )
     return pd.DataFrame({"file": files, "set": "test", "member": found.map(members), "label": pd.NA})
+
+
+def _find_unlisted(members: Mapping[str, str], found: pd.Series) -> list[str]:
+    """Return images that no line of a table means; a file without an ending, such as README, counts only if listed."""
+    return sorted(name for name in members.keys() - set(found) if "." in name.strip("."))
 
 
 def _match(path: Path, table: str, files: pd.Series, members: Mapping[str, str], folder: str) -> pd.Series:
     if files.empty:
         raise UserError(f"{path}: {table} lists no image; it needs at least one")
+    if not members:
+        raise UserError(f"{path}: no images in {folder}/ beside {TRAIN_LABELS}; move the tables or the images there")
     found = match_files(files, members)
     check_listed_once(files, found, f"{path}: {table}")
-    if members and (found == "").all():
+    if (found == "").all():
         raise UserError(
             f"{path}: {table}: none of its {len(files)} names is an image in {folder}/; the first is "
             f"{quote_nearest(files.iloc[0], members)}, the first image is {min(members)!r}; write the names alike"

@@ -29,12 +29,12 @@ from pipeline.data import dicom, duplicates, images, layout
 from pipeline.data.checks import UnusableError
 from pipeline.data.demographics import read_age
 from pipeline.data.exclusion import exclusion_reasons, report_exclusions
-from pipeline.data.raw_images import RawImages, open_raw_images
+from pipeline.data.raw_images import RawImages
 
 log = logging.getLogger(__name__)
 
 FILE_COLUMNS = ["width", "height", "bytes", "jpeg_quantization", "xxh128", "phash"]
-METADATA = ["patient", "view", "sex", "age", "manufacturer", "modality"]  # of DICOM files
+METADATA = [*dicom.METADATA]
 DICOM_COLUMNS = [f"dicom_{name}" for name in METADATA]
 RESULTS = [*FILE_COLUMNS, *DICOM_COLUMNS, "reason"]  # of an image
 ARRAY = "decoded.npy"
@@ -112,7 +112,7 @@ def _decode_images(
         results_path.write_text(run, encoding="utf-8")
     offset = (folder / ARRAY).stat().st_size - len(members) * params.image_size**2
     with (
-        open_raw_images(raw, download),  # for its errors; one in a worker would only say that the worker ended
+        RawImages(raw, download),  # for its errors; one in a worker would only say that the worker ended
         results_path.open("a", encoding="utf-8", buffering=1) as lines,
         ProcessPoolExecutor(
             cpu_count(), initializer=_open_files, initargs=(raw, download, folder / ARRAY, offset)
@@ -163,8 +163,8 @@ def _check_space(folder: Path, count: int, size: int) -> None:
     needed, free = count * size**2, shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"{folder}: {count} images of {size}×{size} pixels need {needed / 1e9:.1f} GB, but only "
-            f"{free / 1e9:.1f} GB are free; free some space or lower prepare.image_size"
+            f"the disk is full: in {folder}, {count} images of {size}×{size} pixels need {needed / 1e6:.0f} MB, but "
+            f"{free / 1e6:.0f} MB are free; free some space or lower prepare.image_size"
         )
 
 
@@ -172,7 +172,7 @@ def _open_files(raw: Path, download: DownloadParams | None, array: Path, offset:
     global _raw_images, _array_descriptor, _data_offset
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     warnings.simplefilter("ignore")  # of decoders; errors go to quarantine.csv
-    _raw_images, _array_descriptor, _data_offset = open_raw_images(raw, download), os.open(array, os.O_WRONLY), offset
+    _raw_images, _array_descriptor, _data_offset = RawImages(raw, download), os.open(array, os.O_WRONLY), offset
 
 
 def _exit_with_parent() -> None:

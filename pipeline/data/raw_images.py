@@ -9,16 +9,17 @@ from typing import Self
 from pipeline.core.config import DownloadParams, KaggleParams, PhantomParams
 from pipeline.core.errors import UserError
 from pipeline.data import layout
-from pipeline.data.image_references import read_references
+from pipeline.data.image_references import UNKNOWN_CHECKSUM, read_references
 from pipeline.data.sources.source_folder import SourceFolder, open_source_folder
 
 ADVICE = "run: dvc repro -f download"
 
 
 class RawImages:
-    """The files of images, by the members that `layout.read_layout` names; a context manager that closes them."""
+    """The files of images, by the members that `layout.read_layout` names; for one process and its threads."""
 
     def __init__(self, raw: Path, params: DownloadParams | None) -> None:
+        """Open a zip that `download` wrote; the `path` of `params` is where the images are that it refers to."""
         self._raw, self._params = raw, params
         self._archive = zipfile.ZipFile(raw)
         self._references = read_references(self._archive)
@@ -45,7 +46,8 @@ class RawImages:
             content = self._folder.read_bytes(reference.path)
         except FileNotFoundError:
             raise UserError(f"{name} is missing since download; restore it, or {ADVICE}") from None
-        if (len(content), zlib.crc32(content)) != (reference.size, reference.crc32):
+        checksum = reference.size, reference.crc32
+        if checksum not in ((len(content), zlib.crc32(content)), UNKNOWN_CHECKSUM):
             raise UserError(f"{name} changed since download; {ADVICE}")
         return content
 
@@ -62,13 +64,3 @@ class RawImages:
             return f"{entry.CRC:08x}{entry.file_size:08x}"
         reference = self._references[member]
         return f"{reference.crc32:08x}{reference.size:08x}"
-
-
-def open_raw_images(raw: Path, params: DownloadParams | None) -> RawImages:
-    """Open a zip that `download` wrote, for this process and its threads.
-
-    Args:
-        raw: the zip.
-        params: their `path` is where the images are that the zip refers to; no other zip needs them.
-    """
-    return RawImages(raw, params)

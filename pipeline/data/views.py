@@ -6,7 +6,6 @@ from collections.abc import Collection
 
 import pandas as pd
 
-EXCLUDED_VIEW = ": not in prepare.views"  # in quarantine.csv, after the word view and the view as it is written
 BASIC_PROJECTIONS = ("PA", "AP", "LL", "RL")
 # Texts without blanks, with the projections that they may mean: the values of DICOM's View Position (0018,5101), the
 # meanings of its view codes (PS3.16, CID 4010), and what CheXpert, MIMIC-CXR, PadChest and others write.
@@ -65,8 +64,3 @@ def is_view(view: pd.Series, wanted: Collection[str]) -> pd.Series:
     for meaning in map(possible_projections, wanted):
         accepted |= meaning - set(BASIC_PROJECTIONS) or meaning
     return view.map({one: not accepted.isdisjoint(possible_projections(one)) for one in view.unique()}).astype(bool)
-
-
-def excluded_views(reasons: pd.Series) -> pd.Series:
-    """Take from the reasons in quarantine.csv, (Q,), the views of the images that `prepare.views` left out."""
-    return reasons.str.extract(f"^view (.*){EXCLUDED_VIEW}$", expand=False).dropna()

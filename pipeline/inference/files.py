@@ -80,7 +80,7 @@ def predict_files(candidate: Candidate, paths: ImageFiles) -> Iterator[pd.DataFr
     Yields:
         Tables with a row per file: `file`, `probability` and `label` as of `Candidate.predict`, and `reason`: empty, or
         why a file is not a usable radiograph, whose probability and label are missing. Bytes of a file name that are no
-        UTF-8 are escaped.
+        UTF-8, and carriage returns, are escaped.
     """
     with ThreadPoolExecutor(cpu_count()) as pool:
         remaining = track_progress(paths, "predicting", len(paths))
@@ -95,7 +95,8 @@ def predict_files(candidate: Candidate, paths: ImageFiles) -> Iterator[pd.DataFr
 
 
 def _predict_batch(candidate: Candidate, paths: list[Path], decoded: Iterator[np.ndarray | str]) -> pd.DataFrame:
-    table = pd.DataFrame({"file": [escape_undecodable(str(path)) for path in paths]})
+    # Readers of CSV take a carriage return, which a Mac's `Icon\r` has, for the end of a row.
+    table = pd.DataFrame({"file": [escape_undecodable(str(path)).replace("\r", r"\r") for path in paths]})
     results = list(decoded)
     is_usable = np.array([isinstance(result, np.ndarray) for result in results])
     table["reason"] = ["" if isinstance(result, np.ndarray) else result for result in results]

@@ -10,7 +10,7 @@ import pandas as pd
 
 from pipeline.core.files import atomic_path, write_json
 from pipeline.core.markdown import markdown_table
-from pipeline.data.views import excluded_views
+from pipeline.data.exclusion import excluded_views
 from pipeline.evaluation.metrics import score_predictions
 
 MAX_LISTED = 20  # rows of a table or list of `card_sections`; card.json is complete

@@ -17,7 +17,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.files import DamagedFileError, md5_of_file, read_csv, read_json, write_csv, write_json
 from pipeline.data import images, layout
 from pipeline.data.manifest import read_split
-from pipeline.data.raw_images import open_raw_images
+from pipeline.data.raw_images import RawImages
 from pipeline.evaluation import calibration, ensemble, gate
 from pipeline.evaluation.cross_fitted_predictor import CrossFittedPredictor
 from pipeline.evaluation.intervals import compare_predictions
@@ -253,7 +253,7 @@ class ValidationPredictions:
         """Return a model's labels for rows of the validation set, decoding the images at the size that it needs."""
         members = layout.read_layout(RAW).images.set_index("file").loc[self.files.iloc[rows], "member"]
         labels = []
-        with open_raw_images(RAW, self._download) as raw_images:
+        with RawImages(RAW, self._download) as raw_images:
             for start in range(0, len(members), BATCH_SIZE):
                 try:
                     contents = [raw_images.read(name) for name in members[start : start + BATCH_SIZE]]
@@ -266,7 +266,7 @@ class ValidationPredictions:
     def _checksums(self, files: pd.Series) -> pd.Series:
         """Return the CRC-32 and the size of each image's file, which the archive's tables have."""
         members = layout.read_layout(RAW).images.set_index("file").loc[files, "member"]
-        with open_raw_images(RAW, self._download) as raw_images:
+        with RawImages(RAW, self._download) as raw_images:
             return pd.Series([raw_images.checksum(member) for member in members], dtype=str)
 
 

@@ -70,6 +70,7 @@ def write_source(params: ArchiveParams, target: Path) -> None:
 
 
 def is_folder(path: str) -> bool:
+    """Return whether it is a folder, here or in a bucket, and not an archive."""
     if remote.is_url(path):
         return not remote.is_http(path) and not path.lower().endswith(ENDINGS)
     return Path(path).expanduser().is_dir()
@@ -196,7 +197,7 @@ def _read_members(raw: BinaryIO, path: Path) -> Iterator[tuple[str, bytes]]:
         while (member := archive.next()) is not None:
             archive.members.clear()  # or memory grows with their number
             name = member.name.removeprefix("./")
-            if member.isdir() or name.rpartition("/")[2].startswith("._"):  # of a Mac
+            if member.isdir() or layout.is_ignored(name):
                 continue
             problems = {
                 "is a link": member.islnk() or member.issym(),

@@ -4,7 +4,9 @@ import hashlib
 import io
 import logging
 import zipfile
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import pandas as pd
@@ -12,14 +14,17 @@ import pandas as pd
 from pipeline.core.errors import UserError
 from pipeline.core.files import decompress, read_text_table
 from pipeline.core.progress import track_progress
-from pipeline.data.file_names import quote_nearest
-from pipeline.data.image_references import IMAGE_REFERENCES, ImageReference, format_references
+from pipeline.data.dicom import read_metadata
+from pipeline.data.file_names import IMAGE_ENDING, quote_nearest
+from pipeline.data.image_references import IMAGE_REFERENCES, UNKNOWN_CHECKSUM, ImageReference, format_references
 from pipeline.data.layout import METADATA, OPTIONAL_METADATA
 from pipeline.data.sources.source_folder import SourceFolder, map_in_threads
 from pipeline.data.test_labels import TEST_LABELS
 
 log = logging.getLogger(__name__)
 
+_reads_images = ContextVar("reads_images", default=True)
+DICOM_ENDINGS = (".dcm", ".dicom", ".ima")
 ZIP_TIMESTAMP = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip can store
 
 
@@ -63,11 +68,23 @@ def find_references(members: Iterable[str], folder: SourceFolder, paths: Collect
         folder: of the images.
         paths: of the images, relative to the folder.
     """
-    checksums = track_progress(map_in_threads(folder.read_checksum, paths), "reading", len(paths))
+    checksums: Iterable[tuple[int, int]] = [UNKNOWN_CHECKSUM] * len(paths)
+    if _reads_images.get():
+        checksums = track_progress(map_in_threads(folder.read_checksum, paths), "reading", len(paths))
     return [
         ImageReference(member, path, *checksum)
         for member, path, checksum in zip(members, paths, checksums, strict=True)
     ]
+
+
+@contextmanager
+def without_reading_images() -> Iterator[None]:
+    """Write references without sizes and checksums, which need the content of all images; for a look at the data."""
+    token = _reads_images.set(False)
+    try:
+        yield
+    finally:
+        _reads_images.reset(token)
 
 
 def write_references(archive: zipfile.ZipFile, references: list[ImageReference]) -> None:
@@ -84,7 +101,8 @@ def write_zip_of_files(rows: pd.DataFrame, folder: SourceFolder, target: Path, *
     A label whose image is missing is kept; `prepare` lists it in quarantine.csv.
 
     Args:
-        rows: as for `write_zip`, with the column path: of the image, relative to the folder; empty if it is missing.
+        rows: one per image, as for `write_zip`, but with the labels of all images in the column label, and with the
+            columns is_test and path: of the image, relative to the folder; empty if it is missing.
         folder: of the images.
         target: the zip.
         copy_images: whether the images are in the zip, or references to the files of the folder.
@@ -92,8 +110,8 @@ def write_zip_of_files(rows: pd.DataFrame, folder: SourceFolder, target: Path, *
     Raises:
         UserError: a test image is missing, two images have the same name, or the training or test set is empty.
     """
-    missing = rows["path"] == ""
-    missing_test = rows["file"][missing & rows["label"].isna()]
+    missing, is_test = rows["path"] == "", rows["is_test"].astype(bool)
+    missing_test = rows["file"][missing & is_test]
     if len(missing_test):
         name = quote_nearest(missing_test.iloc[0], folder.files)
         raise UserError(
@@ -110,9 +128,10 @@ def write_zip_of_files(rows: pd.DataFrame, folder: SourceFolder, target: Path, *
     repeated = rows["file"][rows["file"].duplicated()]
     if len(repeated):
         raise UserError(f"{repeated.iloc[0]}: {len(repeated) + 1} images have this name; give each a unique name")
-    if rows["label"].isna().all() or rows["label"].notna().all():
-        subset = "test" if rows["label"].isna().all() else "training"
+    if is_test.all() or not is_test.any():
+        subset = "test" if is_test.all() else "training"
         raise UserError(f"all {len(rows)} images are in the {subset} set; add images or patients to the other set")
+    rows = rows.assign(label=rows["label"].mask(is_test), test_label=rows["label"].where(is_test))
     if copy_images:
         images = map_in_threads(lambda path: folder.read_bytes(path) if path else None, rows["path"])
         write_zip(rows, track_progress(images, "packing", len(rows)), target)
@@ -133,9 +152,34 @@ def draw_test_set(patient: pd.Series, file: pd.Series, share: float) -> pd.Serie
 
     Returns:
         bool (N,): whether the image is in the test set.
+
+    Raises:
+        UserError: no patient, or every patient, would be in the test set.
     """
     keys = patient.where(patient != "", file)
-    return keys.map(lambda name: int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) < share * 2**32).astype(bool)
+    is_test = keys.map(lambda name: int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) < share * 2**32).astype(bool)
+    if is_test.all() or not is_test.any():
+        raise UserError(
+            f"download.test_share: {share:g} puts {'all' if is_test.all() else 'none'} of {keys.nunique()} patients "
+            "(or images, of unknown patients) into the test set; change it, or add patients"
+        )
+    return is_test
+
+
+def known_patients(rows: pd.DataFrame, folder: SourceFolder) -> pd.Series:
+    """Return the patients, (N,); where rows say none, those of DICOM files, which `prepare` will read too.
+
+    Without them, images of a patient could be in both sets.
+    """
+    may_be_dicom = rows["path"].map(
+        lambda path: path.lower().endswith(DICOM_ENDINGS) or not IMAGE_ENDING.search(path.lower())
+    )
+    is_unknown = (rows["patient"] == "") & (rows["path"] != "") & may_be_dicom.astype(bool)
+    files = rows["path"][is_unknown]
+    contents = track_progress(map_in_threads(folder.read_bytes, files), "reading DICOM headers", len(files))
+    patients = rows["patient"].to_numpy(dtype=object, copy=True)
+    patients[is_unknown] = [read_metadata(content)["patient"] for content in contents]
+    return pd.Series(patients, rows.index, dtype="str")
 
 
 def read_source_table(folder: SourceFolder, file: str, columns: Collection[str]) -> pd.DataFrame:
@@ -152,6 +196,21 @@ def read_source_table(folder: SourceFolder, file: str, columns: Collection[str])
         hint = f"; {nearest}" if nearest != repr(file) else ""
         raise UserError(f"{path}: not found; add this table, which describes the images{hint}") from None
     return read_text_table(io.BytesIO(content), path, columns)
+
+
+def read_lines(folder: SourceFolder, file: str) -> list[str]:
+    """Read the lines of a text in the folder.
+
+    Raises:
+        UserError: the file is missing or is not encoded in UTF-8.
+    """
+    try:
+        return folder.read_bytes(file).decode("utf-8-sig").splitlines()  # utf-8-sig removes a byte order mark
+    except FileNotFoundError:
+        nearest = quote_nearest(file, folder.files)
+        raise UserError(f"{folder.root}: {nearest} not found; correct its name in params.yaml") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{folder.root}/{file}: not encoded in UTF-8 ({error}); save it in UTF-8") from None
 
 
 def zip_info(name: str) -> zipfile.ZipInfo:

@@ -27,7 +27,14 @@ def write_source(params: CovidChestXrayParams, target: Path) -> None:
     folder = open_source_folder(params.path, "a checkout of ieee8023/covid-chestxray-dataset")
     table = archive_writer.read_source_table(folder, "metadata.csv", COLUMNS)
     frontal = is_view(table["view"], ["PA", "AP"])
-    table = table[frontal & ~table["finding"].str.strip().str.lower().isin(UNLABELED)]
+    unlabeled = table["finding"].str.strip().str.lower().isin(UNLABELED)
+    for reason, left_out in (("are not frontal", ~frontal), ("have no finding", frontal & unlabeled)):
+        if left_out.any():
+            log.warning(
+                "%s/metadata.csv: %s of %s images %s and are left out, the first is %s",
+                folder.root, left_out.sum(), len(table), reason, table["filename"][left_out].iloc[0],
+            )  # fmt: skip
+    table = table[frontal & ~unlabeled]
     repeated = table["filename"][table["filename"].duplicated()]
     if len(repeated):
         log.warning(
@@ -35,13 +42,11 @@ def write_source(params: CovidChestXrayParams, target: Path) -> None:
             folder.root, len(repeated), repeated.iloc[0],
         )  # fmt: skip
     table = table.drop_duplicates("filename")
-    positive = table["finding"].str.contains("COVID-19", regex=False).astype("Int64")
-    is_test = archive_writer.draw_test_set(table["patientid"], table["filename"], params.test_share)
     optional = table.reindex(columns=["sex", "age", "license"], fill_value="")
     rows = table[["view"]].assign(
         file=table["filename"],
-        label=positive.mask(is_test),
-        test_label=positive.where(is_test),
+        label=table["finding"].str.contains("COVID-19", regex=False).astype("Int64"),
+        is_test=archive_writer.draw_test_set(table["patientid"], table["filename"], params.test_share),
         patient=table["patientid"],
         source="cohen",
         sex=read_sex(optional["sex"], f"{folder.root}/metadata.csv"),

@@ -39,7 +39,7 @@ def write_source(params: CovidxParams, target: Path) -> None:
     folder = open_source_folder(params.path, "the folder of COVIDx")
     lists = {subset: _find_list(folder, subset, params.version) for subset in ("train", "val", "test")}
     tables = [_read_list(folder, file, subset) for subset, file in lists.items() if file]
-    rows = pd.concat(tables, ignore_index=True).reindex(columns=[*tables[0], "test_label"])
+    rows = pd.concat(tables, ignore_index=True)
     rows["path"] = match_files(rows["path"], folder.files)
     archive_writer.write_zip_of_files(rows, folder, target, copy_images=params.copy_images)
 
@@ -60,13 +60,8 @@ def _find_list(folder: SourceFolder, subset: str, version: str | None) -> str:
 
 
 def _read_list(folder: SourceFolder, file: str, subset: str) -> pd.DataFrame:
-    path = f"{folder.root}/{file}"
-    try:
-        lines = folder.read_bytes(file).decode("utf-8-sig").splitlines()  # utf-8-sig removes a byte order mark
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not encoded in UTF-8 ({error}); save it in UTF-8") from None
-    rows = []
-    for number, line in enumerate(lines, start=1):
+    path, rows = f"{folder.root}/{file}", []
+    for number, line in enumerate(archive_writer.read_lines(folder, file), start=1):
         fields = line.split()
         if not fields:
             continue
@@ -83,10 +78,7 @@ def _read_list(folder: SourceFolder, file: str, subset: str) -> pd.DataFrame:
     table = pd.DataFrame(rows, columns=["patient", "file", "label", "source", "path"]).astype({"label": "Int64"})
     if unknown := (table["source"] == "").sum():
         log.warning("%s: %s of %s lines name no source", path, unknown, len(table))
-    table = _merge_repeated(table, path)
-    if subset == "test":
-        table = table.rename(columns={"label": "test_label"})
-    return table.assign(view="")
+    return _merge_repeated(table, path).assign(view="", is_test=subset == "test")
 
 
 def _merge_repeated(table: pd.DataFrame, path: str) -> pd.DataFrame:

@@ -18,7 +18,7 @@ from pipeline.core.config import FoldersParams
 from pipeline.core.errors import UserError
 from pipeline.data.layout import METADATA
 from pipeline.data.sources import archive_writer
-from pipeline.data.sources.image_paths import extract, name_images
+from pipeline.data.sources.image_paths import extract, is_image, name_images
 from pipeline.data.sources.source_folder import SourceFolder, open_source_folder
 
 log = logging.getLogger(__name__)
@@ -27,11 +27,6 @@ log = logging.getLogger(__name__)
 SET = re.compile(r"(train|test|val)(?:ing|id|idation)?(?:[ _-]?(?:set|images))?")
 IMAGES = re.compile(r"images?|imgs?")
 MASKS = re.compile(r"(?:.*[ _-])?masks?")  # also "lung masks"
-# Files that describe images. All others are taken for images, also those without an ending, as DICOM may be.
-DESCRIPTIONS = re.compile(
-    r"(?:.*\.(?:csv|tsv|txt|md|rst|json|xml|ya?ml|xlsx?|docx?|pdf|html?|ini|log|py|ipynb|npy|npz|zip|gz|tar|md5)"
-    r"|readme|licen[cs]e|\..*)"
-)
 
 
 class _Folder(NamedTuple):
@@ -59,10 +54,10 @@ def write_source(params: FoldersParams, target: Path) -> None:
         rows[key] = extract(rows["path"], pattern, f"{key} in the path", notes)
     if notes:
         log.warning("%s: %s", folder.root, "; ".join(notes))
-    is_test = rows["subset"] == "test"
-    if not is_test.any():
-        is_test = archive_writer.draw_test_set(rows["patient"], rows["file"], params.test_share)
-    rows = rows.assign(label=rows["label"].mask(is_test), test_label=rows["label"].where(is_test))
+    rows["is_test"] = rows["subset"] == "test"
+    if not rows["is_test"].any():
+        patients = archive_writer.known_patients(rows, folder)
+        rows["is_test"] = archive_writer.draw_test_set(patients, rows["file"], params.test_share)
     archive_writer.write_zip_of_files(rows, folder, target, copy_images=params.copy_images)
 
 
@@ -71,10 +66,10 @@ def _label_images(folder: SourceFolder, params: FoldersParams, notes: list[str])
 
     What is left out is noted.
     """
-    paths = pd.Series([file for file in folder.files if "__MACOSX" not in file.split("/")], dtype="str")
-    is_description = paths.map(lambda path: bool(DESCRIPTIONS.fullmatch(path.rpartition("/")[2].lower()))).astype(bool)
-    left_out = {"other files": paths[is_description]}
-    rows = pd.DataFrame({"path": paths[~is_description]})
+    paths = pd.Series(folder.files, dtype="str")
+    may_be_image = paths.map(is_image).astype(bool)
+    left_out = {"other files": paths[~may_be_image]}
+    rows = pd.DataFrame({"path": paths[may_be_image]})
     if rows.empty:
         raise UserError(f"{folder.root}: no images; set download.path to the folder with a folder per class")
 

@@ -1,8 +1,19 @@
-"""What the path of an image says: its name in the zip, and by a pattern its patient."""
+"""What the path of a file says: whether it may be an image, its name in the zip, and by a pattern its patient."""
 
 import re
 
 import pandas as pd
+
+# Files that describe images. All others are taken for images, also those without an ending, as DICOM may be.
+DESCRIPTION = re.compile(
+    r"(?:.*\.(?:csv|tsv|txt|md|rst|json|xml|ya?ml|xlsx?|docx?|pdf|html?|ini|log|py|ipynb|npy|npz|zip|gz|tar|md5|exe|dll|inf)"
+    r"|readme|licen[cs]e|dicomdir|\..*)"
+)
+
+
+def is_image(path: str) -> bool:
+    """Return whether a file may be an image, which all are but those whose names are of tables and texts."""
+    return not DESCRIPTION.fullmatch(path.rpartition("/")[2].lower())
 
 
 def name_images(paths: pd.Series) -> pd.Series:

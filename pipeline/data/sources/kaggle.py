@@ -1,6 +1,5 @@
 """Source: the zip of a Kaggle competition or data set."""
 
-import shutil
 from pathlib import Path
 
 from kagglehub.clients import download_file
@@ -13,7 +12,7 @@ from requests import Response
 
 from pipeline.core.config import KaggleParams
 from pipeline.core.errors import UserError
-from pipeline.core.files import DamagedFileError, check_zip
+from pipeline.core.files import DamagedFileError, check_disk_space, check_zip
 from pipeline.kaggle import client
 
 
@@ -43,13 +42,7 @@ def write_source(params: KaggleParams, target: Path) -> None:
 def _download(api: KaggleClient, handle: ResourceHandle, partial: Path) -> None:
     with _request_zip(api, handle) as response:
         size = int(response.headers.get("Content-Length", 0))
-        needed = size - (partial.stat().st_size if partial.exists() else 0)
-        free = shutil.disk_usage(partial.parent).free
-        if needed > free:
-            raise UserError(
-                f"{partial.parent}: the download needs {needed / 1e9:.2f} GB, but the disk has {free / 1e9:.2f} GB "
-                "free; free disk space and run again"
-            )
+        check_disk_space(partial.parent, size - (partial.stat().st_size if partial.exists() else 0))
         download_file(response, str(partial), handle)
     # kagglehub does not check the status of the response with which a download resumes.
     if size and partial.stat().st_size != size:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from pipeline.core.errors import UnreachableError, UserError, first_line
+from pipeline.core.files import check_disk_space
 from pipeline.core.progress import track_reading
 
 if TYPE_CHECKING:  # imported where they are used, for most data are on a disk
@@ -83,7 +84,9 @@ def _explain(url: str, error: BaseException) -> BaseException:
     explained: BaseException = error
     if isinstance(error, ImportError) and url.startswith("s3:"):
         explained = UserError(f"{url}: s3:// needs s3fs; run: pip install -c constraints.txt -e '.[s3]'")
-    elif isinstance(error, ImportError) or (isinstance(error, ValueError) and "Protocol not known" in text):
+    elif isinstance(error, ImportError):
+        explained = UserError(f"{url}: {text}")  # which package to install
+    elif isinstance(error, ValueError) and "Protocol not known" in text:
         explained = UserError(f"{url}: {text}; {correct}")
     elif "bucket does not exist" in text:
         explained = UserError(f"{url}: no such bucket; {correct}")
@@ -131,7 +134,7 @@ def _resume(url: str, folder: Path) -> Path:
     partial = folder / PARTIAL.format(digest)
     done = partial.stat().st_size if partial.exists() and versions else 0
     if size is not None:
-        _check_disk(folder, size - done)
+        check_disk_space(folder, size - done)
     if size is None or done < size:
         with report_errors(url):
             source, done = _open_at(file_system, path, done)
@@ -158,12 +161,3 @@ def _open_at(file_system: "fsspec.AbstractFileSystem", path: str, start: int) ->
     headers = {"Range": f"bytes={start}-"} if start else {}
     source = file_system.open(path, "rb", block_size=0, headers=headers)  # one request for all that remains
     return source, start if source.r.status == 206 else 0
-
-
-def _check_disk(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"{folder}: the download needs {needed / 1e9:.2f} GB, but the disk has {free / 1e9:.2f} GB free; free disk "
-            "space and run again"
-        )

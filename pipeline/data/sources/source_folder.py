@@ -34,8 +34,7 @@ class SourceFolder(ABC):
     @cached_property
     def files(self) -> list[str]:
         """Paths relative to the folder, with `/` between folders, sorted; without what file managers write."""
-        names = ((file.rpartition("/")[2], file) for file in self._list_files())
-        return sorted(file for name, file in names if name not in layout.IGNORED_FILES and not name.startswith("._"))
+        return sorted(file for file in self._list_files() if not layout.is_ignored(file))
 
     @abstractmethod
     def _list_files(self) -> Iterable[str]: ...
@@ -151,7 +150,9 @@ def open_source_folder(path: str | Path | list[str] | None, content: str) -> Sou
     if not local.exists():
         raise UserError(f"{local}: no such folder; set download.path in params.yaml to {content}")
     if not zipfile.is_zipfile(local):
-        raise UserError(f"{local}: neither a folder nor a zip; unpack it, and set download.path to the folder")
+        raise UserError(
+            f"{local}: neither a folder nor a zip; unpack it if it is an archive, and set download.path to {content}"
+        )
     return ZipFolder([local])
 
 

@@ -1,10 +1,9 @@
 """Source: a folder of images with one or several tables, whose columns are named by parameters."""
 
 import bisect
-import difflib
 import logging
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,11 @@ import pandas as pd
 
 from pipeline.core.config import JoinParams, TableParams, normalize_value
 from pipeline.core.errors import UserError
+from pipeline.core.files import check_columns
 from pipeline.data.demographics import UNKNOWN_PATIENTS, drop_decimals, read_age, read_patient, read_sex
 from pipeline.data.file_names import match_files, quote_nearest
 from pipeline.data.sources import archive_writer
-from pipeline.data.sources.folders import DESCRIPTIONS
-from pipeline.data.sources.image_paths import extract
+from pipeline.data.sources.image_paths import extract, is_image
 from pipeline.data.sources.source_folder import SourceFolder, open_source_folder
 
 log = logging.getLogger(__name__)
@@ -56,15 +55,13 @@ def write_source(params: TableParams, target: Path) -> None:
         raise UserError(f"{tables}: no row is left; {'; '.join(notes) or 'list images in it'}")
     rows = _extract_from_paths(rows, params, notes)
     rows["is_test"] = _find_test_set(rows, folder, params, notes)
-    _check_labels(rows, folder, params)
+    _check_labels(rows, folder, params, notes)
     rows = _merge_rows(rows, folder, params, notes)
     if notes:
         log.warning("%s: %s rows; %s", tables, len(table), "; ".join(notes))
-    is_test = rows["is_test"]
-    if is_test.isna().all():
-        is_test = archive_writer.draw_test_set(rows["patient"], rows["name"], params.test_share)
-    is_test = is_test.astype(bool)
-    rows = rows.assign(label=rows["label"].mask(is_test), test_label=rows["label"].where(is_test))
+    if rows["is_test"].isna().all():
+        patients = archive_writer.known_patients(rows, folder)
+        rows["is_test"] = archive_writer.draw_test_set(patients, rows["name"], params.test_share)
     archive_writer.write_zip_of_files(rows, folder, target, copy_images=params.copy_images)
 
 
@@ -74,17 +71,21 @@ def write_source(params: TableParams, target: Path) -> None:
 def _read_tables(folder: SourceFolder, params: TableParams, notes: list[str]) -> pd.DataFrame:
     """Return the rows of all label files, with the columns of the joined tables; the index is (file, line)."""
     specs = [spec for spec in params.columns.model_dump().values() if spec is not None]
-    wanted = list(dict.fromkeys([name for spec in specs for name in _fields(spec)] + [*params.keep]))
-    table = _stack(folder, params.labels, [*params.join[0].keys] if params.join else wanted)
+    wanted = list(dict.fromkeys([*_all_fields(specs), *params.keep]))
+    table = _stack(folder, params.labels, _all_fields(params.join[0].keys) if params.join else wanted)
     for join in params.join:
         table = _join(folder, table, join, wanted, notes)
-    _check_columns(table, wanted, _list_tables(folder, params.labels))
+    check_columns(table, wanted, _list_tables(folder, params.labels))
     return table
 
 
 def _fields(spec: str) -> list[str]:
     """Return the columns that a value of download.columns names."""
     return FIELD.findall(spec) or [spec]
+
+
+def _all_fields(specs: Iterable[str]) -> list[str]:
+    return [name for spec in specs for name in _fields(spec)]
 
 
 def _stack(folder: SourceFolder, files: Path | list[Path], columns: Collection[str]) -> pd.DataFrame:
@@ -102,9 +103,10 @@ def _join(
 ) -> pd.DataFrame:
     """Add the columns of a second table to the rows of the first; empty where it has no such row."""
     name, labels = _list_tables(folder, join.table), f"{folder.root}/{table.index[0][0]}"
-    _check_columns(table, join.keys, labels)
-    other = _stack(folder, join.table, list(join.keys.values()))
-    both = [column for column in wanted if column in table and column in other and column not in join.keys]
+    fields, other_fields = _all_fields(join.keys), _all_fields(join.keys.values())
+    check_columns(table, fields, labels)
+    other = _stack(folder, join.table, other_fields)
+    both = [one for one in wanted if one in table and one in other and one not in (*fields, *other_fields)]
     if both:
         raise UserError(f"{name}: column {both[0]!r} is also in the other table; add it to download.join.by")
     added = [column for column in other if column not in table]
@@ -137,18 +139,10 @@ def _join(
 
 def _key(table: pd.DataFrame, columns: list[str]) -> pd.Series:
     """Return what rows are joined by: the values of the columns, in their normal form."""
-    key = _normalize(table[columns[0]])
+    key = _normalize(_fill_in(table, columns[0]))
     for column in columns[1:]:
-        key += " " + _normalize(table[column])
+        key += " " + _normalize(_fill_in(table, column))
     return key
-
-
-def _check_columns(table: pd.DataFrame, columns: Collection[str], name: str) -> None:
-    for column in columns:
-        if column not in table:
-            near = difflib.get_close_matches(column, map(str, table.columns), n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise UserError(f"{name}: no column {column!r}{hint}; the columns are {','.join(map(str, table.columns))}")
 
 
 def _filter_rows(table: pd.DataFrame, params: TableParams, notes: list[str]) -> pd.Series:
@@ -232,6 +226,11 @@ def _label_rows(rows: pd.DataFrame, params: TableParams, notes: list[str]) -> pd
         label=rows["cell"].map({cell: label for cell, (label, _) in labels.items()}).astype("Int64"),
         unknown=rows["cell"].map({cell: unknown for cell, (_, unknown) in labels.items()}),
     )
+    if params.negative == "others":  # or a typing error would make its images negative
+        known = {normalize_value(one) for cell in labels for one in _split_cell(cell, params)}
+        for key in ("positive", "ignore"):
+            absent = [value for value in getattr(params, key) if value and normalize_value(value) not in known]
+            _note(notes, f"values of download.{key} that no row has: {{}}", pd.Series(absent, dtype="str"))
     ignored = rows["label"] < 0
     ignored = ignored.fillna(False).astype(bool)
     if ignored.any():
@@ -241,7 +240,7 @@ def _label_rows(rows: pd.DataFrame, params: TableParams, notes: list[str]) -> pd
 
 def _label_cell(cell: str, params: TableParams) -> tuple[int | None, str]:
     """Return 1 (a finding is positive), 0 (all are negative), -1 (one is ignored), or None and the unknown finding."""
-    findings = [part.strip(LIST_MARKS) for part in cell.split(params.separator)] if params.separator else [cell]
+    findings = _split_cell(cell, params)
     values = [normalize_value(finding) for finding in findings]
     positive, ignore, negative = (
         {normalize_value(value) for value in listed if listed != "others"}
@@ -257,8 +256,12 @@ def _label_cell(cell: str, params: TableParams) -> tuple[int | None, str]:
     return 0, ""
 
 
-def _check_labels(rows: pd.DataFrame, folder: SourceFolder, params: TableParams) -> None:
-    """Refuse unknown labels, except of test images: the labels of a test set need not be known."""
+def _split_cell(cell: str, params: TableParams) -> list[str]:
+    return [part.strip(LIST_MARKS) for part in cell.split(params.separator)] if params.separator else [cell]
+
+
+def _check_labels(rows: pd.DataFrame, folder: SourceFolder, params: TableParams, notes: list[str]) -> None:
+    """Refuse unknown labels, except of test images, which need not be known, and tables without a class."""
     unknown = rows[rows["label"].isna() & ~rows["is_test"].fillna(False)]
     if len(unknown):
         raise UserError(
@@ -266,6 +269,17 @@ def _check_labels(rows: pd.DataFrame, folder: SourceFolder, params: TableParams)
             f"in neither download.positive nor download.negative ({len(unknown)} rows: {_count(unknown['unknown'])}); "
             "add it to one of them, or to download.ignore"
         )
+    cells = rows["cell"][rows["label"].isna() & (rows["cell"] != "")]
+    if len(cells):
+        notes.append(f"test images whose label is in no list: {len(cells)} ({_count(cells)})")
+    for label, key in ((1, "positive"), (0, "negative")):
+        if not (rows["label"] == label).any():
+            values = getattr(params, key)
+            listed = values if values == "others" else ", ".join(map(repr, values))
+            raise UserError(
+                f"{_list_tables(folder, params.labels)}: no image is {key}; download.{key} is {listed}; "
+                f"{params.columns.label} is {_count(rows['cell'])}"
+            )
 
 
 # Images
@@ -290,7 +304,7 @@ def _find_images(names: pd.Series, folder: SourceFolder, params: TableParams, no
     used = set(found)
     if _names_folders(params):
         used = {file for one in used for file in _files_in(one, folder)}
-    unlisted = [file for file in folder.files if file not in used and _is_image(file)]
+    unlisted = [file for file in folder.files if file not in used and is_image(file)]
     _note(notes, "images without a row: {}", pd.Series(unlisted, dtype="str"))
     return found
 
@@ -305,11 +319,7 @@ def _files_in(parent: str, folder: SourceFolder) -> list[str]:
         return []
     start = bisect.bisect_left(folder.files, f"{parent}/")
     end = bisect.bisect_left(folder.files, f"{parent}0")  # 0 is the character after /
-    return [file for file in folder.files[start:end] if _is_image(file)]
-
-
-def _is_image(file: str) -> bool:
-    return not DESCRIPTIONS.fullmatch(file.rpartition("/")[2].lower())
+    return [file for file in folder.files[start:end] if is_image(file)]
 
 
 def _list_images(rows: pd.DataFrame, folder: SourceFolder, params: TableParams) -> pd.DataFrame:
@@ -332,7 +342,8 @@ def _parts(path: str) -> list[str]:
 def _find_test_set(rows: pd.DataFrame, folder: SourceFolder, params: TableParams, notes: list[str]) -> pd.Series:
     """Return which images are the test set, (N,); missing if nothing tells it."""
     if params.test_list is not None:
-        names = _read_list(folder, params.test_list)
+        lines = map(str.strip, archive_writer.read_lines(folder, params.test_list.as_posix()))
+        names = pd.Series([line for line in lines if line], dtype="str")
         files = match_files(names, folder.files)
         is_test = rows["path"].isin(set(files) - {""}) | rows["name"].isin(names)
         listed = files.isin(rows["path"]) & (files != "") | names.isin(rows["name"])
@@ -352,18 +363,6 @@ def _find_test_set(rows: pd.DataFrame, folder: SourceFolder, params: TableParams
             "download.test_sets"
         )
     return is_test
-
-
-def _read_list(folder: SourceFolder, path: Path) -> pd.Series:
-    """Read the names in a file with one a line."""
-    try:
-        lines = folder.read_bytes(path.as_posix()).decode("utf-8-sig").splitlines()
-    except FileNotFoundError:
-        nearest = quote_nearest(path.as_posix(), folder.files)
-        raise UserError(f"{folder.root}: {nearest} not found; correct download.test_list") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{folder.root}/{path}: not encoded in UTF-8; save it as text in UTF-8") from None
-    return pd.Series([line.strip() for line in lines if line.strip()], dtype="str")
 
 
 def _merge_rows(rows: pd.DataFrame, folder: SourceFolder, params: TableParams, notes: list[str]) -> pd.DataFrame:
