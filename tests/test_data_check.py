@@ -55,7 +55,7 @@ def test_an_archive_is_described_and_nothing_but_the_contact_sheet_is_written(fo
     assert rows["test"] == "4 images"
     assert rows["missing"] == "1 labeled images, the first is a003.jpg"
     assert rows["patients"] == "12 known; 4 images of unknown ones"
-    assert rows["view"] == "not known 16, PA 12"
+    assert rows["view"] == "16 × not known, 12 × PA"
     assert rows["age"] == "24 known, 20 to 43 years"
     assert rows["decoded"] == "25 of 27"
     assert rows["unusable"].startswith("2: 1 × ")
@@ -106,7 +106,7 @@ def test_a_guessed_table_becomes_complete_by_its_labels(folder):
     complete = section | {"positive": ["flu"], "negative": ["none"], "test_share": 0.5}
     set_download(folder, complete)
     output = output_of("cxr data check")
-    assert "sex                F 8" in output
+    assert "sex                8 × F" in output
     assert "8 known; 0 images of unknown ones" in output
 
 

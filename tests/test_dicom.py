@@ -21,8 +21,8 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from pipeline.data.checks import MAX_REASON, UnusableError, describe_error
 from pipeline.data.dicom import MAX_INFLATED, is_dicom, read_metadata
+from pipeline.data.image_checks import MAX_REASON, UnusableError, describe_error
 from pipeline.data.images import decode_radiograph
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of pydicom

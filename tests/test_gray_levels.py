@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 from odd_files import chest
 from PIL import Image, ImageDraw
 
-from pipeline.data.checks import UnusableError
 from pipeline.data.gray_levels import find_percentiles, find_range, rescale_to_uint8
+from pipeline.data.image_checks import UnusableError
 
 RADIOGRAPH = chest(256).astype(np.uint16) * 12 + 400  # 12 bits
 PLAIN = rescale_to_uint8(RADIOGRAPH).astype(int)

@@ -315,9 +315,7 @@ def decoded(tmp_path, monkeypatch):
 
 def test_a_disk_with_too_little_space_is_an_error_before_decoding(raw_zip, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**40, 2**40, 40_000))
-    with pytest.raises(
-        UserError, match=r"28 images of 40×40 pixels need 0 MB, but 0 MB are free; free some"
-    ):
+    with pytest.raises(UserError, match=r"28 images of 40×40 pixels need 0 MB, but 0 MB are free; free some"):
         packing.pack_images(raw_zip, params(), tmp_path / "data")
     assert list((tmp_path / "data").iterdir()) == []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**40, 2**40, 28 * 40 * 40))

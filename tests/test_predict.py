@@ -15,7 +15,7 @@ from conftest import error_line_of, error_message, invoke, output_of
 
 from pipeline.core.config import FindingParams
 from pipeline.data import images
-from pipeline.data.checks import UnusableError
+from pipeline.data.image_checks import UnusableError
 from pipeline.evaluation.ensemble import EnsembleConfig
 from pipeline.inference import candidate as candidate_module
 from pipeline.inference import files as inference_files

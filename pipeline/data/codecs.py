@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from pipeline.data.checks import JPEG_START, SCAN_MARKER, UnusableError, check_scans, check_shape
+from pipeline.data.image_checks import JPEG_START, SCAN_MARKER, UnusableError, check_scans, check_shape
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

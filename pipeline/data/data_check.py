@@ -15,9 +15,9 @@ from pipeline.core.errors import UserError, rename_in_errors
 from pipeline.core.files import DamagedFileError
 from pipeline.core.progress import track_progress
 from pipeline.data import images, layout, sources
-from pipeline.data.checks import UnusableError
 from pipeline.data.dicom import read_metadata
-from pipeline.data.exclusion import exclusion_reasons
+from pipeline.data.exclusion import count_values, exclusion_reasons
+from pipeline.data.image_checks import UnusableError
 from pipeline.data.raw_images import RawImages
 from pipeline.data.sources import detection
 from pipeline.data.sources.archive_writer import without_reading_images
@@ -124,13 +124,6 @@ def check_images(data: CheckedData, params: PrepareParams, limit: int) -> Checke
         pd.Series({name: result for name, result in results.items() if isinstance(result, str)}, dtype="str"),
         pd.DataFrame([metadata for _, metadata in usable.values()]),
     )
-
-
-def count_values(values: pd.Series, most: int = 6) -> str:
-    """Count the values of a text column for a line of output, the most frequent first; empty ones are not known."""
-    counts = values.replace("", "not known").value_counts()
-    shown = [f"{name} {count}" for name, count in counts.head(most).items()]
-    return ", ".join(shown) + (f" and {len(counts) - most} more values" if len(counts) > most else "")
 
 
 def describe_rows(rows: pd.DataFrame, params: PrepareParams) -> dict[str, str]:

@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from pipeline.data.checks import (
+from pipeline.data.codecs import JPEG2000_START, LOSSLESS, decode_frame, read_frame
+from pipeline.data.demographics import SEXES, UNKNOWN_PATIENTS
+from pipeline.data.gray_levels import TABLE_SIZE, find_percentiles, find_range, scale_to_uint8
+from pipeline.data.image_checks import (
     MAX_PIXELS,
     MAX_REASON,
     MIN_CONTRAST,
@@ -20,9 +23,6 @@ from pipeline.data.checks import (
     check_shape,
     describe_error,
 )
-from pipeline.data.codecs import JPEG2000_START, LOSSLESS, decode_frame, read_frame
-from pipeline.data.demographics import SEXES
-from pipeline.data.gray_levels import TABLE_SIZE, find_percentiles, find_range, scale_to_uint8
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -52,7 +52,7 @@ METADATA = {
 }
 # Up to 120 years, also as 63Y or 63; 999Y, 0 and the like stand for an unknown age.
 AGE = re.compile(r"(?:0?\d?\d|1[01]\d|120)Y|\d{1,3}[DWM]|0?[1-9]\d?|1[01]\d|120")
-PLACEHOLDERS = {"0", "anon", "anonymized", "anonymised", "anonymous", "n/a", "none", "unknown"}  # for a patient's id
+PLACEHOLDERS = UNKNOWN_PATIENTS | {"0", "anon", "anonymized", "anonymised", "anonymous"}  # for a patient's id
 NO_IMAGE = "not an image in a known format"
 
 

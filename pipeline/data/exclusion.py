@@ -12,7 +12,7 @@ from pipeline.data.views import is_known, is_view
 
 log = logging.getLogger(__name__)
 
-MAX_LISTED = 10  # views in a message
+MAX_LISTED = 10  # values in a message
 # Reasons in quarantine.csv
 EXCLUDED_FILE = "listed in prepare.excluded_files"
 EXCLUDED_VIEW = ": not in prepare.views"  # after the word view and the view as it is written
@@ -52,6 +52,13 @@ def excluded_views(reasons: pd.Series) -> pd.Series:
     return reasons.str.extract(f"^view (.*){EXCLUDED_VIEW}$", expand=False).dropna()
 
 
+def count_values(values: pd.Series, most: int = MAX_LISTED) -> str:
+    """Count the values of a text column in a line, the most frequent first; empty ones are not known."""
+    counts = values.str.strip().replace("", "not known").value_counts()
+    listed = [f"{count} × {name}" for name, count in counts.head(most).items()]
+    return ", ".join(listed) + (f" and {len(counts) - most} more" if len(counts) > most else "")
+
+
 def report_exclusions(
     images: pd.DataFrame, reasons: pd.Series, wanted: Sequence[str] | None, *, needs_every_test_image: bool
 ) -> None:
@@ -74,7 +81,7 @@ def report_exclusions(
         if rows.any() and is_excluded[rows].all():
             raise UserError(
                 f"prepare.views and prepare.excluded_files leave out every {name} image; their views: "
-                f"{_count_views(images['view'][rows])}; correct them in params.yaml"
+                f"{count_values(images['view'][rows])}; correct them in params.yaml"
             )
     test = images[is_excluded & is_test]
     if needs_every_test_image and len(test):
@@ -85,14 +92,14 @@ def report_exclusions(
         )
     for one in wanted or []:
         if not is_view(images["view"], [one]).any():
-            log.warning("prepare.views: no image has the view %s; found: %s", one, _count_views(images["view"]))
+            log.warning("prepare.views: no image has the view %s; found: %s", one, count_values(images["view"]))
     if len(excluded):
         log.warning(
             "%s of %s images are left out, as prepare.views and prepare.excluded_files say (views: %s); %s of them are "
             "test images, which no prediction or submission will have; data/quarantine.csv lists them",
             len(excluded),
             len(images),
-            _count_views(excluded["view"]),
+            count_values(excluded["view"]),
             len(test),
         )
     unknown = images[~is_known(images["view"]) & ~is_excluded]
@@ -103,9 +110,3 @@ def report_exclusions(
             len(images),
             unknown["file"].iloc[0],
         )
-
-
-def _count_views(view: pd.Series) -> str:
-    counts = view.str.strip().replace("", "not known").value_counts()
-    listed = [f"{count} × {name}" for name, count in counts.head(MAX_LISTED).items()]
-    return ", ".join(listed) + (f" and {len(counts) - MAX_LISTED} more" if len(counts) > MAX_LISTED else "")

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pipeline.data.checks import UnusableError, check_contrast
+from pipeline.data.image_checks import UnusableError, check_contrast
 
 OUTLIERS = 0.03  # share of the pixels at either end that cannot set the range, such as hot pixels and markers
 GAP = 0.1  # of the range between these percentiles, between the picture and its outliers

@@ -8,7 +8,10 @@ from PIL import ExifTags, Image, ImageOps, PngImagePlugin, TiffImagePlugin, Unid
 from simplejpeg import decode_jpeg, decode_jpeg_header
 
 from pipeline.core.config import Resize
-from pipeline.data.checks import (
+from pipeline.data.codecs import decode_frame, iterate_segments, read_frame
+from pipeline.data.dicom import NO_IMAGE, decode_dicom, is_dicom
+from pipeline.data.gray_levels import find_range, rescale_to_uint8, scale_to_uint8
+from pipeline.data.image_checks import (
     JPEG_START,
     SCAN_MARKER,
     UnusableError,
@@ -18,9 +21,6 @@ from pipeline.data.checks import (
     check_shape,
     describe_error,
 )
-from pipeline.data.codecs import decode_frame, iterate_segments, read_frame
-from pipeline.data.dicom import NO_IMAGE, decode_dicom, is_dicom
-from pipeline.data.gray_levels import find_range, rescale_to_uint8, scale_to_uint8
 
 FORMATS = ["AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"]  # not EPS: Pillow runs Ghostscript
 UNUSUAL_SEGMENT = re.compile(rb"\xff[\xc2\xe1-\xef]")  # of a JPEG header: progressive, or other metadata than JFIF's

@@ -26,9 +26,9 @@ from pipeline.core.errors import UserError
 from pipeline.core.files import DamagedFileError, atomic_path, md5_of_file, write_csv, write_json
 from pipeline.core.progress import track_progress
 from pipeline.data import dicom, duplicates, images, layout
-from pipeline.data.checks import UnusableError
 from pipeline.data.demographics import read_age
 from pipeline.data.exclusion import exclusion_reasons, report_exclusions
+from pipeline.data.image_checks import UnusableError
 from pipeline.data.raw_images import RawImages
 
 log = logging.getLogger(__name__)

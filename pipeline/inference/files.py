@@ -18,7 +18,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.files import escape_undecodable
 from pipeline.core.progress import track_progress
 from pipeline.data import images
-from pipeline.data.checks import UnusableError
+from pipeline.data.image_checks import UnusableError
 from pipeline.inference.candidate import BATCH_SIZE, Candidate
 
 

@@ -18,7 +18,7 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from pipeline.core.config import Resize
-from pipeline.data import checks, images
+from pipeline.data import image_checks, images
 from pipeline.inference import candidate
 
 
@@ -63,7 +63,7 @@ def _decode(image: Any, size: int, resize: Resize) -> np.ndarray:
         if isinstance(image, np.ndarray | list):
             return images.resize_to_square(np.asarray(image), size, resize)
         return images.decode_radiograph(image if isinstance(image, bytes) else _read_bytes(image), size, resize)[0]
-    except (checks.UnusableError, OSError, TypeError, ValueError) as reason:
+    except (image_checks.UnusableError, OSError, TypeError, ValueError) as reason:
         raise MlflowException(f"not a usable radiograph: {reason}", INVALID_PARAMETER_VALUE) from None
 
 
@@ -73,7 +73,7 @@ def _read_bytes(path_or_base64: str) -> bytes:
     try:
         return base64.b64decode("".join(path_or_base64.split()), validate=True)
     except (ValueError, AttributeError):
-        raise checks.UnusableError("neither base64 nor the path of a file") from None
+        raise image_checks.UnusableError("neither base64 nor the path of a file") from None
 
 
 set_model(ServedModel())
