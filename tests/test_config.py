@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT, file_error_message
+from dvc.stage import cache as stage_cache
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -202,6 +203,14 @@ def test_a_file_without_a_key_loads(tmp_path, section, field):
     if (section, field) == ("kaggle", "competition"):
         params["competition"]["download"]["dataset"] = "owner/name"
     assert config.load_config(write(tmp_path, params)).profiles[profile]
+
+
+@pytest.mark.parametrize(("section", "field"), FIELDS)
+def test_dvc_tells_two_values_of_a_parameter_apart_in_its_run_cache(section, field):
+    def key(value: int) -> str:
+        return stage_cache._get_cache_hash({"cmd": "x", "params": {"params.yaml": {section: {field: value}}}}, key=True)
+
+    assert key(1) != key(2)
 
 
 @pytest.mark.parametrize(

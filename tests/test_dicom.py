@@ -242,6 +242,8 @@ def test_metadata_are_read(syntax, start):
         ({"PatientBirthDate": "20200615", "StudyDate": "19600615"}, {}),
         ({"PatientAge": "999Y"}, {}),
         ({"PatientAge": "018M"}, {"age": "018M"}),
+        ({"PatientID": "REMOVED"}, {}),
+        ({"PatientID": "nan"}, {}),
         ({"PatientAge": "63", "PatientSex": "female"}, {"age": "63", "sex": "F"}),
         ({"PatientAge": "63y", "PatientSex": "m"}, {"age": "63Y", "sex": "M"}),
         ({"PatientAge": "0"}, {}),

@@ -52,7 +52,9 @@ METADATA = {
 }
 # Up to 120 years, also as 63Y or 63; 999Y, 0 and the like stand for an unknown age.
 AGE = re.compile(r"(?:0?\d?\d|1[01]\d|120)Y|\d{1,3}[DWM]|0?[1-9]\d?|1[01]\d|120")
-PLACEHOLDERS = UNKNOWN_PATIENTS | {"0", "anon", "anonymized", "anonymised", "anonymous"}  # for a patient's id
+PLACEHOLDERS = UNKNOWN_PATIENTS | {  # for a patient's id
+    "-", "0", "anon", "anonymised", "anonymized", "anonymous", "de-identified", "deidentified", "removed",
+}  # fmt: skip
 NO_IMAGE = "not an image in a known format"
 
 
