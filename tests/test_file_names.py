@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -134,7 +135,7 @@ def test_the_nearest_name_is_shown():
     assert quote_nearest("", []) == "''"
 
 
-CASES = Path("../shared/data/cases/19-table-csv-quirks")
+CASES = Path(ROOT.parent, "shared/data/cases/19-table-csv-quirks")
 
 
 @pytest.mark.skipif(not CASES.exists(), reason="needs files beside the project")

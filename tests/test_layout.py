@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import archive_members, file_error_message, write_files, write_zip
+from conftest import ROOT, archive_members, file_error_message, write_files, write_zip
 
 from pipeline.core.config import ArchiveParams
 from pipeline.core.errors import UserError
@@ -607,7 +607,7 @@ def test_names_in_utf_8_without_the_flag_are_read_as_a_mac_writes_them(tmp_path)
         assert all(archive.read(member) for member in result.images["member"])
 
 
-CASES = Path("../shared/data/cases")
+CASES = Path(ROOT.parent, "shared/data/cases")
 
 
 @pytest.mark.skipif(not CASES.exists(), reason="needs files beside the project")
