@@ -26,12 +26,12 @@ from conftest import archive_members, edit_params, error_message, run, use_proje
 from pipeline.core.config import ArchiveParams, DownloadParams, KaggleParams, PrepareParams, TableParams
 from pipeline.core.errors import UserError
 from pipeline.core.files import DamagedFileError
-from pipeline.data import layout, packing
+from pipeline.data import layout, packing, remote
 from pipeline.data.image_references import IMAGE_REFERENCES
 from pipeline.data.raw_images import RawImages
-from pipeline.data.sources import fetch_source, remote
+from pipeline.data.source_folder import open_source_folder
+from pipeline.data.sources import fetch_source
 from pipeline.data.sources.archive_writer import write_zip_of_files
-from pipeline.data.sources.source_folder import open_source_folder
 from stages.download import download
 
 COMPRESSORS = {

@@ -9,7 +9,7 @@ import yaml
 from conftest import ROOT, archive_members, encode_jpeg, error_line_of, invoke, output_of, write_files, write_zip
 from PIL import Image
 
-from pipeline.data.sources.source_folder import LocalFolder
+from pipeline.data.source_folder import LocalFolder
 
 
 @pytest.fixture(autouse=True)

@@ -37,7 +37,8 @@ ONE_STAGE = {
         "pipeline/models/weights_source.py": "what arrives is the source's; a hash in its name is compared",
     },
     "prepare": {
-        "pipeline/data/sources/": "finds the files that raw.zip refers to; their size and CRC-32 are compared",
+        "pipeline/data/remote.py": "finds the files that raw.zip refers to; their size and CRC-32 are compared",
+        "pipeline/data/source_folder.py": "finds the files that raw.zip refers to; their size and CRC-32 are compared",
     },
     "split": {
         "pipeline/models/weights_source.py": "a hash in the name of the weights is compared",
@@ -49,7 +50,8 @@ ONE_STAGE = {
         "pipeline/training/signals.py": "a resumed training ends in the same bytes (test_interruptions)",
     },
     "promote": {
-        "pipeline/data/sources/": "finds the files that raw.zip refers to, which promote does not read",
+        "pipeline/data/remote.py": "finds the files that raw.zip refers to, which promote does not read",
+        "pipeline/data/source_folder.py": "finds the files that raw.zip refers to, which promote does not read",
         "pipeline/inference/pyfunc_model.py": "is logged with a model, to be run when it is served",
     },
     "submit": {

@@ -19,9 +19,9 @@ from pipeline.data.dicom import read_metadata
 from pipeline.data.exclusion import count_values, exclusion_reasons
 from pipeline.data.image_checks import UnusableError
 from pipeline.data.raw_images import RawImages
+from pipeline.data.source_folder import open_source_folder
 from pipeline.data.sources import detection
 from pipeline.data.sources.archive_writer import without_reading_images
-from pipeline.data.sources.source_folder import open_source_folder
 
 
 @dataclass(frozen=True)

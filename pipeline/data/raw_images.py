@@ -10,7 +10,7 @@ from pipeline.core.config import DownloadParams, KaggleParams, PhantomParams
 from pipeline.core.errors import UserError
 from pipeline.data import layout
 from pipeline.data.image_references import UNKNOWN_CHECKSUM, read_references
-from pipeline.data.sources.source_folder import SourceFolder, open_source_folder
+from pipeline.data.source_folder import SourceFolder, open_source_folder
 
 ADVICE = "run: dvc repro -f download"
 

@@ -8,7 +8,7 @@ import importlib
 from pathlib import Path
 
 from pipeline.core.config import DownloadParams, KaggleParams, PhantomParams
-from pipeline.data.sources import remote
+from pipeline.data import remote
 
 
 def fetch_source(params: DownloadParams, target: Path) -> None:

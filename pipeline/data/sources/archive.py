@@ -15,10 +15,9 @@ from pipeline.core.config import ArchiveParams
 from pipeline.core.errors import UserError, first_line, rename_in_errors
 from pipeline.core.files import DamagedFileError, check_zip, detect_damage, escape_undecodable
 from pipeline.core.progress import track_progress, track_reading
-from pipeline.data import layout
-from pipeline.data.sources import remote
+from pipeline.data import layout, remote
+from pipeline.data.source_folder import LocalFolder, SourceFolder, ZipFolder, map_in_threads, open_source_folder
 from pipeline.data.sources.archive_writer import ZIP_TIMESTAMP, find_references, write_references
-from pipeline.data.sources.source_folder import LocalFolder, SourceFolder, ZipFolder, map_in_threads, open_source_folder
 
 CONTENT = "a zip, tar or folder in the competition's layout (docs/data.md)"
 # By how the file begins.

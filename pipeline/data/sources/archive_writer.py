@@ -18,7 +18,7 @@ from pipeline.data.dicom import read_metadata
 from pipeline.data.file_names import IMAGE_ENDING, quote_nearest
 from pipeline.data.image_references import IMAGE_REFERENCES, UNKNOWN_CHECKSUM, ImageReference, format_references
 from pipeline.data.layout import METADATA, OPTIONAL_METADATA
-from pipeline.data.sources.source_folder import SourceFolder, map_in_threads
+from pipeline.data.source_folder import SourceFolder, map_in_threads
 from pipeline.data.test_labels import TEST_LABELS
 
 log = logging.getLogger(__name__)

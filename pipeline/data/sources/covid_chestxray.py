@@ -6,8 +6,8 @@ from pathlib import Path
 from pipeline.core.config import CovidChestXrayParams
 from pipeline.data.demographics import read_age, read_sex
 from pipeline.data.file_names import match_files
+from pipeline.data.source_folder import open_source_folder
 from pipeline.data.sources import archive_writer
-from pipeline.data.sources.source_folder import open_source_folder
 from pipeline.data.views import is_view
 
 log = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ import pandas as pd
 from pipeline.core.config import CovidxParams
 from pipeline.core.errors import UserError
 from pipeline.data.file_names import match_files
+from pipeline.data.source_folder import SourceFolder, open_source_folder
 from pipeline.data.sources import archive_writer
-from pipeline.data.sources.source_folder import SourceFolder, open_source_folder
 
 log = logging.getLogger(__name__)
 

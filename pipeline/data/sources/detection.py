@@ -11,11 +11,12 @@ import yaml
 
 from pipeline.core.config import DownloadParams, Profile
 from pipeline.core.errors import UserError
+from pipeline.data import remote
 from pipeline.data.file_names import match_files
-from pipeline.data.sources import archive, covid_chestxray, remote
+from pipeline.data.source_folder import SourceFolder, open_source_folder
+from pipeline.data.sources import archive, covid_chestxray
 from pipeline.data.sources.archive_writer import read_source_table
 from pipeline.data.sources.image_paths import is_image
-from pipeline.data.sources.source_folder import SourceFolder, open_source_folder
 
 log = logging.getLogger(__name__)
 

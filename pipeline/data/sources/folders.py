@@ -17,9 +17,9 @@ import pandas as pd
 from pipeline.core.config import FoldersParams
 from pipeline.core.errors import UserError
 from pipeline.data.layout import METADATA
+from pipeline.data.source_folder import SourceFolder, open_source_folder
 from pipeline.data.sources import archive_writer
 from pipeline.data.sources.image_paths import extract, is_image, name_images
-from pipeline.data.sources.source_folder import SourceFolder, open_source_folder
 
 log = logging.getLogger(__name__)
 

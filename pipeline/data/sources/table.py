@@ -14,9 +14,9 @@ from pipeline.core.errors import UserError
 from pipeline.core.files import check_columns
 from pipeline.data.demographics import UNKNOWN_PATIENTS, drop_decimals, read_age, read_patient, read_sex
 from pipeline.data.file_names import match_files, quote_nearest
+from pipeline.data.source_folder import SourceFolder, open_source_folder
 from pipeline.data.sources import archive_writer
 from pipeline.data.sources.image_paths import extract, is_image
-from pipeline.data.sources.source_folder import SourceFolder, open_source_folder
 
 log = logging.getLogger(__name__)
 

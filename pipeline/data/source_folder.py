@@ -13,8 +13,7 @@ from typing import TypeVar
 
 from pipeline.core.errors import UserError
 from pipeline.core.files import escape_undecodable, unescape_undecodable
-from pipeline.data import layout
-from pipeline.data.sources import remote
+from pipeline.data import layout, remote
 
 THREADS = 16  # that read at once; they wait for disks and networks, not for processors
 
