@@ -357,8 +357,8 @@ def _scale(pixels: np.ndarray, file: "Dataset", *, is_lossy: bool) -> np.ndarray
     gray = _to_gray_levels(levels, weights, file, is_8_bit=bits <= 8 and not is_signed)
     table = np.zeros(len(containers), np.uint8)
     table[is_picture] = (255 - gray if _is_inverted(file) else gray)[level_of]
-    scaled: np.ndarray = table[indices]
-    return scaled
+    image: np.ndarray = table[indices]
+    return image
 
 
 def _find_stored_bits(file: "Dataset", allocated: int) -> tuple[int, int]:
@@ -404,15 +404,15 @@ def _to_gray_levels(levels: np.ndarray, counts: np.ndarray, file: "Dataset", *, 
         values = _look_up(levels, modality_lut, file)
     if voi_lut is not None:
         entries = _look_up(np.rint(values), voi_lut, file)
-        shown: np.ndarray | None = entries * (255 / (entries.max() or 1))
+        gray: np.ndarray | None = entries * (255 / (entries.max() or 1))
     else:
-        shown = _apply_window(values, file)
-    if shown is not None:
-        merged = _merge(shown, counts)
+        gray = _apply_window(values, file)
+    if gray is not None:
+        merged = _merge(gray, counts)
         low, high = find_percentiles(*merged, 0.01)
-        inside = counts[(shown >= 0.5) & (shown <= 254.5)].sum() / counts.sum()  # a sigmoid never reaches its ends
+        inside = counts[(gray >= 0.5) & (gray <= 254.5)].sum() / counts.sum()  # a sigmoid never reaches its ends
         if high - low >= MIN_CONTRAST and inside >= MIN_INSIDE_WINDOW:
-            return scale_to_uint8(shown, *find_range(*merged))
+            return scale_to_uint8(gray, *find_range(*merged))
     if is_8_bit and modality_lut is None:
         return (levels if slope > 0 else 255 - levels).astype(np.uint8)
     return scale_to_uint8(values, *find_range(*_merge(values, counts)))
@@ -434,8 +434,8 @@ def _apply_window(values: np.ndarray, file: "Dataset") -> np.ndarray | None:
         return 255 / (1 + np.exp(np.clip(-4 * (values - center) / width, -500, 500)))
     if function != "LINEAR_EXACT":  # LINEAR, the default
         center, width = center - 0.5, max(width - 1, 1e-6)
-    shown: np.ndarray = 255 * np.clip((values - center) / width + 0.5, 0, 1)
-    return shown
+    gray: np.ndarray = 255 * np.clip((values - center) / width + 0.5, 0, 1)
+    return gray
 
 
 def _find_lut(file: "Dataset", keyword: str) -> "Dataset | None":

@@ -167,13 +167,15 @@ def _open_remote_folder(url: str, content: str) -> RemoteFolder:
     return folder
 
 
-def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """Yield the results in the order of the items, a few ahead of what is consumed."""
-    with ThreadPoolExecutor(THREADS) as pool:
+def map_in_threads(
+    function: Callable[[Item], Result], items: Iterable[Item], threads: int = THREADS, ahead: int = THREADS
+) -> Iterator[Result]:
+    """Yield the results in the order of the items, computed at most `ahead` of what is consumed."""
+    with ThreadPoolExecutor(threads) as pool:
         pending: deque[Future[Result]] = deque()
         for item in items:
             pending.append(pool.submit(function, item))
-            if len(pending) == THREADS:
+            if len(pending) == ahead:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()

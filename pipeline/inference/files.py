@@ -2,9 +2,7 @@
 
 import glob
 import os
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from pipeline.core.files import escape_undecodable
 from pipeline.core.progress import track_progress
 from pipeline.data import images
 from pipeline.data.image_checks import UnusableError
+from pipeline.data.source_folder import map_in_threads
 from pipeline.inference.candidate import BATCH_SIZE, Candidate
 
 
@@ -82,22 +81,20 @@ def predict_files(candidate: Candidate, paths: ImageFiles) -> Iterator[pd.DataFr
         why a file is not a usable radiograph, whose probability and label are missing. Bytes of a file name that are no
         UTF-8, and carriage returns, are escaped.
     """
-    with ThreadPoolExecutor(cpu_count()) as pool:
-        remaining = track_progress(paths, "predicting", len(paths))
-        waiting = deque[tuple[list[Path], Iterator[np.ndarray | str]]]()
-        while (batch := list(islice(remaining, BATCH_SIZE))) or waiting:
-            if batch:
-                decoded = [pool.submit(_decode, path, candidate.packed_size, candidate.resize) for path in batch]
-                waiting.append((batch, (future.result() for future in decoded)))
-            # Decode ahead of the network, but not the whole folder.
-            if not batch or len(waiting) > 1 + cpu_count() // BATCH_SIZE:
-                yield _predict_batch(candidate, *waiting.popleft())
+
+    def decode(path: Path) -> tuple[Path, np.ndarray | str]:
+        return path, _decode(path, candidate.packed_size, candidate.resize)
+
+    # Decode ahead of the network, but not the whole folder.
+    remaining = track_progress(paths, "predicting", len(paths))
+    decoded = map_in_threads(decode, remaining, cpu_count(), max(2 * BATCH_SIZE, cpu_count()))
+    while batch := list(islice(decoded, BATCH_SIZE)):
+        yield _predict_batch(candidate, *map(list, zip(*batch, strict=True)))
 
 
-def _predict_batch(candidate: Candidate, paths: list[Path], decoded: Iterator[np.ndarray | str]) -> pd.DataFrame:
+def _predict_batch(candidate: Candidate, paths: list[Path], results: list[np.ndarray | str]) -> pd.DataFrame:
     # Readers of CSV take a carriage return, which a Mac's `Icon\r` has, for the end of a row.
     table = pd.DataFrame({"file": [escape_undecodable(str(path)).replace("\r", r"\r") for path in paths]})
-    results = list(decoded)
     is_usable = np.array([isinstance(result, np.ndarray) for result in results])
     table["reason"] = ["" if isinstance(result, np.ndarray) else result for result in results]
     predicted = pd.DataFrame({"probability": pd.Series(dtype=float), "label": pd.Series(dtype="Int64")})

@@ -229,8 +229,8 @@ def _label_rows(rows: pd.DataFrame, params: TableParams, notes: list[str]) -> pd
     if params.negative == "others":  # or a typing error would make its images negative
         known = {normalize_value(one) for cell in labels for one in _split_cell(cell, params)}
         for key in ("positive", "ignore"):
-            absent = [value for value in getattr(params, key) if value and normalize_value(value) not in known]
-            _note(notes, f"values of download.{key} that no row has: {{}}", pd.Series(absent, dtype="str"))
+            unused = [value for value in getattr(params, key) if value and normalize_value(value) not in known]
+            _note(notes, f"values of download.{key} that no row has: {{}}", pd.Series(unused, dtype="str"))
     ignored = rows["label"] < 0
     ignored = ignored.fillna(False).astype(bool)
     if ignored.any():
