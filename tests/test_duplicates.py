@@ -10,6 +10,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
+from scipy.fft import dctn
 from scipy.sparse.csgraph import connected_components
 from xxhash import xxh3_128_hexdigest
 
@@ -54,6 +55,16 @@ def find_groups(radiographs: list[np.ndarray]) -> list[int]:
         "phash": [duplicates.perceptual_hash(pixels) for pixels in pack],
     })  # fmt: skip
     return duplicates.find_duplicates(table, pack).tolist()
+
+
+@pytest.mark.parametrize("size", [16, 32, 40, 64, 160, 224, 512, 992, 2048])
+@pytest.mark.parametrize("levels", [(0, 256), (0, 2), (250, 256)])
+def test_the_perceptual_hash_is_that_of_pillows_thumbnail(size, levels):
+    pixels = np.random.default_rng(size).integers(*levels, (size, size)).astype(np.uint8)
+    thumbnail = Image.fromarray(pixels).resize((32, 32), Image.Resampling.BILINEAR, reducing_gap=1.0)
+    frequencies = dctn(np.asarray(thumbnail, dtype=np.float32))[:16, :16]
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex(duplicates.perceptual_hash(pixels)), np.uint8))
+    assert (bits == (frequencies > np.median(frequencies)).ravel()).all()
 
 
 @pytest.fixture(scope="module")

@@ -36,10 +36,21 @@ def perceptual_hash(pixels: np.ndarray) -> str:
     Returns:
         64 hexadecimal digits; each bit says whether a frequency is above the median.
     """
-    # reducing_gap first averages whole blocks of pixels, which takes a quarter of the time.
-    small = Image.fromarray(pixels).resize((32, 32), Image.Resampling.BILINEAR, reducing_gap=1.0)
-    frequencies = dctn(np.asarray(small, dtype=np.float32))[:16, :16]
-    return np.packbits(frequencies > np.median(frequencies)).tobytes().hex()
+    frequencies = dctn(_thumbnail(pixels).astype(np.float32))[:16, :16]
+    # np.median takes five times as long.
+    median = np.partition(frequencies, (127, 128), axis=None)[127:129].mean()
+    return np.packbits(frequencies > median).tobytes().hex()
+
+
+def _thumbnail(pixels: np.ndarray) -> np.ndarray:
+    block, rest = divmod(len(pixels), 32)
+    if rest:
+        # reducing_gap first averages whole blocks of pixels, which takes a quarter of the time.
+        return np.asarray(Image.fromarray(pixels).resize((32, 32), Image.Resampling.BILINEAR, reducing_gap=1.0))
+    # NumPy averages whole blocks in half of Pillow's time, and rounds as Pillow does.
+    sums = np.add.reduce(pixels.reshape(32, block, -1), axis=1, dtype=np.uint16)
+    sums = np.add.reduceat(sums, np.arange(0, len(pixels), block), axis=1, dtype=np.uint32)
+    return (sums + block**2 // 2) * (2**24 // block**2) >> 24
 
 
 def find_duplicates(manifest: pd.DataFrame, images: np.ndarray) -> np.ndarray:

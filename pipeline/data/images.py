@@ -98,8 +98,10 @@ def resize_to_square(gray: np.ndarray, size: int, resize: Resize) -> np.ndarray:
         raise UnusableError("not a gray image: expected integers from 0 to 255 of shape (height, width)")
     check_shape(gray.shape[1], gray.shape[0])
     step = min(gray.shape) // 32 | 1  # odd: repeated patterns mostly have even periods, which an even step would miss
-    levels = np.sort(gray[::step, ::step], axis=None).astype(int)
-    check_contrast(levels[-(len(levels) // 100) - 1] - levels[len(levels) // 100])
+    levels = gray[::step, ::step].ravel()
+    ends = len(levels) // 100, -(len(levels) // 100) - 1  # where the 1st and the 99th percentile are when sorted
+    low, high = np.partition(levels, ends)[[*ends]].astype(int)
+    check_contrast(high - low)
     if gray.shape == (size, size):
         return gray.astype(np.uint8, copy=False)
     image, method = Image.fromarray(gray.astype(np.uint8, copy=False)), Image.Resampling.BILINEAR
@@ -202,10 +204,9 @@ def _decode_gray_jpeg(data: bytes) -> np.ndarray | None:
             # Checking the first eighth of the bytes is enough: uniform areas take few bytes, so it has an eighth of the
             # detail, and no color photograph has that much exactly gray detail.
             preview = decode_jpeg(
-                data[: scan + len(data) // 8], "RGB", min_factor=8, min_width=1, min_height=1, strict=False
-            )
-            red, green, blue = np.moveaxis(preview, 2, 0)
-            if (red != green).any() or (green != blue).any():
+                data[: scan + len(data) // 8], "RGBX", min_factor=8, min_width=1, min_height=1, strict=False
+            ).view("<u4")
+            if ((preview ^ preview >> 8) & 0xFFFF).any():  # red is not green, or green is not blue
                 return None
         gray: np.ndarray = decode_jpeg(data, "GRAY")[..., 0]
     except (IndexError, ValueError):

@@ -109,6 +109,7 @@ def _decode_images(
         folder.mkdir()
         shape = (len(members), params.image_size, params.image_size)
         open_memmap(folder / ARRAY, mode="w+", dtype=np.uint8, shape=shape)
+        _allocate(folder / ARRAY)
         results_path.write_text(run, encoding="utf-8")
     offset = (folder / ARRAY).stat().st_size - len(members) * params.image_size**2
     with (
@@ -137,7 +138,7 @@ def _describe_run(raw: Path, params: PrepareParams) -> str:
         "raw": [stat.st_ino, stat.st_mtime_ns, stat.st_size],
         "params": [params.image_size, params.resize],
         "code": [md5_of_file(path) for path in sorted(Path(__file__).parent.iterdir()) if path.suffix == ".py"],
-        "packages": sorted({f"{package.name}=={package.version}" for package in distributions()}),
+        "packages": sorted({"{Name}=={Version}".format_map(package.metadata) for package in distributions()}),
     }
     return json.dumps(run) + "\n"
 
@@ -166,6 +167,13 @@ def _check_space(folder: Path, count: int, size: int) -> None:
             f"the disk is full: in {folder}, {count} images of {size}×{size} pixels need {needed / 1e6:.0f} MB, but "
             f"{free / 1e6:.0f} MB are free; free some space or lower prepare.image_size"
         )
+
+
+def _allocate(path: Path) -> None:
+    """Allocate the space of a file, where the system can: what is written later takes less time, and surely fits."""
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def _open_files(raw: Path, download: DownloadParams | None, array: Path, offset: int) -> None:

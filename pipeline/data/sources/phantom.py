@@ -19,6 +19,7 @@ from joblib import cpu_count
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from pipeline.core import memory
 from pipeline.core.progress import track_progress
 from pipeline.data.sources import archive_writer
 
@@ -90,7 +91,8 @@ def write_source(params: "PhantomParams", target: Path) -> None:
         "age": [case.age for case in cases],
     })  # fmt: skip
     # Spawned, because a forked worker could inherit a lock that the thread of the progress bar holds.
-    with ProcessPoolExecutor(cpu_count(), multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(cpu_count(), context, memory.retain_freed_memory) as pool:
         images = pool.map(_encode_jpeg, cases, chunksize=8)
         archive_writer.write_zip(rows, track_progress(images, "drawing radiographs", len(cases)), target)
 
