@@ -2,9 +2,12 @@
 
 import contextlib
 import ctypes
+import re
 
 # Parameters of mallopt(3).
 TRIM_THRESHOLD, MMAP_MAX = -1, -4
+# torch raises a plain RuntimeError for most of them; the last is of cuBLAS and cuDNN.
+OUT_OF_MEMORY = re.compile("out of memory|allocate memory|ALLOC(ATION)?_FAILED")
 
 
 def retain_freed_memory() -> None:
@@ -20,5 +23,8 @@ def retain_freed_memory() -> None:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Return whether Python, CUDA or torch's CPU allocator, which raises a plain RuntimeError, ran out of memory."""
-    return isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error)
+    """Return whether Python, torch's CPU allocator, CUDA, cuBLAS or cuDNN ran out of memory.
+
+    cuDNN's "unable to find an engine" is not among them: it also means a driver that is too old.
+    """
+    return isinstance(error, MemoryError) or bool(OUT_OF_MEMORY.search(str(error)))

@@ -1,8 +1,6 @@
-"""The packed images as a tensor, and batches of them on the device."""
+"""The packed images, and batches of them on the device."""
 
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,23 +9,21 @@ from torch import Tensor
 
 from pipeline.core.config import Resize
 from pipeline.core.files import read_json
+from pipeline.core.parallel import map_in_threads
 
 
 class PackedImages:
-    """All images, uint8 (N, S, S): on the CUDA device if they fit in half of its free memory, else memory-mapped."""
+    """All images, uint8 (N, S, S), memory-mapped, so that processes share one copy and memory does not limit N."""
 
     def __init__(self, path: Path, device: torch.device) -> None:
         self._path = path
-        # torch requires a writable array; copy-on-write provides one, and it is never written to.
-        self.images = torch.from_numpy(np.load(path, mmap_mode="c"))
+        self.images = np.load(path, mmap_mode="r")
         self.device = device
-        if device.type == "cuda" and 2 * self.images.nbytes < torch.cuda.mem_get_info(device)[0]:
-            self.images = self.images.to(device)
 
     @property
     def size(self) -> int:
         """Edge of the images, pixels."""
-        return self.images.shape[-1]
+        return int(self.images.shape[-1])
 
     @property
     def resize(self) -> Resize:
@@ -35,21 +31,26 @@ class PackedImages:
         method: Resize = read_json(self._path.with_suffix(".json"))["resize"]
         return method
 
+    def read(self, rows: Tensor) -> Tensor:
+        """Return the images at `rows` (B,): uint8 (B, S, S), on the CPU, in pinned memory for a CUDA device.
+
+        Raises:
+            IndexError: there is no such row.
+        """
+        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(self.images):
+            raise IndexError(f"{self._path}: {len(self.images)} images, so no row {int(rows.max())}")
+        pixels = torch.empty(
+            (len(rows), self.size, self.size), dtype=torch.uint8, pin_memory=self.device.type == "cuda"
+        )
+        # NumPy gathers in the calling thread; torch would start a thread pool per calling thread.
+        np.take(self.images, rows.numpy(), axis=0, out=pixels.numpy(), mode="clip")
+        return pixels
+
     def pixels(self, rows: Tensor) -> Tensor:
         """Return the images at `rows` (B,) on the device: uint8 (B, S, S)."""
-        if self.images.device.type == "cpu":
-            # NumPy gathers in the calling thread; torch would start a thread pool per calling thread.
-            return torch.from_numpy(self.images.numpy()[rows.numpy()]).to(self.device, non_blocking=True)
-        return self.images[rows.to(self.images.device)]
+        return self.read(rows).to(self.device, non_blocking=True)
 
-    def batches(self, row_batches: Sequence[Tensor], threads: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the rows (B,) and pixels of each batch, in order; threads prefetch the next ones from disk."""
-        with ThreadPoolExecutor(threads) as pool:
-            prefetched: deque[tuple[Tensor, Future[Tensor]]] = deque()
-            for rows in row_batches:
-                prefetched.append((rows, pool.submit(self.pixels, rows)))
-                if len(prefetched) > threads:
-                    first_rows, pixels = prefetched.popleft()
-                    yield first_rows, pixels.result()
-            for rows, pixels in prefetched:
-                yield rows, pixels.result()
+    def batches(self, row_batches: Sequence[Tensor], threads: int = 1) -> Iterator[Tensor]:
+        """Yield the pixels of each batch on the device, in order; threads prefetch the next ones from disk."""
+        for pixels in map_in_threads(self.read, row_batches, threads, ahead=threads + 1):
+            yield pixels.to(self.device, non_blocking=True)

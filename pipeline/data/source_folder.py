@@ -4,21 +4,13 @@ import os
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
 
 from pipeline.core.errors import UserError
 from pipeline.core.files import escape_undecodable, unescape_undecodable
 from pipeline.data import layout, remote
-
-THREADS = 16  # that read at once; they wait for disks and networks, not for processors
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 class SourceFolder(ABC):
@@ -165,20 +157,6 @@ def _open_remote_folder(url: str, content: str) -> RemoteFolder:
     if not folder.exists():
         raise UserError(f"{folder.root}: no such folder, or empty; set download.path in params.yaml to {content}")
     return folder
-
-
-def map_in_threads(
-    function: Callable[[Item], Result], items: Iterable[Item], threads: int = THREADS, ahead: int = THREADS
-) -> Iterator[Result]:
-    """Yield the results in the order of the items, computed at most `ahead` of what is consumed."""
-    with ThreadPoolExecutor(threads) as pool:
-        pending: deque[Future[Result]] = deque()
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) == ahead:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
 
 
 def _walk(folder: str, parent: str = "") -> Iterator[str]:

@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
@@ -101,28 +102,31 @@ class Head(nn.Module):
         self._dropout_widths = [features, widths[-1]] if hidden else [features]
 
     def dropout_masks(self, rows: int, generator: Generator) -> list[Tensor]:
-        """Draw the dropout masks of a batch: 0 or 1 / (1 - dropout), (rows, width) for each dropout layer.
+        """Draw the dropout masks of a batch: 0 (dropped) or 1, uint8 (rows, width) for each dropout layer.
 
         They are not drawn in `forward`, so that they do not depend on how the batch is split.
         """
         keep = 1 - self._dropout
-        return [
-            torch.bernoulli(torch.full((rows, width), keep), generator=generator) / keep
-            for width in self._dropout_widths
-        ]
+        shapes = ((rows, width) for width in self._dropout_widths)
+        masks = (torch.bernoulli(torch.full(shape, keep), generator=generator) for shape in shapes)
+        # NumPy converts in the calling thread, which loads batches; torch would start a thread pool for it.
+        return [torch.from_numpy(mask.numpy().astype(np.uint8)) for mask in masks]
 
     def forward(self, features: Tensor, masks: Sequence[Tensor] = ()) -> Tensor:
         """Compute logits (B, 2) for features (B, width); without masks there is no dropout."""
         if masks:
-            features = features * masks[0].to(features)
+            features = self._drop(features, masks[0])
         for index, layer in enumerate(self.hidden):
             features = layer(features)
             if index == 0 or index < len(self.hidden) - 1:
                 features = features.relu()
         if len(masks) > 1:
-            features = features * masks[1].to(features)
+            features = self._drop(features, masks[1])
         logits: Tensor = self.logits(features)
         return logits
+
+    def _drop(self, features: Tensor, mask: Tensor) -> Tensor:
+        return features * (mask.to(features) / (1 - self._dropout))
 
 
 def load_pretrained(network: Classifier, folder: Path) -> None:
@@ -143,6 +147,12 @@ def load_pretrained(network: Classifier, folder: Path) -> None:
             "run: dvc repro weights"
         )
     network.backbone.load_state_dict({name: state[name] for name in expected})
+
+
+def place_for_inference(network: Classifier, device: torch.device) -> Classifier:
+    """Move a network to the device, in evaluation mode and in the memory format that is fastest there."""
+    network = network.to(device).eval()
+    return network.to(memory_format=torch.channels_last) if device.type == "cpu" else network
 
 
 class FoldEnsemble:
@@ -206,5 +216,5 @@ def load_networks(folder: Path, device: torch.device) -> list[Classifier]:
     for fold in sorted(folds):
         network = Classifier(Architecture(**{name: description[name] for name in Architecture.__dataclass_fields__}))
         network.load_state_dict(folds[fold])
-        networks.append(network.to(device).eval())
+        networks.append(place_for_inference(network, device))
     return networks

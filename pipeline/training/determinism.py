@@ -2,9 +2,13 @@
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Generator
+
+from pipeline.core.errors import UserError
 
 
 def make_deterministic(cpu_threads: int, *, compiled: bool = False) -> None:
@@ -20,9 +24,25 @@ def make_deterministic(cpu_threads: int, *, compiled: bool = False) -> None:
     else:  # the same, without importing torch.compile, which takes two seconds
         torch.set_deterministic_debug_mode("error")
     torch.backends.cudnn.benchmark = False
+    _set_float32_precision("ieee")  # cuDNN's default is TF32, which rounds its inputs to 11 bits
     # This code reads no uninitialized memory, and filling it takes 5% of the time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.set_num_threads(cpu_threads)
+
+
+@contextmanager
+def use_tensor_float32(*, enabled: bool) -> Iterator[None]:
+    """Let CUDA's convolutions and matrix products round their inputs to 11 bits in the block, if `enabled`."""
+    _set_float32_precision("tf32" if enabled else "ieee")
+    try:
+        yield
+    finally:
+        _set_float32_precision("ieee")
+
+
+def _set_float32_precision(precision: str) -> None:
+    torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
+    torch.backends.cuda.matmul.fp32_precision = precision
 
 
 def derive_seed(seed: int, *purpose: int | str) -> int:
@@ -41,8 +61,17 @@ def seed_global_generators(seed: int, *purpose: int | str) -> None:
 
 
 def select_device() -> torch.device:
-    """Return this process's CUDA device if there is one (see CUDA_VISIBLE_DEVICES), else the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    """Return this process's CUDA device if there is one (see CUDA_VISIBLE_DEVICES), else the CPU.
+
+    Raises:
+        UserError: NVIDIA MPS does not let this process use its GPU.
+    """
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    # The driver counts a GPU also if CUDA cannot be initialized, which torch reports as no GPU.
+    if os.environ.get("CUDA_MPS_PIPE_DIRECTORY") and torch.cuda.device_count():
+        raise UserError("NVIDIA MPS does not give access to the GPU; train fewer seeds on it at once, or stop MPS")
+    return torch.device("cpu")
 
 
 def describe_environment(processes: int) -> dict[str, str | int | None]:

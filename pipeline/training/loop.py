@@ -3,8 +3,9 @@
 import copy
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,25 @@ import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from pipeline.core import memory
 from pipeline.core.config import TrainParams
 from pipeline.core.errors import Interrupted, UserError
+from pipeline.core.parallel import map_in_threads
 from pipeline.data.dataset import PackedImages
 from pipeline.evaluation.metrics import Scores, kept_epoch, score_predictions
 from pipeline.models.classifier import Architecture, Classifier, load_pretrained
-from pipeline.training.augment import augment, draw_epoch_order, mixup
+from pipeline.training.augment import augment, draw_augmentation, draw_epoch_order, draw_mixup, mix_neighbors
+from pipeline.training.captured_step import CapturedStep, Inputs, join_tensors, use_stream
 from pipeline.training.checkpoint import Checkpoint
-from pipeline.training.determinism import make_generator, seed_global_generators
+from pipeline.training.determinism import make_generator, seed_global_generators, use_tensor_float32
 from pipeline.training.distributed import ProcessGroup
+from pipeline.training.fast_gradients import FastGradients
 from pipeline.training.progress import ProgressReporter, TrainingProgress
 from pipeline.training.schedule import build_optimizer, learning_rate_at
 
-AUTOCAST_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+AUTOCAST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 CHECKPOINT_SECONDS = 300  # between checkpoints within an epoch
 
 
@@ -103,19 +107,19 @@ class Trainer:
         )
         load_pretrained(self.network, weights)
         self.network.to(pack.device, memory_format=self.memory_format)  # type: ignore[call-overload]
-        self.optimizer = build_optimizer(self.network.parameters(), params)
+        self.optimizer = build_optimizer(list(self.network.parameters()), params)
         self.scaler = torch.amp.GradScaler(pack.device.type, enabled=params.precision == "float16")
-        self.averaged: AveragedModel | None = None
-        if params.ema_decay:
-            self.averaged = AveragedModel(
-                self.network, multi_avg_fn=get_ema_multi_avg_fn(params.ema_decay), use_buffers=True
-            )
-        self.epoch, self.step = 1, 0  # the epoch in progress, and the number of its completed steps
-        self.losses: list[Tensor] = []  # of the completed steps
+        self.averaged: Classifier | None = copy.deepcopy(self.network) if params.ema_decay else None
+        self.epoch, self.step = 1, 0  # the epoch in progress, and the number of its steps so far
+        # Of these steps, on the CPU; those on a CUDA device arrive later, without anyone waiting for them.
+        self.losses = torch.zeros(self.steps_per_epoch, pin_memory=pack.device.type == "cuda")
         self.history: list[EpochMetrics] = []
         self.predictions: list[Tensor] = []  # P(positive) of the validation images after each epoch in the history
         self.kept_weights: dict[str, Tensor] = {}
         self.forward: Any = None  # the network as it is called in training: data parallel, compiled
+        self.captured_step: CapturedStep | None = None  # on CUDA
+        self.use_cuda_graph = group.count == 1
+        self.is_captured = False  # whether the last steps of a finished training ran as a graph
 
     def run(
         self,
@@ -150,7 +154,7 @@ class Trainer:
         self.reporter = ProgressReporter(
             progress, self.steps_per_epoch, progress_path, enabled=self.group.is_main_process
         )
-        with self.reporter, report_out_of_memory(self.params):
+        with self.reporter, report_out_of_memory(self.params), use_stream(self.pack.device):
             try:
                 while not self.finished:
                     if self.forward is None or self.epoch == self.params.frozen_epochs + 1:
@@ -163,13 +167,16 @@ class Trainer:
             except Interrupted:
                 self._save(checkpoint)
                 raise
-        self.eval_model.load_state_dict(self.kept_weights)
+            self.eval_model.load_state_dict(self.kept_weights)
+        if self.captured_step:
+            self.is_captured = self.captured_step.is_captured
+            self.captured_step = None  # its memory on the device is for the next fold
         return TrainingResult(self.eval_model.eval(), self.kept, self.history, torch.stack(self.predictions, dim=1))
 
     @property
     def eval_model(self) -> Classifier:
         """The network that is evaluated and saved: the trained one, or its moving average with `ema_decay`."""
-        return self.averaged.module if self.averaged else self.network  # type: ignore[return-value]
+        return self.averaged or self.network
 
     @property
     def kept(self) -> EpochMetrics:
@@ -190,7 +197,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "epoch": self.epoch,
             "step": self.step,
-            "losses": self.losses,
+            "losses": self.losses[: self.step].clone(),
             "history": [asdict(entry) for entry in self.history],
             "predictions": self.predictions,
             "kept_weights": self.kept_weights,
@@ -203,7 +210,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step = state["epoch"], state["step"]
-        self.losses = [loss.to(self.pack.device) for loss in state["losses"]]
+        self.losses[: self.step] = state["losses"]
         self.history = [EpochMetrics(**entry) for entry in state["history"]]
         self.predictions, self.kept_weights = state["predictions"], state["kept_weights"]
 
@@ -214,6 +221,10 @@ class Trainer:
         self.forward = self.group.data_parallel(self.network)
         if self.params.compile:
             self.forward = torch.compile(self.forward)
+        if self.pack.device.type == "cuda":
+            self.captured_step = CapturedStep(
+                self._update_weights, self.params.batch_size, self.pack.device, enabled=self.use_cuda_graph
+            )
 
     def _train_epoch(self, checkpoint: Checkpoint) -> float:
         """Run the remaining steps of the epoch, and return images per second."""
@@ -222,63 +233,101 @@ class Trainer:
         self.network.train()
         self.network.backbone.train(self.epoch > params.frozen_epochs)  # frozen, it keeps its batch statistics
         if params.reset_optimizer_each_epoch and not first_step:
-            self.optimizer = build_optimizer(self.network.parameters(), params)
+            self._reset_optimizer()
         order = draw_epoch_order(self.labels[self.train_rows], params, make_generator(self.seed, self.epoch, "order"))
         batches = _split_batches(self.train_rows[order], params.batch_size)
-        for rows, pixels in self.pack.batches(batches[first_step:], params.loader_threads):
-            self.losses.append(self._train_step(rows, pixels))
-            self.step += 1
-            self.reporter.report_step(self.epoch, self.step)
-            now = time.perf_counter()
-            # Reading the loss waits for the device and, with several processes, for the others.
-            if now - reported > 1 and self.group.count == 1:
-                reported = now
-                self._check_losses()
-                images_per_second = (self.step - first_step) * params.batch_size / (now - started)
-                self.reporter.report_loss(self.epoch, self.losses[-1].item(), images_per_second)
-            self.raise_if_interrupted()
-            if now - saved > CHECKPOINT_SECONDS:
-                saved = now
-                self._save(checkpoint)
-        self._check_losses()
+        steps, threads = range(first_step, len(batches)), params.loader_threads
+        prefetched = map_in_threads(lambda step: self._load_batch(step, batches[step]), steps, threads, threads + 1)
+        with use_tensor_float32(enabled=params.precision == "tf32"):
+            for block, tensors in prefetched:
+                self._train_step(block, tensors)
+                self.step += 1
+                self.reporter.report_step(self.epoch, self.step)
+                now = time.perf_counter()
+                # With several processes, all would have to stop at the same step.
+                if now - reported > 1 and self.group.count == 1:
+                    reported = now
+                    self._report_loss((self.step - first_step) * params.batch_size / (now - started))
+                self.raise_if_interrupted()
+                if now - saved > CHECKPOINT_SECONDS:
+                    saved = now
+                    self._save(checkpoint)
+        self._wait_for_device()
+        self._check_losses(self.step)
         return (self.step - first_step) * params.batch_size / (time.perf_counter() - started)
 
-    def _train_step(self, rows: Tensor, pixels: Tensor) -> Tensor:
-        """Run one optimizer step on a batch, and return its loss.
+    def _load_batch(self, step: int, rows: Tensor) -> tuple[Tensor | None, Inputs]:
+        """Read the images of a step and draw its random numbers, in a thread of the loader.
 
-        Every process augments and mixes the whole batch, so that all draw the same random numbers, and computes the
-        gradients of its own slice.
+        Every process draws for the whole batch, so that all draw the same numbers.
+
+        Returns:
+            The block to be copied to a CUDA device, or None on the CPU, and the inputs of `_update_weights`.
         """
-        params, step_key = self.params, (self.seed, self.epoch, self.step)
-        lr = learning_rate_at(self.epoch - 1 + (self.step + 0.5) / self.steps_per_epoch, params)
+        params, step_key = self.params, (self.seed, self.epoch, step)
+        lr = learning_rate_at(self.epoch - 1 + (step + 0.5) / self.steps_per_epoch, params)
+        masks = self.network.head.dropout_masks(len(rows), make_generator(*step_key, "dropout"))
+        inputs = {
+            "lr": torch.tensor(lr),
+            "pixels": self.pack.read(rows),
+            **draw_augmentation(len(rows), params, make_generator(*step_key, "augment")),
+            **draw_mixup(self.labels[rows], params.mixup_alpha, make_generator(*step_key, "mixup")),
+            **{f"dropout_mask_{index}": mask for index, mask in enumerate(masks)},
+        }
+        return join_tensors(inputs) if self.pack.device.type == "cuda" else None, inputs
+
+    def _train_step(self, block: Tensor | None, inputs: Inputs) -> None:
+        """Run one optimizer step on a batch from `_load_batch`, and record its loss."""
+        # Some backbones use stochastic depth, in each process for its own images.
+        seed_global_generators(self.seed, self.epoch, self.step, "backbone", self.group.rank)
+        if self.captured_step and block is not None:
+            self.captured_step.run(block, inputs, self.losses[self.step])
+        else:
+            self.losses[self.step] = self._update_weights(inputs)
+
+    def _update_weights(self, inputs: Inputs) -> Tensor:
+        """Compute the gradients, of this process's slice of the batch, and change the weights; return the loss.
+
+        On CUDA, nothing here may wait for the device, nor depend on anything that changes from step to step but
+        `inputs`: it becomes a graph.
+        """
+        params, count = self.params, len(inputs["targets"])
+        # On the CPU, optimizers are much faster with a plain number.
+        lr = inputs["lr"] if self.captured_step else inputs["lr"].item()
         for param_group in self.optimizer.param_groups:
             param_group["lr"] = lr
-        # Augmenting before the gray channel is repeated three times costs a third of the work.
-        images = augment(self.network.resize(pixels), params, make_generator(*step_key, "augment"))
+        # Augmenting and mixing before the gray channel is repeated three times costs a third of the work.
+        images = augment(self.network.resize(inputs["pixels"]), inputs)
+        if "mixup_weights" in inputs:
+            images = mix_neighbors(images.float(), inputs["mixup_weights"])
         images = self.network.normalize(images)
-        seed_global_generators(*step_key, "mixup")
-        images, targets = mixup(images, self.labels[rows].to(images.device), params.mixup_alpha)
-        masks = self.network.head.dropout_masks(len(rows), make_generator(*step_key, "dropout"))
-        seed_global_generators(*step_key, "backbone", self.group.rank)  # some backbones use stochastic depth
 
-        local, process_count = self.group.local_slice(len(rows)), self.group.count
-        micro_batches = max(1, min(params.gradient_accumulation_steps, len(rows) // process_count))
-        split = (tensor[local].tensor_split(micro_batches) for tensor in (images, targets, *masks))
+        local, process_count = self.group.local_slice(count), self.group.count
+        micro_batches = max(1, min(params.gradient_accumulation_steps, count // process_count))
+        masks = (mask for name, mask in inputs.items() if name.startswith("dropout_mask"))
+        split = (tensor[local].tensor_split(micro_batches) for tensor in (images, inputs["targets"], *masks))
         self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=images.device)
         for index, (micro_images, micro_targets, *micro_masks) in enumerate(zip(*split, strict=True), start=1):
             with self.group.gradient_sync(self.forward, now=index == micro_batches):
-                with self._autocast():
+                with self._autocast(), self._fast_gradients():
                     logits = self.forward(micro_images.contiguous(memory_format=self.memory_format), micro_masks)
                     loss_sum = cross_entropy(logits.float(), micro_targets, self.class_weights, reduction="sum")
                 # Data parallelism averages the gradients of the processes; this makes the average a sum.
-                self.scaler.scale(loss_sum / len(rows) * process_count).backward()
-            loss += loss_sum.detach() / len(rows)
+                self.scaler.scale(loss_sum / count * process_count).backward()
+            loss += loss_sum.detach() / count
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.averaged:
-            self.averaged.update_parameters(self.network)
+            is_first_step = (self.epoch, self.step) == (1, 0)  # which only copies
+            _update_average(self.averaged, self.network, 0 if is_first_step else params.ema_decay)
         return self.group.all_reduce_sum(loss)
+
+    def _reset_optimizer(self) -> None:
+        """Forget all that the optimizer has learned, in place, where a CUDA graph expects it."""
+        for state in self.optimizer.state.values():
+            for value in state.values():
+                value.zero_()
 
     def _validate_epoch(self, images_per_second: float) -> EpochMetrics:
         """Evaluate on the validation set, keep the weights if `train.keep` selects them, and start the next epoch."""
@@ -287,7 +336,7 @@ class Trainer:
             raise self._divergence_error(f"epoch {self.epoch}: not all predictions are finite")
         entry = EpochMetrics(
             self.epoch,
-            float(torch.stack(self.losses).mean()),
+            self.losses.mean().item(),
             learning_rate_at(self.epoch - 0.5 / self.steps_per_epoch, self.params),
             score_predictions(self.labels[self.validation_rows].numpy(), probabilities.numpy()),
             images_per_second,
@@ -297,18 +346,20 @@ class Trainer:
         self.predictions.append(probabilities)
         if self.kept is entry:
             self.kept_weights = copy.deepcopy(self.eval_model.state_dict())
-        self.epoch, self.step, self.losses = self.epoch + 1, 0, []
+        self.epoch, self.step = self.epoch + 1, 0
         return entry
 
     def _predict_proba(self, rows: Tensor) -> Tensor:
         """Predict the given rows (B,) of the pack: P(positive), float32 (B,), on the CPU."""
         network = self.eval_model.eval()
         probabilities = torch.zeros(len(rows), device=self.pack.device)
-        batches = torch.arange(len(rows)).split(self.params.batch_size)
-        for start in range(0, len(batches), self.group.count):
+        row_batches, outputs = rows.split(self.params.batch_size), probabilities.split(self.params.batch_size)
+        mine = slice(self.group.rank, None, self.group.count)
+        batches = zip(self.pack.batches(row_batches[mine], self.params.loader_threads), outputs[mine], strict=True)
+        for _ in range(0, len(row_batches), self.group.count):
             self.raise_if_interrupted()
-            for batch in batches[start + self.group.rank :][:1]:  # in the last round, some processes may have none
-                probabilities[batch.to(probabilities.device)] = network.predict_proba(self.pack.pixels(rows[batch]))
+            for pixels, output in islice(batches, 1):  # in the last round, some processes may have none
+                output.copy_(network.predict_proba(pixels))
         return self.group.all_reduce_sum(probabilities).cpu()
 
     def raise_if_interrupted(self) -> None:
@@ -316,11 +367,23 @@ class Trainer:
             raise Interrupted(signal, f"seed {self.seed} stopped in epoch {self.epoch} after step {self.step}")
 
     def _save(self, checkpoint: Checkpoint) -> None:
+        self._wait_for_device()
         if self.group.is_main_process:
             checkpoint.save(self.state())
 
-    def _check_losses(self) -> None:
-        finite = torch.stack(self.losses).isfinite()
+    def _wait_for_device(self) -> None:
+        if self.captured_step:
+            self.captured_step.wait()
+
+    def _report_loss(self, images_per_second: float) -> None:
+        """Report the loss of the last step that is known to be finished; on CUDA, others are queued."""
+        finished = self.step - (self.captured_step.queued if self.captured_step else 0)
+        if finished > 0:
+            self._check_losses(finished)
+            self.reporter.report_loss(self.epoch, self.losses[finished - 1].item(), images_per_second)
+
+    def _check_losses(self, count: int) -> None:
+        finite = self.losses[:count].isfinite()
         if not finite.all():
             step = int((~finite).nonzero()[0])
             raise self._divergence_error(
@@ -334,8 +397,21 @@ class Trainer:
         )
 
     def _autocast(self) -> torch.autocast:
-        precision = self.params.precision
-        return torch.autocast(self.pack.device.type, AUTOCAST_DTYPES[precision], enabled=precision != "float32")
+        dtype = AUTOCAST_DTYPES.get(self.params.precision)
+        return torch.autocast(self.pack.device.type, dtype, enabled=dtype is not None)
+
+    def _fast_gradients(self) -> AbstractContextManager[object]:
+        return nullcontext() if self.pack.device.type == "cuda" or self.params.compile else FastGradients()
+
+
+@torch.no_grad()
+def _update_average(averaged: Classifier, network: Classifier, decay: float) -> None:
+    """Move the weights and batch statistics of `averaged` towards those of `network`, which count as 1 - decay."""
+    old, new = averaged.state_dict(), network.state_dict()
+    numbers = [name for name, value in old.items() if value.is_floating_point()]
+    get_ema_multi_avg_fn(decay)([old[name] for name in numbers], [new[name] for name in numbers], 0)
+    for name in old.keys() - numbers:
+        old[name].copy_(new[name])  # counts of batches
 
 
 def _split_batches(rows: Tensor, batch_size: int) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """Optimizers by name, and the learning rate schedule."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -12,15 +12,22 @@ from pipeline.core.config import TrainParams
 SGD_MOMENTUM = 0.9
 
 
-def build_optimizer(weights: Iterable[nn.Parameter], params: TrainParams) -> Optimizer:
-    decay, fused = params.weight_decay, params.fused or None  # None means torch's default
+def build_optimizer(weights: Sequence[nn.Parameter], params: TrainParams) -> Optimizer:
+    """Build the optimizer; on CUDA it is fused, and its step can be captured in a CUDA graph."""
+    cuda, decay = weights[0].device.type == "cuda", params.weight_decay
+    fused = params.fused or cuda or None  # None means torch's default
+    adam = {"eps": params.eps, "weight_decay": decay, "fused": fused, "capturable": cuda}
     match params.optimizer:
         case "adam":
-            return torch.optim.Adam(weights, params.lr, eps=params.eps, weight_decay=decay, fused=fused)
+            return torch.optim.Adam(weights, params.lr, **adam)  # type: ignore[arg-type]
         case "adamw":
-            return torch.optim.AdamW(weights, params.lr, eps=params.eps, weight_decay=decay, fused=fused)
+            return torch.optim.AdamW(weights, params.lr, **adam)  # type: ignore[arg-type]
         case "sgd":
-            return torch.optim.SGD(weights, params.lr, SGD_MOMENTUM, weight_decay=decay, fused=fused)
+            sgd = torch.optim.SGD(weights, params.lr, SGD_MOMENTUM, weight_decay=decay, fused=fused)
+            # The fused kernel refuses weights without momentum beside others, as a backbone has when it is unfrozen.
+            for weight in weights:
+                sgd.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+            return sgd
 
 
 def learning_rate_at(epochs_done: float, params: TrainParams) -> float:

@@ -14,9 +14,10 @@ from typing import IO, Any, BinaryIO
 from pipeline.core.config import ArchiveParams
 from pipeline.core.errors import UserError, first_line, rename_in_errors
 from pipeline.core.files import DamagedFileError, check_zip, detect_damage, escape_undecodable
+from pipeline.core.parallel import map_in_threads
 from pipeline.core.progress import track_progress, track_reading
 from pipeline.data import layout, remote
-from pipeline.data.source_folder import LocalFolder, SourceFolder, ZipFolder, map_in_threads, open_source_folder
+from pipeline.data.source_folder import LocalFolder, SourceFolder, ZipFolder, open_source_folder
 from pipeline.data.sources.archive_writer import ZIP_TIMESTAMP, find_references, write_references
 
 CONTENT = "a zip, tar or folder in the competition's layout (docs/data.md)"

@@ -13,12 +13,13 @@ import pandas as pd
 
 from pipeline.core.errors import UserError
 from pipeline.core.files import decompress, read_text_table
+from pipeline.core.parallel import map_in_threads
 from pipeline.core.progress import track_progress
 from pipeline.data.dicom import read_metadata
 from pipeline.data.file_names import IMAGE_ENDING, quote_nearest
 from pipeline.data.image_references import IMAGE_REFERENCES, UNKNOWN_CHECKSUM, ImageReference, format_references
 from pipeline.data.layout import METADATA, OPTIONAL_METADATA
-from pipeline.data.source_folder import SourceFolder, map_in_threads
+from pipeline.data.source_folder import SourceFolder
 from pipeline.data.test_labels import TEST_LABELS
 
 log = logging.getLogger(__name__)
