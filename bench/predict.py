@@ -1,16 +1,23 @@
-"""Radiographs per second of a bag of ten, compared with a loop that loads every member for every image.
+"""Radiographs per second of a bag of ten, from files to labels.
 
-python bench/predict.py [IMAGES] [BACKBONE] [SIZE] [ROUNDS]
+Compared with one network after the other, each spread over all cores, on contiguous batches of 32 (`sequential`), and
+with a loop that loads every member for every image (`plain`, on few images). `bfloat16` is `--precision bfloat16`.
+
+python bench/predict.py [IMAGES] [BACKBONE] [SIZE] [ROUNDS] [MEMBERS]
 """
 
 import json
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
 from common import UNIQUE_IMAGES, alternate, radiographs, seconds
+from joblib import cpu_count
 
+from pipeline.core import memory
+from pipeline.core.parallel import map_in_threads
 from pipeline.data import images
 from pipeline.evaluation.ensemble import EnsembleConfig
 from pipeline.inference import candidate
@@ -18,43 +25,74 @@ from pipeline.inference import files as inference_files
 from pipeline.models import classifier
 from pipeline.models.classifier import Architecture, Classifier
 
-MEMBERS = 10
+PLAIN_IMAGES = 4
+CPU = torch.device("cpu")
 
 
-def main(count: int = 8, backbone: str = "alexnet", size: int = 224, rounds: int = 3) -> None:
-    jpegs = radiographs()
+def main(count: int = 64, backbone: str = "alexnet", size: int = 224, rounds: int = 3, members: int = 10) -> None:
+    memory.retain_freed_memory()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        names = [f"seed-{index}" for index in range(MEMBERS)]
-        models = [folder / name for name in names]
+        models = [folder / f"seed-{index}" for index in range(members)]
         for model in models:
             network = Classifier(Architecture(backbone, [256, 128], 0, size, "none", size, "stretch"))
             classifier.save_weights([network], model)
             classifier.save_description(network, model, {})
-        config = EnsembleConfig(names, "mean", "mean", [1 / MEMBERS] * MEMBERS, 0.5)
+        config = EnsembleConfig([model.name for model in models], "mean", "mean", [1 / members] * members, 0.5)
         candidate.assemble_candidate(folder / "bag", folder, config)
-        files = [folder / f"{index}.jpg" for index in range(count)]
+        files, jpegs = [folder / f"{index}.jpg" for index in range(count)], radiographs()
         for index, file in enumerate(files):
             file.write_bytes(jpegs[index % UNIQUE_IMAGES])
-        cpu, paths = torch.device("cpu"), inference_files.ImageFiles([str(file) for file in files])
+        bags = [candidate.load_candidate(folder / "bag", CPU, one) for one in ("float32", "bfloat16")]
+        networks = [
+            classifier.load_classifier(model, CPU).to(memory_format=torch.contiguous_format) for model in models
+        ]
+        measurements = [
+            *(partial(predict_together, bag, files) for bag in bags),
+            partial(predict_in_sequence, networks, files, size),
+            partial(predict_plainly, models, files[:PLAIN_IMAGES], size),
+        ]
+        for warm_up in measurements:
+            warm_up()
+        our_rate, bfloat16_rate, sequential_rate, plain_rate = alternate(*measurements, rounds=rounds)
+    settings = {"images": count, "backbone": backbone, "size": size, "members": members}
+    rates = {"per_second": our_rate, "bfloat16": bfloat16_rate, "sequential": sequential_rate, "plain": plain_rate}
+    ratios = {
+        "ratio": round(our_rate / sequential_rate, 2),
+        "bfloat16_ratio": round(bfloat16_rate / sequential_rate, 2),
+        "plain_ratio": round(our_rate / plain_rate, 1),
+    }
+    print(json.dumps(settings | {name: round(rate, 1) for name, rate in rates.items()} | ratios))
 
-        def ours() -> float:
-            return count / seconds(
-                lambda: list(inference_files.predict_files(candidate.load_candidate(folder / "bag", cpu), paths))
-            )
 
-        def plain() -> float:
-            def predict(file: Path) -> None:
-                pixels = torch.from_numpy(images.decode_radiograph(file.read_bytes(), size, "stretch")[0].copy())[None]
-                for model in models:
-                    classifier.load_classifier(model, cpu).predict_proba(pixels)
+def decode(file: Path, size: int) -> torch.Tensor:
+    return torch.from_numpy(images.decode_radiograph(file.read_bytes(), size, "stretch")[0].copy())
 
-            return count / seconds(lambda: [predict(file) for file in files])
 
-        our_rate, plain_rate = alternate(ours, plain, rounds=rounds)
-    settings = {"images": count, "backbone": backbone, "size": size}
-    rates = {"per_second": round(our_rate, 1), "plain": round(plain_rate, 1), "ratio": round(our_rate / plain_rate, 1)}
-    print(json.dumps(settings | rates))
+def predict_together(bag: candidate.Candidate, files: list[Path]) -> float:
+    paths = inference_files.ImageFiles([str(file) for file in files])
+    return len(files) / seconds(lambda: list(inference_files.predict_files(bag, paths)))
+
+
+def predict_in_sequence(networks: list[Classifier], files: list[Path], size: int) -> float:
+    torch.set_num_threads(cpu_count())
+
+    def predict() -> None:
+        decoded = map_in_threads(partial(decode, size=size), files, cpu_count(), len(files))
+        for batch in torch.stack(list(decoded)).split(32):
+            for network in networks:
+                network.predict_proba(batch)
+
+    return len(files) / seconds(predict)
+
+
+def predict_plainly(models: list[Path], files: list[Path], size: int) -> float:
+    def predict() -> None:
+        for file in files:
+            for model in models:
+                classifier.load_classifier(model, CPU).predict_proba(decode(file, size)[None])
+
+    return len(files) / seconds(predict)
 
 
 if __name__ == "__main__":

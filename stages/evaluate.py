@@ -18,7 +18,7 @@ def evaluate() -> None:
     from pipeline.training import determinism
 
     config = load_config()
-    determinism.make_deterministic(config.active.evaluate.cpu_threads)
+    determinism.make_deterministic(cpu_threads=1)  # per network and batch; `apply_networks` uses every core
     memory.retain_freed_memory()
     table = read_split(Path("data"), config.active.split.validation_folds)
     validation = dataset.predict_dataset(config, table, determinism.select_device())

@@ -12,6 +12,8 @@ from stages.common import print_table, stage
 if TYPE_CHECKING:
     import pandas as pd
 
+    from pipeline.inference.parallel import Precision
+
 TABLE_START = b"file,"
 
 
@@ -23,8 +25,15 @@ TABLE_START = b"file,"
     show_default=True,
     help="Alias or number of a registered version, or seed-K or bag from models/.",
 )
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="bfloat16 is faster on processors that have it, and may change a label near the threshold.",
+)
 @click.option("--csv", "output", type=click.Path(path_type=Path, dir_okay=False), help="Write the table to this file.")
-def predict(files: tuple[str, ...], model: str, output: Path | None) -> None:
+def predict(files: tuple[str, ...], model: str, precision: "Precision", output: Path | None) -> None:
     """Classify radiographs: images, folders or patterns such as 'x/*.png'. For research, not for diagnosis.
 
     With --csv, rows are written as they come: a run that is stopped leaves those so far.
@@ -34,17 +43,20 @@ def predict(files: tuple[str, ...], model: str, output: Path | None) -> None:
     from pipeline.core import memory
     from pipeline.core.errors import UserError
     from pipeline.evaluation import ensemble
-    from pipeline.inference import candidate
+    from pipeline.inference import candidate, parallel
     from pipeline.inference import files as inference_files
     from pipeline.training import determinism
 
     memory.retain_freed_memory()
+    determinism.make_deterministic(cpu_threads=1)  # as evaluate does
+    device = determinism.select_device()
+    parallel.check_precision(precision, device)
     paths = inference_files.ImageFiles(files, excluded=output)
     count = positive = unusable = 0
     tables = []
     with _open_csv(output) as csv:
         with _candidate_folder(model) as folder:
-            loaded = candidate.load_candidate(folder, determinism.select_device())
+            loaded = candidate.load_candidate(folder, device, precision)
         click.echo(ensemble.describe_output(loaded.config, loaded.finding), err=True)
         for table in inference_files.predict_files(loaded, paths):
             if csv and output:

@@ -37,13 +37,11 @@ TINY_PARAMS = {
         "download": {"train": 32, "test": 8, "prevalence": 0.25},
         "prepare": {"image_size": 48},
         "train": QUICK_TRAINING,
-        "evaluate": ONE_THREAD,
     },
-    "local": {"prepare": {"image_size": 48}, "train": QUICK_TRAINING, "evaluate": ONE_THREAD},
+    "local": {"prepare": {"image_size": 48}, "train": QUICK_TRAINING},
     "competition": {
         "weights": {"source": "none"},
         "train": {"epochs": 1, "frozen_epochs": 0} | ONE_THREAD,
-        "evaluate": ONE_THREAD,
     },
 }
 

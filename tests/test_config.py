@@ -62,7 +62,7 @@ DEFAULTS = {
         "channels_last": True, "fused": False, "compile": False, "loader_threads": 1, "cpu_threads": 2,
     },
     "evaluate": {
-        "batch_size": 64, "cpu_threads": 2, "operating_point": "half", "min_sensitivity": 0.9,
+        "operating_point": "half", "min_sensitivity": 0.9,
         "recalibration": "platt", "expected_prevalence": None, "resamples": 2000,
     },
     "bag": {"method": "mean", "tie": "mean", "members": "all"},
@@ -148,7 +148,7 @@ def test_a_misspelled_profile_section_is_suggested(tmp_path):
         ("demo.split.folds", "flods"),
         ("demo.train.batch_size", "batchsize"),
         ("local.train.class_weights", "class_weight"),
-        ("demo.evaluate.cpu_threads", "cpu_thread"),
+        ("demo.evaluate.resamples", "resample"),
         ("demo.bag.members", "member"),
     ],
 )
@@ -235,6 +235,8 @@ def test_a_removed_key_is_refused_with_what_replaces_it(tmp_path):
     message = config_error(write(tmp_path, set_value("demo.promote.min_probability", 0.8)))
     assert message.startswith("demo.promote.min_probability: removed; false_promotion_rate, ")
     assert message.endswith("write false_promotion_rate: 0.05")
+    message = config_error(write(tmp_path, set_value("demo.evaluate.cpu_threads", 2)))
+    assert message.startswith("demo.evaluate.cpu_threads: removed; ")
 
 
 def test_all_old_names_are_listed_at_once(tmp_path):
@@ -267,8 +269,8 @@ def test_the_keys_that_dvc_needs_one_by_one_are_those_of_the_first_release():
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].values()
     named = {path.removeprefix("${profile}.") for stage in stages for path in stage["params"] if path.count(".") > 1}
     assert named == {
-        "bag.members", "evaluate.batch_size", "evaluate.cpu_threads", "evaluate.min_sensitivity",
-        "evaluate.operating_point", "train.backbone", "train.head_hidden", "weights.source",
+        "bag.members", "evaluate.min_sensitivity", "evaluate.operating_point", "train.backbone",
+        "train.head_hidden", "weights.source",
     }  # fmt: skip
 
 
@@ -314,7 +316,7 @@ def test_the_schema_for_editors_is_that_of_the_model():
         ("demo.train.mixup_alpha", -0.1, "greater than or equal to 0"),
         ("demo.train.early_stopping_patience", 0, "greater than 0"),
         ("demo.train.optimizer", "adm", "'adam', 'adamw' or 'sgd'"),
-        ("demo.train.precision", "float8", "'float32', 'bfloat16' or 'float16'"),
+        ("demo.train.precision", "float8", "'float32', 'tf32', 'bfloat16' or 'float16'"),
         ("demo.train.channels_last", "perhaps", "valid boolean"),
         ("demo.train.image_size", 15, "greater than or equal to 16"),
         ("demo.download.train", 0, "greater than 0"),
@@ -324,7 +326,7 @@ def test_the_schema_for_editors_is_that_of_the_model():
         ("demo.split.folds", 1, "greater than or equal to 2"),
         ("demo.split.seed", -1, "greater than or equal to 0"),
         ("demo.download.seed", 2**32, "less than 4294967296"),
-        ("demo.evaluate.batch_size", -1, "greater than 0"),
+        ("demo.evaluate.resamples", -1, "greater than 0"),
         ("demo.evaluate.operating_point", "0.5", "'youden' or 'sensitivity'"),
         ("demo.evaluate.expected_prevalence", 1, "less than 1"),
         ("local.bag.method", "median", "'logits' or 'greedy'"),

@@ -254,7 +254,8 @@ def models(tmp_path) -> Path:
 
 def test_loaded_candidate_predicts_with_the_config_it_was_written_with(tmp_path, models):
     pixels = torch.randint(0, 256, (5, 32, 32), dtype=torch.uint8)
-    members = pd.DataFrame({f"seed-{seed}": make_network(seed).predict_proba(pixels).numpy() for seed in (0, 1)})
+    networks = {f"seed-{seed}": classifier.place_for_inference(make_network(seed), pixels.device) for seed in (0, 1)}
+    members = pd.DataFrame({name: network.predict_proba(pixels).numpy() for name, network in networks.items()})
     threshold = float(members["seed-1"].median())
     config = EnsembleConfig(list(members), "greedy", "mean", [0.0, 1.0], threshold, 2.0, -0.5, 0.1)
     candidate.assemble_candidate(tmp_path / "bag", models, config)

@@ -124,7 +124,7 @@ def test_probability_table_has_a_column_per_network_and_the_rows_in_the_requeste
     }
     networks = {name: Classifier(Architecture("squeezenet1_1", **architecture)).eval() for name in ("seed-3", "seed-1")}
     rows = [6, 0, 3, 2, 5]
-    table = probability_table(networks, PackedImages(tmp_path / "images.npy", torch.device("cpu")), rows, batch_size=2)
+    table = probability_table(networks, PackedImages(tmp_path / "images.npy", torch.device("cpu")), rows)
     assert list(table.columns) == ["seed-3", "seed-1"]
     for name, network in networks.items():
         expected = [network.predict_proba(torch.from_numpy(images[row : row + 1])).item() for row in rows]

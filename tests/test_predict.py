@@ -5,12 +5,14 @@ import io
 import os
 import shlex
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import error_line_of, error_message, invoke, output_of
 
 from pipeline.core.config import FindingParams
@@ -20,6 +22,7 @@ from pipeline.evaluation.ensemble import EnsembleConfig
 from pipeline.inference import candidate as candidate_module
 from pipeline.inference import files as inference_files
 from pipeline.inference.files import ImageFiles
+from pipeline.training import determinism
 from stages import predict as stage
 
 SIZE = 16
@@ -28,18 +31,19 @@ SIZE = 16
 class FakeCandidate:
     """Stands for a trained model: an image's probability is its mean gray level."""
 
-    packed_size, resize, finding = SIZE, "stretch", FindingParams()
+    packed_size, resize, finding, batch_size = SIZE, "stretch", FindingParams(), 32
     config = EnsembleConfig(["seed-0"], "mean", "mean", [1.0], 0.5)
 
     def __init__(self, before_predict=lambda: None) -> None:
         self.before_predict = before_predict
 
-    def predict(self, pixels) -> pd.DataFrame:
-        self.before_predict()
-        probability = pixels.float().mean(dim=(1, 2)).numpy() / 255
-        return pd.DataFrame(
-            {"score": probability, "probability": probability, "label": (probability >= 0.5).astype(int)}
-        )
+    def predict_batches(self, batches) -> Iterator[pd.DataFrame]:
+        for pixels in batches:
+            self.before_predict()
+            probability = pixels.float().mean(dim=(1, 2)).numpy() / 255
+            yield pd.DataFrame(
+                {"score": probability, "probability": probability, "label": (probability >= 0.5).astype(int)}
+            )
 
 
 @pytest.fixture
@@ -173,7 +177,32 @@ def test_few_images_are_decoded_ahead_of_the_network(use_candidate, monkeypatch)
     for batch in inference_files.predict_files(FakeCandidate(), paths):
         ahead.append(len(decoded) - len(ahead) * len(batch))
     assert len(ahead) == 20
-    assert max(ahead) <= 3 * candidate_module.BATCH_SIZE
+    assert max(ahead) <= 3 * FakeCandidate.batch_size
+
+
+def test_prediction_is_as_deterministic_as_evaluation(use_candidate, monkeypatch):
+    write_files(Path("images"), 1)
+    calls = []
+    monkeypatch.setattr(determinism, "make_deterministic", lambda **settings: calls.append(settings))
+    monkeypatch.setattr(candidate_module, "load_candidate", lambda *_: (calls.append("load"), FakeCandidate())[1])
+    output_of("cxr predict images")
+    assert calls == [{"cpu_threads": 1}, "load"]
+
+
+def test_bfloat16_is_refused_where_the_processor_has_no_instructions_for_it(use_candidate, monkeypatch):
+    write_files(Path("images"), 1)
+    precisions = []
+    monkeypatch.setattr(
+        candidate_module, "load_candidate", lambda *args: (precisions.append(args[2]), FakeCandidate())[1]
+    )
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    output_of("cxr predict images --precision bfloat16")
+    output_of("cxr predict images")
+    assert precisions == ["bfloat16", "float32"]
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False, "avx2": True})
+    assert error_line_of("cxr predict images --precision bfloat16") == (
+        "Error: --precision bfloat16: this processor has no instructions for it; leave the option out"
+    )
 
 
 def test_files_are_in_the_order_of_their_paths_and_occur_once(tmp_path, monkeypatch):

@@ -68,7 +68,7 @@ def write_project(
     shutil.copy(ROOT / "params.yaml", folder)
     edit_params(folder, make_tiny)
     edit_params(folder, lambda params: params.update(seeds=list(range(seeds))))
-    edit_params(folder, lambda params: params["demo"]["evaluate"].update(cpu_threads=1, resamples=20))
+    edit_params(folder, lambda params: params["demo"]["evaluate"].update(resamples=20))
     all_labels = [0, 1, 0, 1, *labels, *[None] * test_count]
     subsets = ["train"] * 4 + ["validation"] * len(labels) + ["test"] * test_count
     count = len(all_labels)

@@ -46,8 +46,10 @@ RENAMED = {
     "cohen": "covid_chestxray",
 }
 REMOVED = {
-    "min_probability": "removed; false_promotion_rate, the probability that an equal model is promoted, decides "
-    "instead; write false_promotion_rate: 0.05",
+    "promote.min_probability": "removed; false_promotion_rate, the probability that an equal model is promoted, "
+    "decides instead; write false_promotion_rate: 0.05",
+    "evaluate.batch_size": "removed; probabilities are computed in batches of a fixed size; delete it",
+    "evaluate.cpu_threads": "removed; no probability depends on the number of threads; delete it",
 }
 
 
@@ -378,11 +380,11 @@ class TrainParams(Section):
     ema_decay: float = Field(0.0, ge=0, lt=1, description="Decay of the weights' moving average; 0 is off.")
     schedule: Literal["constant", "cosine"] = Field("cosine", description="constant or cosine.")
     warmup_epochs: float = Field(0.0, ge=0, description="Epochs of linear warmup.")
-    precision: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="float32, or autocast to bfloat16 or float16."
+    precision: Literal["float32", "tf32", "bfloat16", "float16"] = Field(
+        "float32", description="float32, tf32 (on CUDA), or autocast to bfloat16 or float16."
     )
     channels_last: bool = Field(True, description="Memory format of the network.")
-    fused: bool = Field(False, description="Fused kernel for the optimizer's step.")
+    fused: bool = Field(False, description="Fused kernel for the optimizer's step; on CUDA always.")
     compile: bool = Field(False, description="Use torch.compile.")
     loader_threads: int = Field(1, gt=0, description="Threads that read the next batches; no result depends on them.")
     cpu_threads: int = Field(2, gt=0, description="CPU threads: the order of float sums, and so the result.")
@@ -398,8 +400,6 @@ class TrainParams(Section):
 class EvaluateParams(Section):
     """Predictions and their evaluation."""
 
-    batch_size: int = Field(64, gt=0, description="Images per batch.")
-    cpu_threads: int = Field(2, gt=0, description="CPU threads: the order of float sums, and so the result.")
     operating_point: Literal["half", "best_f1", "youden", "sensitivity"] = Field(
         "half", description="half (0.5), best_f1, youden or sensitivity."
     )
@@ -562,7 +562,7 @@ def _describe(error: ValidationError) -> str:
     name, loc = _dotted(first["loc"]), first["loc"]
     match first["type"]:
         case "extra_forbidden":
-            removed = REMOVED.get(str(loc[-1]))
+            removed = REMOVED.get(".".join(map(str, loc[-2:])))
             return f"{name}: {removed or f'unknown key; {_suggest(str(loc[-1]), _keys(loc))}'}"
         case "union_tag_invalid":
             return f"{name}.source: unknown source {first['ctx']['tag']!r}; {_suggest(first['ctx']['tag'], SOURCES)}"

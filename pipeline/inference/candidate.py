@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,21 +17,26 @@ from pipeline.core.errors import UserError
 from pipeline.core.files import read_json, write_json
 from pipeline.evaluation import ensemble
 from pipeline.evaluation.ensemble import EnsembleConfig
+from pipeline.inference.parallel import BATCH_SIZES, Precision, apply_networks
 from pipeline.models import classifier
 from pipeline.models.classifier import DESCRIPTION_FILE, WEIGHTS_FILE, Architecture, Classifier, FoldEnsemble
-
-BATCH_SIZE = 32  # images per forward pass
 
 
 class Candidate:
     """Classifiers that predict together the probability of a finding, as an `EnsembleConfig` combines them."""
 
     def __init__(
-        self, members: Mapping[str, Classifier | FoldEnsemble], config: EnsembleConfig, finding: FindingParams
+        self,
+        members: Mapping[str, Classifier | FoldEnsemble],
+        config: EnsembleConfig,
+        finding: FindingParams,
+        precision: Precision = "float32",
     ) -> None:
-        self.members, self.config, self.finding = members, config, finding
+        self.members, self.config, self.finding, self.precision = members, config, finding, precision
         architectures = [network.architecture for network in members.values()]
         ((self.packed_size, self.resize),) = {(one.packed_size, one.resize) for one in architectures}
+        self.device = next(iter(members.values())).scale.device
+        self.batch_size = BATCH_SIZES[self.device.type]
 
     def predict(self, pixels: Tensor) -> pd.DataFrame:
         """Classify gray images (N, packed_size, packed_size), uint8.
@@ -40,13 +45,13 @@ class Candidate:
             A row per image: `score`, `probability` of the finding and `label`, 0 or 1, of all members combined; see
             `ensemble.predict`.
         """
-        device = next(iter(self.members.values())).scale.device
-        batches = [
-            torch.stack([network.predict_proba(batch.to(device)) for network in self.members.values()], dim=1).cpu()
-            for batch in pixels.split(BATCH_SIZE)
-        ]
-        probabilities = pd.DataFrame(torch.cat(batches).numpy(), columns=list(self.members))
-        return ensemble.predict(probabilities, self.config)
+        return pd.concat(self.predict_batches(pixels.split(self.batch_size)), ignore_index=True)
+
+    def predict_batches(self, batches: Iterable[Tensor]) -> Iterator[pd.DataFrame]:
+        """Classify batches of `batch_size` images as `predict` does; some batches are read ahead."""
+        methods = [network.predict_proba for network in self.members.values()]
+        for probabilities in apply_networks(methods, batches, self.device, self.precision):
+            yield ensemble.predict(pd.DataFrame(probabilities.numpy(), columns=list(self.members)), self.config)
 
 
 def assemble_candidate(
@@ -83,7 +88,7 @@ def read_finding(fields: Mapping[str, Any]) -> FindingParams:
     return FindingParams(**fields.get("finding", {}))
 
 
-def load_candidate(folder: Path, device: torch.device) -> Candidate:
+def load_candidate(folder: Path, device: torch.device, precision: Precision = "float32") -> Candidate:
     """Load a candidate for prediction; no code in its files is executed.
 
     Raises:
@@ -98,4 +103,4 @@ def load_candidate(folder: Path, device: torch.device) -> Candidate:
         members = {name: classifier.load_classifier(folder / name, device) for name in config.members}
     except FileNotFoundError as error:
         raise UserError(f"{error.filename}: not found; this is not a complete model of this pipeline") from None
-    return Candidate(members, config, finding)
+    return Candidate(members, config, finding, precision)

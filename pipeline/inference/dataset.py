@@ -13,6 +13,7 @@ from pipeline.core.files import atomic_path, write_csv
 from pipeline.core.progress import track_progress
 from pipeline.data.dataset import PackedImages
 from pipeline.evaluation import ensemble
+from pipeline.inference.parallel import BATCH_SIZES, apply_networks
 from pipeline.models import classifier, soup
 from pipeline.models.classifier import Classifier, FoldEnsemble
 
@@ -37,7 +38,7 @@ def predict_dataset(config: Config, table: pd.DataFrame, device: torch.device) -
     Raises:
         UserError: a model has other folds than those that validate.
     """
-    folds, batch_size = config.active.split.validation_folds, config.active.evaluate.batch_size
+    folds = config.active.split.validation_folds
     networks = {name: classifier.load_networks(Path("models", name), device) for name in config.model_names}
     for name, of_folds in networks.items():
         if len(of_folds) != len(folds):
@@ -56,10 +57,10 @@ def predict_dataset(config: Config, table: pd.DataFrame, device: torch.device) -
     for index, fold in enumerate(folds):
         of_fold = {name: of_folds[index] for name, of_folds in networks.items()}
         rows = list(table.index[is_validation & (table["fold"] == fold)])
-        predictions.append(probability_table(of_fold, pack, rows, batch_size))
+        predictions.append(probability_table(of_fold, pack, rows))
     ensembles = {name: FoldEnsemble(of_folds) for name, of_folds in networks.items()}
     rows = list(table.index[table["subset"].isin(["test", "external"])])
-    predictions.append(probability_table(ensembles, pack, rows, batch_size))
+    predictions.append(probability_table(ensembles, pack, rows))
 
     probabilities = pd.concat(predictions).sort_index()
     table = table.loc[probabilities.index]
@@ -72,34 +73,33 @@ def predict_dataset(config: Config, table: pd.DataFrame, device: torch.device) -
     write_csv(Path("predictions/test.csv"), labeled[table["subset"] == "test"].drop(columns="label"))
     write_csv(Path("predictions/external.csv"), labeled[table["subset"] == "external"])
     embedded = table.index[(table["fold"] == folds[0]) | (table["subset"] == "test")]
-    embeddings = embed_images(networks[members[0]][0], pack, list(embedded), batch_size)
+    embeddings = embed_images(networks[members[0]][0], pack, list(embedded))
     with atomic_path(Path("predictions/embeddings.npy")) as temporary, temporary.open("wb") as out:
         np.save(out, embeddings)
     return validation
 
 
-def embed_images(network: Classifier, pack: PackedImages, rows: list[int], batch_size: int) -> np.ndarray:
+def embed_images(network: Classifier, pack: PackedImages, rows: list[int]) -> np.ndarray:
     """Return random projections of the backbone's features, float32 (rows, EMBEDDING_SIZE).
 
     They keep distances about as they are (Johnson and Lindenstrauss 1984) and, unlike principal components, do not
     depend on the images.
     """
-    batches, chunks = torch.tensor(rows).split(batch_size), list[torch.Tensor]()
-    for _, pixels in track_progress(pack.batches(batches), "embedding", len(batches)):
-        features = network.embed(pixels).cpu()
-        projection = np.random.default_rng(0).standard_normal((features.shape[1], EMBEDDING_SIZE), dtype=np.float32)
-        chunks.append(features @ torch.from_numpy(projection))
+    batches, chunks = torch.tensor(rows).split(BATCH_SIZES[pack.device.type]), list[torch.Tensor]()
+    pixels = track_progress(pack.batches(batches), "embedding", len(batches))
+    for features in apply_networks([network.embed], pixels, pack.device):
+        shape = (features.shape[-1], EMBEDDING_SIZE)
+        projection = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+        chunks.append(features[:, 0] @ torch.from_numpy(projection))
     return torch.cat(chunks).numpy()
 
 
 def probability_table(
-    networks: Mapping[str, Classifier | FoldEnsemble], pack: PackedImages, rows: list[int], batch_size: int
+    networks: Mapping[str, Classifier | FoldEnsemble], pack: PackedImages, rows: list[int]
 ) -> pd.DataFrame:
     """Return P(positive), with a column per network, for the images at `rows` of the pack, which are the index."""
-    batches = torch.tensor(rows, dtype=torch.int64).split(batch_size) if rows else ()
-    probabilities = [
-        torch.stack([network.predict_proba(pixels) for network in networks.values()], dim=1).cpu()
-        for _, pixels in track_progress(pack.batches(batches), "predicting", len(batches))
-    ]
+    batches = torch.tensor(rows, dtype=torch.int64).split(BATCH_SIZES[pack.device.type]) if rows else ()
+    pixels = track_progress(pack.batches(batches), "predicting", len(batches))
+    probabilities = list(apply_networks([network.predict_proba for network in networks.values()], pixels, pack.device))
     values = torch.cat(probabilities).numpy() if probabilities else np.empty((0, len(networks)), np.float32)
     return pd.DataFrame(values, index=rows, columns=list(networks))

@@ -3,7 +3,7 @@
 import glob
 import os
 from collections.abc import Iterator, Sequence
-from itertools import chain, islice
+from itertools import chain, islice, tee
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +14,11 @@ from joblib import cpu_count
 from pipeline.core.config import Resize
 from pipeline.core.errors import UserError
 from pipeline.core.files import escape_undecodable
+from pipeline.core.parallel import map_in_threads
 from pipeline.core.progress import track_progress
 from pipeline.data import images
 from pipeline.data.image_checks import UnusableError
-from pipeline.data.source_folder import map_in_threads
-from pipeline.inference.candidate import BATCH_SIZE, Candidate
+from pipeline.inference.candidate import Candidate
 
 
 class ImageFiles:
@@ -85,24 +85,25 @@ def predict_files(candidate: Candidate, paths: ImageFiles) -> Iterator[pd.DataFr
     def decode(path: Path) -> tuple[Path, np.ndarray | str]:
         return path, _decode(path, candidate.packed_size, candidate.resize)
 
-    # Decode ahead of the network, but not the whole folder.
+    # Decode ahead of the networks, but not the whole folder.
     remaining = track_progress(paths, "predicting", len(paths))
-    decoded = map_in_threads(decode, remaining, cpu_count(), max(2 * BATCH_SIZE, cpu_count()))
-    while batch := list(islice(decoded, BATCH_SIZE)):
-        yield _predict_batch(candidate, *map(list, zip(*batch, strict=True)))
+    decoded = map_in_threads(decode, remaining, cpu_count(), max(2 * candidate.batch_size, cpu_count()))
+    batches, to_predict = tee(iter(lambda: list(islice(decoded, candidate.batch_size)), []))
+    # An unusable image keeps its place, as a black one: the last bits of a probability depend on the batch.
+    black = np.zeros((candidate.packed_size,) * 2, np.uint8)
+    pixels = (torch.from_numpy(np.stack([black if isinstance(one, str) else one for _, one in b])) for b in to_predict)
+    for batch, predicted in zip(batches, candidate.predict_batches(pixels), strict=True):
+        yield _tabulate(batch, predicted)
 
 
-def _predict_batch(candidate: Candidate, paths: list[Path], results: list[np.ndarray | str]) -> pd.DataFrame:
+def _tabulate(batch: list[tuple[Path, np.ndarray | str]], predicted: pd.DataFrame) -> pd.DataFrame:
     # Readers of CSV take a carriage return, which a Mac's `Icon\r` has, for the end of a row.
-    table = pd.DataFrame({"file": [escape_undecodable(str(path)).replace("\r", r"\r") for path in paths]})
-    is_usable = np.array([isinstance(result, np.ndarray) for result in results])
-    table["reason"] = ["" if isinstance(result, np.ndarray) else result for result in results]
-    predicted = pd.DataFrame({"probability": pd.Series(dtype=float), "label": pd.Series(dtype="Int64")})
-    if is_usable.any():
-        pixels = np.stack([result for result in results if isinstance(result, np.ndarray)])
-        predicted = candidate.predict(torch.from_numpy(pixels))[["probability", "label"]]
-        predicted.index = table.index[is_usable]
-    return table.join(predicted).astype({"label": "Int64"})[["file", "probability", "label", "reason"]]
+    files = [escape_undecodable(str(path)).replace("\r", r"\r") for path, _ in batch]
+    reasons = [result if isinstance(result, str) else "" for _, result in batch]
+    table = predicted[["probability", "label"]].astype({"label": "Int64"}).assign(reason=reasons)
+    table.loc[table["reason"] != "", ["probability", "label"]] = pd.NA
+    table.insert(0, "file", files)
+    return table
 
 
 def _decode(path: Path, size: int, resize: Resize) -> np.ndarray | str:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from pipeline.models.classifier import Classifier
+from pipeline.models.classifier import Classifier, place_for_inference
 
 
 def average_weights(networks: Sequence[Classifier]) -> Classifier:
@@ -20,4 +20,4 @@ def average_weights(networks: Sequence[Classifier]) -> Classifier:
             for name, value in states[0].items()
         }
     )
-    return soup.to(networks[0].scale.device).eval()
+    return place_for_inference(soup, networks[0].scale.device)

@@ -374,7 +374,8 @@ def _log_model(store: Store, run_id: str, folder: Path, example: np.ndarray) -> 
             signature=SIGNATURE,
             metadata={"finding": finding.name, "classes": list(finding.class_names)},
             input_example={"image": [base64.b64encode(stream.getvalue()).decode()]},
-            pip_requirements=[f"{name}=={metadata.version(name)}" for name in REQUIREMENTS],
+            # Without the build, such as +cpu, which the package index does not have.
+            pip_requirements=[f"{name}=={metadata.version(name).partition('+')[0]}" for name in REQUIREMENTS],
         )
     store.client.set_terminated(run_id, run.info.status, run.info.end_time)  # keep the run's own end time
     return str(info.model_id)

@@ -24,7 +24,7 @@ from pipeline.evaluation.intervals import compare_predictions
 from pipeline.evaluation.metric_tables import Predictions, ValidationSet
 from pipeline.evaluation.metrics import Scores, best_model, score_predictions
 from pipeline.inference import candidate
-from pipeline.inference.candidate import BATCH_SIZE, Candidate
+from pipeline.inference.candidate import Candidate
 from pipeline.tracking import fingerprint, registry
 from pipeline.tracking.runs import (
     MANIFEST,
@@ -40,6 +40,7 @@ DECISIONS = Path("metrics/promotion.json")
 SUMMARY = Path("metrics/summary.json")
 SPLIT_FILE = Path("data/split.csv")
 RAW = Path("data/raw.zip")
+DECODED_AT_ONCE = 256  # images
 
 
 COMPARISON_FIELDS: tuple[Literal["comparison", "level", "p_value", "difference", "low", "high"], ...] = (
@@ -254,9 +255,9 @@ class ValidationPredictions:
         members = layout.read_layout(RAW).images.set_index("file").loc[self.files.iloc[rows], "member"]
         labels = []
         with RawImages(RAW, self._download) as raw_images:
-            for start in range(0, len(members), BATCH_SIZE):
+            for start in range(0, len(members), DECODED_AT_ONCE):
                 try:
-                    contents = [raw_images.read(name) for name in members[start : start + BATCH_SIZE]]
+                    contents = [raw_images.read(name) for name in members[start : start + DECODED_AT_ONCE]]
                 except DamagedFileError as error:
                     raise UserError(f"{RAW}: damaged ({error}); run: dvc repro -f download") from None
                 pixels = [images.decode_radiograph(content, model.packed_size, model.resize)[0] for content in contents]
