@@ -22,18 +22,20 @@ from stages.common import prepend_environment_path
 MAX_RETRIES = 3  # of a seed whose worker or machine was lost
 
 
-def train(address: str, config: Config) -> dict[int, str]:
+def train(address: str, config: Config, gpus_per_seed: float | None = None) -> dict[int, str]:
     """Train all seeds on the cluster and push their outs to the DVC remote.
 
     Args:
         address: of the cluster's head node, as `ray start` prints it, or `auto`.
         config: the configuration with the seeds.
+        gpus_per_seed: Ray's `num_gpus` of each seed, above 0, at most 1; by default 1, or 0 if the cluster has no GPU.
 
     Returns:
         The reason of failure for each seed that failed.
 
     Raises:
-        UserError: the cluster cannot be reached, there is no DVC remote, or a change is not committed or not pushed.
+        UserError: the cluster cannot be reached or is too small, there is no DVC remote, or a change is not committed
+            or not pushed.
     """
     if not _output("dvc", "config", "core.remote"):
         raise UserError("no default DVC remote; run: dvc remote add -d NAME URL, and commit .dvc/config")
@@ -56,9 +58,12 @@ def train(address: str, config: Config) -> dict[int, str]:
             f"no node of {address} has train.cpu_threads = {config.active.train.cpu_threads} cores, the largest has "
             f"{cores:g}; start a larger node (ray start --num-cpus N)"
         )
+    has_gpus = ray.cluster_resources().get("GPU", 0) > 0
+    if gpus_per_seed and not has_gpus:
+        raise UserError(f"no node of {address} has a GPU; start one with a GPU, or leave out --gpus-per-seed")
+    gpus = gpus_per_seed or int(has_gpus)
     # Create it here, once; tasks that search for it at the same time would each create one.
     parent_run(connect(config.model_name), config, training_fingerprint(config))
-    gpus = int(ray.cluster_resources().get("GPU", 0) > 0)
     task = ray.remote(num_cpus=config.active.train.cpu_threads, num_gpus=gpus, max_retries=MAX_RETRIES)(_train)
     source = _output("git", "config", "remote.origin.url") or str(Path.cwd())
     tracking = {key: value for key, value in os.environ.items() if key.startswith("MLFLOW_TRACKING_")}

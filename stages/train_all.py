@@ -5,6 +5,8 @@ import signal
 import subprocess
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,13 +29,13 @@ class SeedProcess:
     log: Path
     process: subprocess.Popen[bytes] | None = None
 
-    def start(self, device: str) -> None:
-        """Start in a session of its own, so that Ctrl-C reaches it only through `stop`."""
+    def start(self, variables: dict[str, str]) -> None:
+        """Start with these variables, in a session of its own, so that Ctrl-C reaches it only through `stop`."""
         from pipeline.training.progress import progress_path
 
         progress_path(self.seed).unlink(missing_ok=True)  # of an earlier training
         # Idle threads yield their core to other seeds; the results do not change.
-        changes = {"OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": device}
+        changes = {"GOMP_SPINCOUNT": "0", **variables}
         command = ["dvc", "--wait-for-lock", "repro", "-s", f"train@{self.seed}"]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -53,12 +55,14 @@ class SeedProcess:
     def has_failed(self) -> bool:
         return self.process is not None and self.process.poll() not in (None, 0)
 
-    def failure_reason(self) -> str:
-        """Return the first error line of the log, which is the stage's or DVC's."""
+    def failure_reason(self, jobs: int = 1) -> str:
+        """Return the first error line of the log, which is the stage's or DVC's, of one of `jobs` trainings at once."""
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
         prefix = "error: "
         errors = [line[len(prefix) :] for line in lines if line.lower().startswith(prefix)]
-        return errors[0] if errors else "no error message"
+        reason = errors[0] if errors else "no error message"
+        # The training does not know of the others.
+        return f"{reason}, or lower --jobs" if jobs > 1 and "out of memory" in reason else reason
 
     def progress(self) -> "TrainingProgress | None":
         """Return the progress of the training, or None if no training has begun since the start."""
@@ -79,20 +83,34 @@ class SeedProcess:
 
 @stage
 @click.option(
-    "--jobs", metavar="N", type=click.IntRange(1), help="Train on this machine, N seeds at once; give this or --ray."
+    "--jobs",
+    metavar="N",
+    type=click.IntRange(1),
+    help="Seeds to train at once on this machine.",
+    show_default="one per GPU; without a GPU, cores / train.cpu_threads",
 )
-@click.option("--ray", metavar="ADDRESS", help="Train on this Ray cluster; give this or --jobs.")
-def train_all(jobs: int | None, ray: str | None) -> None:
+@click.option("--ray", metavar="ADDRESS", help="Train on this Ray cluster instead.")
+@click.option(
+    "--gpus-per-seed",
+    metavar="SHARE",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Share of a GPU that each seed gets on the Ray cluster.",
+    show_default="1, or 0 if it has no GPU",
+)
+def train_all(jobs: int | None, ray: str | None, gpus_per_seed: float | None) -> None:
     """Train every seed of params.yaml that has changed, with one `dvc repro` each.
 
-    `dvc repro` then runs only the later stages. On this machine, the GPUs are assigned to the seeds in turn. On a Ray
-    cluster, each seed trains in its own clone, and `dvc repro --pull` fetches the results.
+    `dvc repro` then runs only the later stages. On this machine, the GPUs are assigned to the seeds in turn, and those
+    on one GPU compute at the same time with NVIDIA MPS, if it is installed. On a Ray cluster, each seed trains in its
+    own clone, and `dvc repro --pull` fetches the results.
     """
     from pipeline.core.config import load_config
     from pipeline.core.errors import UserError
 
-    if (jobs is None) == (ray is None):
-        raise click.UsageError("give either --jobs N or --ray ADDRESS")
+    if ray and jobs:
+        raise click.UsageError("give --jobs N or --ray ADDRESS, not both")
+    if gpus_per_seed and not ray:
+        raise click.UsageError("--gpus-per-seed needs --ray ADDRESS; on this machine, --jobs N lets seeds share a GPU")
     config = load_config()
     check_git()
     upstream = subprocess.run(["dvc", "--wait-for-lock", "repro", "weights", "split"], check=False)
@@ -103,9 +121,9 @@ def train_all(jobs: int | None, ray: str | None) -> None:
             from stages import ray_backend
         except ModuleNotFoundError:
             raise UserError("Ray is not installed; run: pip install -c constraints.txt -e '.[ray]'") from None
-        failures = ray_backend.train(ray, config)
+        failures = ray_backend.train(ray, config, gpus_per_seed)
     else:
-        failures = _train_locally(config.seeds, jobs or 1)
+        failures = _train_locally(config.seeds, jobs or _default_jobs(config.active.train.cpu_threads))
     if failures:
         reasons = "; ".join(f"seed {seed}: {reason}" for seed, reason in failures.items())
         raise UserError(f"{len(failures)} of {len(config.seeds)} seeds failed: {reasons}")
@@ -119,18 +137,23 @@ def _train_locally(seeds: list[int], jobs: int) -> dict[int, str]:
     from pipeline.core.errors import Interrupted
     from pipeline.training.signals import SignalHandler
 
+    jobs = min(jobs, len(seeds))
     logs = Path("logs")
     logs.mkdir(exist_ok=True)
     processes = [SeedProcess(seed, logs / f"seed-{seed}.log") for seed in seeds]
-    waiting, devices = deque(processes), _devices()
+    waiting = deque(processes)
     slots: list[SeedProcess | None] = [None] * jobs
-    with SignalHandler() as stop, Live(_progress_table(processes)) as live:
+    with (
+        SignalHandler() as stop,
+        _gpu_environments(jobs) as gpus,
+        Live(_progress_table(processes)) as live,
+    ):
         try:
             while not stop() and (waiting or any(process.is_running for process in processes)):
                 for slot, current in enumerate(slots):
                     if waiting and not (current and current.is_running):
                         slots[slot] = process = waiting.popleft()
-                        process.start(devices[slot % len(devices)])
+                        process.start(gpus[slot % len(gpus)])
                 live.update(_progress_table(processes))
                 time.sleep(0.2)
         finally:
@@ -143,15 +166,41 @@ def _train_locally(seeds: list[int], jobs: int) -> dict[int, str]:
     if stop():
         raise Interrupted(stop(), "all running trainings are stopped")
     failures = [process for process in processes if process.has_failed]
-    return {process.seed: f"{process.failure_reason()} (see {process.log})" for process in failures}
+    return {process.seed: f"{process.failure_reason(jobs)} (see {process.log})" for process in failures}
+
+
+def _default_jobs(cpu_threads: int) -> int:
+    from joblib import cpu_count
+
+    devices = _devices()
+    return max(1, cpu_count() // cpu_threads) if devices == [""] else len(devices)
+
+
+@contextmanager
+def _gpu_environments(jobs: int) -> Iterator[list[dict[str, str]]]:
+    """Yield the environment variables that select each GPU; during the block, MPS runs if jobs share a GPU."""
+    from pipeline.core.errors import UserError
+    from pipeline.training import mps
+
+    devices = _devices()
+    environments = [{"CUDA_VISIBLE_DEVICES": device} for device in devices]
+    with ExitStack() as stack:
+        if devices != [""] and jobs > len(devices):
+            try:
+                if not mps.is_running():
+                    environments = [stack.enter_context(mps.start_mps(device)) for device in devices]
+            except UserError as error:
+                click.echo(f"{error}; trainings on the same GPU take turns")
+        yield environments
 
 
 def _devices() -> list[str]:
     """Return the GPUs as CUDA_VISIBLE_DEVICES names them; without a GPU, one empty name."""
     import torch
 
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    return visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())] or [""]
+    count, visible = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    # Of MIG devices, CUDA counts only the first, and a process can use only one.
+    return (visible.split(",") if visible else [str(index) for index in range(count)]) if count else [""]
 
 
 def _progress_table(processes: list[SeedProcess]) -> "Table":

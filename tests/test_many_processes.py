@@ -4,18 +4,32 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import time
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import psutil
 import pytest
 import yaml
-from conftest import ROOT, clean_environment, commit_all, edit_params, error_line_of, run, run_in_background, seed_runs
+from conftest import (
+    ROOT,
+    clean_environment,
+    commit_all,
+    edit_params,
+    error_line_of,
+    error_message,
+    run,
+    run_in_background,
+    seed_runs,
+)
 from test_interruptions import read_outs, start_training
+
+from pipeline.training.distributed import init_distributed
 
 pytestmark = pytest.mark.slow
 
@@ -24,6 +38,13 @@ SEEDS = range(int(os.environ.get("CXR_SEEDS", "2")))  # on the Ray cluster; ten 
 
 def run_line(project: Path, command: str) -> subprocess.CompletedProcess[str]:
     return run(project, *command.split())
+
+
+def use_gpus(processes: int) -> dict[str, str]:
+    """Return the variable with which the processes train on CPUs, if there are fewer GPUs than processes."""
+    import torch
+
+    return {} if torch.cuda.device_count() >= processes else {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def remove_trainings_from_dvc(project: Path) -> None:
@@ -53,7 +74,8 @@ def test_two_processes_train_one_seed_like_one_process(make_prepared_project, tr
         project = make_prepared_project(gradient_accumulation_steps=accumulation_steps if count == 2 else 1, **train)
         (project / "data/weights/origin.json").write_text('{"source": "none"}')
         with_torchrun = "torchrun --standalone --nproc-per-node 2 -m stages.train --seed 0"
-        result = run_line(project, with_torchrun if count == 2 else "python -m stages.train --seed 0")
+        command = with_torchrun if count == 2 else "python -m stages.train --seed 0"
+        result = run(project, *command.split(), **use_gpus(2))
         assert result.returncode == 0, result.stderr
         assert result.stdout.count("epoch 1/") == 1
         assert json.loads(read_outs(project)["model.json"])["environment"]["processes"] == count
@@ -95,10 +117,32 @@ with init_distributed() as group:
 def test_batch_norm_uses_the_statistics_of_the_whole_batch(tmp_path):
     # Tested alone, because in a whole network with small images batch norm amplifies rounding errors too much.
     (tmp_path / "batch_norm.py").write_text(BATCH_NORM_SCRIPT)
-    result = run(
-        ROOT, "torchrun", "--standalone", "--nproc-per-node", "3", str(tmp_path / "batch_norm.py"), PYTHONPATH="."
-    )
+    command = ["torchrun", "--standalone", "--nproc-per-node", "3", str(tmp_path / "batch_norm.py")]
+    result = run(ROOT, *command, PYTHONPATH=".", **use_gpus(3))
     assert result.returncode == 0, result.stderr
+
+
+def test_more_processes_than_gpus_are_refused_in_one_line():
+    script = (
+        "import torch; torch.cuda.is_available = lambda: True; torch.cuda.device_count = lambda: 1; "
+        "from stages.train import train; train(['--seed', '0'])"
+    )
+    result = run(ROOT, "python", "-c", script, RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2")
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("Error: 2 processes, but visible GPUs for only 1; run: torchrun --nproc-per-node 1, or set ")
+
+
+def test_processes_that_do_not_connect_say_why(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert "variable MASTER_ADDR expected, but not set" in error_message(init_distributed().__enter__)
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(busy.getsockname()[1]))
+        assert "address already in use" in error_message(init_distributed().__enter__)
 
 
 def test_train_all_gives_the_same_bytes_as_training_one_seed_after_another(demo_project, make_prepared_project):
@@ -175,6 +219,53 @@ def ray_node(project: Path, *options: str, **changes: str) -> AbstractContextMan
     assert f"`{variable}=true`" in (ROOT / "docs/scale.md").read_text()
     changes[variable] = "true"
     return run_in_background(project, *command, is_ready=lambda output: "Ray runtime started" in output, **changes)
+
+
+def test_seeds_share_a_gpu_of_a_ray_cluster_only_if_told_to(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    import ray
+
+    from stages import ray_backend
+
+    def use_task(count: int) -> None:
+        """Let training a seed mean: record when it starts, wait until `count` seeds have started, record the end."""
+        folder = tmp_path / f"{count} at once"
+        folder.mkdir()
+
+        def train(seed: int, *_: object) -> None:
+            (folder / f"start-{seed}").write_text(f"{time.time()} {os.environ['CUDA_VISIBLE_DEVICES']}")
+            deadline = time.monotonic() + 60
+            while len(list(folder.glob("start-*"))) < count and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(0.5)
+            (folder / f"end-{seed}").write_text(f"{time.time()}")
+
+        monkeypatch.setattr(ray_backend, "_train", train)
+
+    def times(count: int, event: str) -> list[float]:
+        return sorted(float(path.read_text().split()[0]) for path in tmp_path.glob(f"{count} at once/{event}-*"))
+
+    monkeypatch.setattr(ray_backend, "_output", lambda *command: "shared" * (command[0] == "dvc"))
+    for name in ("_run", "connect", "parent_run", "training_fingerprint"):
+        monkeypatch.setattr(ray_backend, name, lambda *_: None)
+    train_params = SimpleNamespace(cpu_threads=1)
+    config = SimpleNamespace(seeds=[0, 1, 2], model_name="", active=SimpleNamespace(train=train_params))
+    with (
+        tempfile.TemporaryDirectory(prefix="ray-") as ray_tmpdir,
+        ray.init("local", num_cpus=3, num_gpus=1, include_dashboard=False, _temp_dir=ray_tmpdir),
+        monkeypatch.context() as patch,
+    ):
+        patch.setattr(ray, "init", lambda *_, **__: None)
+        patch.setattr(ray, "shutdown", lambda: None)
+        use_task(3)
+        assert ray_backend.train("auto", config, gpus_per_seed=1 / 3) == {}
+        assert times(3, "start")[2] < times(3, "end")[0]
+        assert all(path.read_text().split()[1] == "0" for path in tmp_path.glob("3 at once/start-*"))
+        use_task(1)
+        assert ray_backend.train("auto", config) == {}
+        assert all(start > end for start, end in zip(times(1, "start")[1:], times(1, "end"), strict=False))
+        patch.setattr(ray, "cluster_resources", dict)
+        assert error_message(ray_backend.train, "auto", config, 0.5).startswith("no node of auto has a GPU; ")
 
 
 @pytest.mark.long

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.autograd import Function
 
+from pipeline.core.errors import UserError, first_line
+
 
 @dataclass(frozen=True)
 class ProcessGroup:
@@ -69,14 +71,31 @@ class ProcessGroup:
 
 @contextmanager
 def init_distributed() -> Iterator[ProcessGroup]:
-    """Initialize the process group that torchrun describes in the environment: NCCL on CUDA, Gloo on the CPU."""
+    """Initialize the process group that torchrun describes in the environment: NCCL on CUDA, Gloo on the CPU.
+
+    Raises:
+        UserError: there are fewer GPUs than processes, or the processes do not connect.
+    """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         yield ProcessGroup()
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    if torch.cuda.is_available():  # NCCL refuses to share a GPU
+        gpus, local_count = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", count))
+        if gpus < local_count:
+            raise UserError(
+                f"{local_count} processes, but visible GPUs for only {gpus}; run: torchrun --nproc-per-node {gpus}, "
+                "or set CUDA_VISIBLE_DEVICES= to train on CPUs"
+            )
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"WORLD_SIZE is {count}, but the processes do not connect: {first_line(error)}; start them with torchrun, "
+            "or unset WORLD_SIZE to train in one process"
+        ) from error
     try:
         yield ProcessGroup(distributed.get_rank(), count)
     finally:
@@ -105,7 +124,8 @@ def _batch_norm(norm: nn.BatchNorm2d, images: Tensor) -> Tensor:
         return type(norm).forward(norm, images)
     dims = (0, 2, 3)
     inputs = images.float()  # lower precision under autocast
-    count = _AllReduceSum.apply(inputs.new_tensor(inputs.numel() // inputs.shape[1]))
+    # Filled on the device: a copy from the host would wait for it.
+    count = _AllReduceSum.apply(inputs.new_full((), inputs.numel() // inputs.shape[1]))
     mean = _AllReduceSum.apply(inputs.sum(dims)) / count
     centered = inputs - mean.view(1, -1, 1, 1)
     variance = _AllReduceSum.apply(centered.square().sum(dims)) / count
