@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.core.errors import Interrupted, UserError, first_line
+from pipeline.core.threads import limit_spinning
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,7 +34,12 @@ def stage(function: Callable[..., None]) -> click.Command:
 
     @functools.wraps(function)
     def run(debug: bool, **options: Any) -> None:
+        if "CXR_FORK_SERVER" in os.environ:
+            from stages.fork_server import run_in_fork
+
+            run_in_fork()  # does not return if the server runs the stage
         prepend_environment_path()
+        limit_spinning()
         gc.set_threshold(50_000)  # garbage collection during imports, which free little, took a tenth of the start
         try:
             function(**options)

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.slow
         ("python bench/training.py", ["16", "1"], 2),
         ("python bench/memory.py", ["150", "200"], 1),
         ("python bench/allocator.py", ["1", "1"], 2),
+        ("python bench/busy.py", ["1", "0.05", "alexnet-predict"], 3),
         ("python bench/intervals.py", ["20"], 1),
         ("python bench/recipe_intervals.py", ["2", "3"], 7),
         ("python bench/predict.py", ["1", "squeezenet1_1", "64"], 1),
