@@ -17,7 +17,7 @@ from common import alternate, loader, recipe, seconds, write_folder_and_pack
 
 from pipeline.data.dataset import PackedImages
 from pipeline.models.classifier import Architecture, Classifier
-from pipeline.training.augment import augment
+from pipeline.training.augment import augment, draw_augmentation
 from pipeline.training.determinism import make_generator
 
 BATCH = 8
@@ -38,8 +38,9 @@ def main(size: int = 512, count: int = 512) -> None:
                 pass
 
         def read_float() -> None:
-            for step, (_, pixels) in enumerate(pack.batches(batches)):
-                network.normalize(augment(network.resize(pixels), params, make_generator(0, step, "augment")))
+            for step, pixels in enumerate(pack.batches(batches)):
+                drawn = draw_augmentation(len(pixels), params, make_generator(0, step, "augment"))
+                network.normalize(augment(network.resize(pixels), drawn))
 
         def read_plain() -> None:
             for _ in loader(folder, size, BATCH, 0):

@@ -58,7 +58,7 @@ def compare(params: TrainParams, folder: Path, count: int, rounds: int) -> dict[
 
     def plain(workers: int) -> float:
         network = build_classifier(params).train()
-        optimizer = build_optimizer(network.parameters(), params)
+        optimizer = build_optimizer(list(network.parameters()), params)
         start, image_count = time.perf_counter(), 0
         for images, labels in loader(folder, params.image_size, params.batch_size, workers):
             step(network, optimizer, images, labels)
@@ -69,7 +69,7 @@ def compare(params: TrainParams, folder: Path, count: int, rounds: int) -> dict[
         """Run forward, backward and optimizer repeatedly on one batch."""
         memory_format = torch.channels_last if params.channels_last else torch.contiguous_format
         network = build_classifier(params).train().to(memory_format=memory_format)
-        optimizer = build_optimizer(network.parameters(), params)
+        optimizer = build_optimizer(list(network.parameters()), params)
         images = torch.rand(params.batch_size, 3, params.image_size, params.image_size).contiguous(
             memory_format=memory_format
         )

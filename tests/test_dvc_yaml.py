@@ -22,7 +22,9 @@ ANY_STAGE = {
     "pipeline/core/errors.py": "texts of errors",
     "pipeline/core/files.py": "reads and writes files; the format of numbers is pinned (test_files)",
     "pipeline/core/memory.py": "how the C library keeps freed memory",
+    "pipeline/core/parallel.py": "returns results in the order of their inputs",
     "pipeline/core/progress.py": "progress bars",
+    "pipeline/core/threads.py": "how threads wait; the results are the same (test_threads)",
     "pipeline/tracking/fingerprint.py": "names runs, which no metric depends on",
     "pipeline/tracking/outbox.py": "retries calls to MLflow",
     "pipeline/tracking/store.py": "opens MLflow's store",
@@ -209,7 +211,8 @@ def test_every_stage_has_a_module_of_its_name_and_is_a_command():
 
 def test_every_command_is_a_stage_of_the_pipeline_or_typed_by_hand():
     assert cli.cxr.list_commands(None) == [*STAGES, *cli.COMMANDS]
-    modules = {path.stem for path in (ROOT / "stages").glob("*.py")} - {"__init__", "cli", "common", "ray_backend"}
+    shared = {"__init__", "cli", "common", "fork_server", "ray_backend"}
+    modules = {path.stem for path in (ROOT / "stages").glob("*.py")} - shared
     assert modules == {name.replace("-", "_") for name in cli.cxr.list_commands(None)}
 
 

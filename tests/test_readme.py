@@ -39,7 +39,8 @@ def copy_for_reader(demo_project: Path, project: Path) -> Path:
     """Copy the demo project, commit its results as the tutorial does, and mark its environment as set up."""
     copy_project(demo_project, project)
     (project / ".venv").mkdir()
-    (project / ".venv/bin").symlink_to(Path(sys.executable).parent)
+    for part in ("bin", "lib", "pyvenv.cfg"):
+        (project / ".venv" / part).symlink_to(Path(sys.prefix, part))
     (project / ".venv/run").touch()
     run(project, "git", "add", "-A")  # dvc.lock, which the tiny demo has but its first commit has not
     run_documented(project, 'git commit -am "Demo on this machine"')
