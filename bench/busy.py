@@ -5,7 +5,9 @@ python bench/busy.py [ROUNDS] [SECONDS] [NETWORK-TASKS] [SPIN_COUNTS]
 Everything runs on the first two cores. The rates are keyed by libgomp's spin count: 0 sleeps at once, 300000 is
 libgomp's default, and the commands set threads.SPIN_COUNT. All run in turn in every round, and the best round of each
 counts, because other processes can only slow it down. `ratio` is that of threads.SPIN_COUNT to the best of all,
-`median_ratio` the same of the medians. Lists have commas: python bench/busy.py 5 1 alexnet-train 0,500,5000,300000
+`median_ratio` the same of the medians. Commas separate the parts of a list:
+
+python bench/busy.py 5 1 alexnet-train 0,500,5000,300000
 """
 
 import json

@@ -55,6 +55,7 @@ from pipeline.models.classifier import Architecture, Classifier
 from pipeline.training import determinism, loop, mps
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.distributed import ProcessGroup, init_distributed
+from pipeline.training.schedule import build_optimizer
 
 ROOT = Path(__file__).parents[1]
 SEEDS = 10  # trained at once
@@ -180,11 +181,6 @@ def train(
         trainer.run(checkpoint or NoCheckpoint(), on_epoch, stop)
     bench.synchronize()
     return trainer
-
-
-def is_captured(trainer: loop.Trainer) -> bool:
-    """Return whether the step became a CUDA graph, rather than being refused."""
-    return trainer.is_captured
 
 
 def digest(trainer: loop.Trainer) -> str:
@@ -319,7 +315,7 @@ def check_determinism(bench: Bench) -> None:
         }
         equal = {name: digest(training) == digest(whole) for name, training in trainings.items()}
         finite = bool(np.isfinite([entry.train_loss for entry in whole.history]).all())
-        return equal | {"finite": finite, "captured": is_captured(whole)}
+        return equal | {"finite": finite, "captured": whole.is_captured}
 
     for name, case in bench.few(cases).items():
         bench.run("determinism", name, partial(compare, case))
@@ -454,7 +450,7 @@ def train_seeds_at_once(bench: Bench) -> None:
     bench.run("seeds", "equal bytes of seed 0", compare)
 
 
-def measure_judging(bench: Bench) -> None:
+def measure_inference(bench: Bench) -> None:
     """Measure images per second of `probability_table`, which reads the pack and predicts."""
     cases = {"alexnet 512 px": (ALEXNET, 1), "ten alexnets 512 px": (ALEXNET, 10), "efficientnet-lite0": (LITE0, 1)}
 
@@ -467,7 +463,7 @@ def measure_judging(bench: Bench) -> None:
         return round(len(rows) * repeat_rate(bench, predict, 1.0, warmup=1, least=2), 1)
 
     for name, case in bench.few(cases).items():
-        bench.run("judging", name, partial(measure, *case))
+        bench.run("inference", name, partial(measure, *case))
 
 
 def compare_precisions(bench: Bench) -> None:
@@ -486,7 +482,7 @@ def compare_precisions(bench: Bench) -> None:
                 trainer = train(bench, params, bench.pack(params.image_size, VALIDATION_IMAGES + 256))
                 return [round(entry.train_loss, 5) for entry in trainer.history]
 
-            bench.run("autocast", f"{name} {precision}", losses)
+            bench.run("precisions", f"{name} {precision}", losses)
 
 
 def check_process_group(bench: Bench) -> None:
@@ -580,8 +576,8 @@ SECTIONS = {
     "waits": count_waits,
     "seeds": train_seeds_at_once,
     "baseline": measure_baselines,
-    "judging": measure_judging,
-    "autocast": compare_precisions,
+    "inference": measure_inference,
+    "precisions": compare_precisions,
     "nccl": check_process_group,
     "jpeg": measure_jpeg,
 }
@@ -631,7 +627,7 @@ def epoch_rate(
     trainer = train(bench, params, pack, on_epoch=on_epoch, stop=stop, graph=graph, count=count)
     result = {"rate": round(statistics.median(rates[1:]), 1), "first epoch": round(rates[0], 1), "epochs": len(rates)}
     if bench.device.type == "cuda":
-        result |= {"captured": is_captured(trainer), "peak MB": torch.cuda.max_memory_allocated() // 2**20}
+        result |= {"captured": trainer.is_captured, "peak MB": torch.cuda.max_memory_allocated() // 2**20}
         del trainer
         torch.cuda.empty_cache()
     return result
@@ -641,13 +637,12 @@ def step_rate(bench: Bench, params: TrainParams) -> float:
     """Return the rate of forward, backward and optimizer alone, on one batch, captured as a graph on CUDA."""
     network = build_classifier(bench, params).train()
     on_cuda = bench.device.type == "cuda"
-    adam = torch.optim.Adam if params.optimizer == "adam" else torch.optim.AdamW
-    optimizer = adam(network.parameters(), 1e-5, fused=True, capturable=on_cuda)
+    optimizer = build_optimizer(list(network.parameters()), params)
     size = params.image_size
     images = torch.rand(params.batch_size, 3, size, size, device=bench.device)
     images = images.contiguous(memory_format=memory_format(params))
     targets = torch.full((params.batch_size, 2), 0.5, device=bench.device)
-    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(params.precision)
+    dtype = loop.AUTOCAST_DTYPES.get(params.precision)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)

@@ -12,7 +12,7 @@ from stages.common import print_table, stage
 if TYPE_CHECKING:
     import pandas as pd
 
-    from pipeline.inference.parallel import Precision
+    from pipeline.inference.apply_networks import Precision
 
 TABLE_START = b"file,"
 
@@ -43,14 +43,15 @@ def predict(files: tuple[str, ...], model: str, precision: "Precision", output: 
     from pipeline.core import memory
     from pipeline.core.errors import UserError
     from pipeline.evaluation import ensemble
-    from pipeline.inference import candidate, parallel
+    from pipeline.inference import candidate
     from pipeline.inference import files as inference_files
+    from pipeline.inference.apply_networks import check_precision
     from pipeline.training import determinism
 
     memory.retain_freed_memory()
     determinism.make_deterministic(cpu_threads=1)  # as evaluate does
     device = determinism.select_device()
-    parallel.check_precision(precision, device)
+    check_precision(precision, device)
     paths = inference_files.ImageFiles(files, excluded=output)
     count = positive = unusable = 0
     tables = []

@@ -143,11 +143,7 @@ def _train_locally(seeds: list[int], jobs: int) -> dict[int, str]:
     processes = [SeedProcess(seed, logs / f"seed-{seed}.log") for seed in seeds]
     waiting = deque(processes)
     slots: list[SeedProcess | None] = [None] * jobs
-    with (
-        SignalHandler() as stop,
-        _gpu_environments(jobs) as gpus,
-        Live(_progress_table(processes)) as live,
-    ):
+    with SignalHandler() as stop, _gpu_environments(jobs) as gpus, Live(_progress_table(processes)) as live:
         try:
             while not stop() and (waiting or any(process.is_running for process in processes)):
                 for slot, current in enumerate(slots):

@@ -64,8 +64,8 @@ def test_every_section_runs_with_torch_and_the_wheels_only(tmp_path):
     results = json.loads(completed.stdout)
     assert results == json.loads((tmp_path / "results.json").read_text())
     assert [*results] == [
-        "environment", "seconds", "rates", "determinism", "agreement", "waits", "seeds", "baseline", "judging",
-        "autocast",
+        "environment", "seconds", "rates", "determinism", "agreement", "waits", "seeds", "baseline", "inference",
+        "precisions",
     ]  # fmt: skip
     for equal in results["determinism"].values():
         assert equal == {"repeated": True, "resumed": True, "without graph": True, "finite": True, "captured": False}

@@ -17,7 +17,7 @@ from pipeline.data import manifest, packing
 from pipeline.data.dataset import PackedImages
 from pipeline.evaluation import ensemble
 from pipeline.evaluation.ensemble import EnsembleConfig
-from pipeline.inference import candidate, parallel
+from pipeline.inference import apply_networks, candidate
 from pipeline.inference import files as inference_files
 from pipeline.inference.dataset import probability_table
 from pipeline.models import classifier
@@ -77,7 +77,7 @@ def test_evaluation_files_and_the_served_model_give_the_same_probabilities(tmp_p
         assert set(response["prevalence"]) == {0.125}
 
 
-def make_candidate(members: int, precision: parallel.Precision = "float32") -> candidate.Candidate:
+def make_candidate(members: int, precision: apply_networks.Precision = "float32") -> candidate.Candidate:
     architecture = Architecture("squeezenet1_1", [], 0.0, 32, "imagenet", 32, "stretch")
     networks = {}
     for seed in range(members):
@@ -93,16 +93,17 @@ PIXELS = torch.randint(0, 256, (40, 32, 32), dtype=torch.uint8, generator=torch.
 def test_probabilities_depend_neither_on_cores_nor_on_threads(monkeypatch):
     expected = make_candidate(3).predict(PIXELS)
     for cores, threads in ((1, 1), (3, 2)):
-        monkeypatch.setattr(parallel, "cpu_count", lambda cores=cores: cores)
+        monkeypatch.setattr(apply_networks, "cpu_count", lambda cores=cores: cores)
         torch.set_num_threads(threads)
         pd.testing.assert_frame_equal(make_candidate(3).predict(PIXELS), expected, check_exact=True)
     alone = make_candidate(1).members["seed-0"].predict_proba(PIXELS[:1]).item()
-    (first,) = next(parallel.apply_networks([make_candidate(1).members["seed-0"].predict_proba], [PIXELS[:1]], CPU))
+    methods = [make_candidate(1).members["seed-0"].predict_proba]
+    (first,) = next(apply_networks.apply_networks(methods, [PIXELS[:1]], CPU))
     assert first.item() == alone
 
 
 def test_few_batches_wait_for_their_networks(monkeypatch):
-    monkeypatch.setattr(parallel, "cpu_count", lambda: 2)
+    monkeypatch.setattr(apply_networks, "cpu_count", lambda: 2)
     read = []
     batches = (read.append(index) or PIXELS[:1] for index in range(20))
     ahead = [len(read) - done for done, _ in enumerate(make_candidate(2).predict_batches(batches))]

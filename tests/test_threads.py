@@ -1,4 +1,4 @@
-"""The wait policy of OpenMP threads: which one the commands set, and that results do not depend on it."""
+"""How long waiting OpenMP threads spin: what the commands set, and that results do not depend on it."""
 
 import os
 import platform

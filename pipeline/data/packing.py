@@ -170,7 +170,7 @@ def _check_space(folder: Path, count: int, size: int) -> None:
 
 
 def _allocate(path: Path) -> None:
-    """Allocate the space of a file, where the system can: what is written later takes less time, and surely fits."""
+    """Allocate the space of a file, where the system can: writing takes less time then, and cannot run out of it."""
     if hasattr(os, "posix_fallocate"):
         with path.open("r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)

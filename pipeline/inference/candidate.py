@@ -17,7 +17,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.files import read_json, write_json
 from pipeline.evaluation import ensemble
 from pipeline.evaluation.ensemble import EnsembleConfig
-from pipeline.inference.parallel import BATCH_SIZES, Precision, apply_networks
+from pipeline.inference.apply_networks import BATCH_SIZES, Precision, apply_networks
 from pipeline.models import classifier
 from pipeline.models.classifier import DESCRIPTION_FILE, WEIGHTS_FILE, Architecture, Classifier, FoldEnsemble
 

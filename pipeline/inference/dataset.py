@@ -13,7 +13,7 @@ from pipeline.core.files import atomic_path, write_csv
 from pipeline.core.progress import track_progress
 from pipeline.data.dataset import PackedImages
 from pipeline.evaluation import ensemble
-from pipeline.inference.parallel import BATCH_SIZES, apply_networks
+from pipeline.inference.apply_networks import BATCH_SIZES, apply_networks
 from pipeline.models import classifier, soup
 from pipeline.models.classifier import Classifier, FoldEnsemble
 

@@ -79,6 +79,7 @@ class CapturedStep:
         self._eager_steps = 0
         self._block: Tensor | None = None  # on the device, read by the graph
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._loss = torch.empty(())  # of the graph, on the device
         self._queue: deque[torch.cuda.Event] = deque()
 
     def run(self, block: Tensor, tensors: Inputs, loss_out: Tensor) -> None:
@@ -119,7 +120,7 @@ class CapturedStep:
             self._block = torch.empty_like(block, device=self._device, pin_memory=False)
         self._block.copy_(block, non_blocking=True)
         inputs = split_block(self._block, tensors)
-        if self._graph is None and self._eager_steps == EAGER_STEPS:
+        if self._graph is None and self._eager_steps == EAGER_STEPS:  # once: a refused capture is not tried again
             self._capture(inputs)
         if self._graph is None:
             self._eager_steps += 1

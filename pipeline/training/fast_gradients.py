@@ -8,9 +8,8 @@ from torch.autograd import Function
 from torch.nn.functional import hardtanh, pad
 from torch.overrides import TorchFunctionMode
 
-FAST_WIDTH = (
-    3  # widest depthwise kernel for whose weights oneDNN's gradient is fast; others take five to fifty times as long
-)
+# Widest depthwise kernel for whose weights oneDNN's gradient is fast; others take five to fifty times as long.
+FAST_WIDTH = 3
 
 
 class FastGradients(TorchFunctionMode):

@@ -319,7 +319,7 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.averaged:
-            is_first_step = (self.epoch, self.step) == (1, 0)  # which only copies
+            is_first_step = (self.epoch, self.step) == (1, 0)  # which only copies, and is never captured
             _update_average(self.averaged, self.network, 0 if is_first_step else params.ema_decay)
         return self.group.all_reduce_sum(loss)
 

@@ -13,7 +13,7 @@ CONTROL = "nvidia-cuda-mps-control"
 
 
 def is_running() -> bool:
-    """Whether CUDA uses an MPS control daemon of the user: that of CUDA_MPS_PIPE_DIRECTORY, or a daemon without it.
+    """Return whether the user runs MPS: CUDA_MPS_PIPE_DIRECTORY is set, or a daemon answers at the default place.
 
     Raises:
         UserError: MPS is not installed.

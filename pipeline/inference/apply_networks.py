@@ -41,17 +41,15 @@ def apply_networks(
 
     def apply(job: tuple[Callable[[Tensor], Tensor], Tensor]) -> Tensor:
         method, pixels = job
+        if device.type == "cpu":
+            torch.set_num_threads(1)  # OpenMP's number is that of the calling thread
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             return method(pixels)
-
-    def apply_in_one_thread(job: tuple[Callable[[Tensor], Tensor], Tensor]) -> Tensor:
-        torch.set_num_threads(1)  # OpenMP's number is that of the calling thread
-        return apply(job)
 
     batches = (batch.to(device, non_blocking=True) for batch in batches)
     jobs = ((method, batch) for batch in batches for method in methods)
     if device.type == "cpu":
-        results = map_in_threads(apply_in_one_thread, jobs, cpu_count(), ahead=2 * cpu_count())
+        results = map_in_threads(apply, jobs, cpu_count(), ahead=2 * cpu_count())
     else:
         results = map(apply, jobs)
     while of_batch := list(islice(results, len(methods))):
