@@ -336,6 +336,8 @@ def bucket() -> Iterator[str]:
     """The URL of a bucket of a local S3 server, which holds the archive as a zip and as files."""
     moto_server = pytest.importorskip("moto.server")
     boto3 = pytest.importorskip("boto3")
+    # s3fs would go on with the port of an earlier server, if tests of other modules ran in between.
+    pytest.importorskip("s3fs").S3FileSystem.clear_instance_cache()
     server = moto_server.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
