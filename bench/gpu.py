@@ -37,6 +37,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from networks import build_classifier
 from nvjpeg import measure_nvjpeg
 from safetensors.torch import save
 from torch import Tensor, distributed, nn
@@ -51,7 +52,7 @@ from pipeline.data.dataset import PackedImages
 from pipeline.evaluation.ensemble import EnsembleConfig
 from pipeline.inference.candidate import Candidate
 from pipeline.inference.dataset import probability_table
-from pipeline.models.classifier import Architecture, Classifier
+from pipeline.models.classifier import Classifier
 from pipeline.training import determinism, loop, mps
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.distributed import ProcessGroup, init_distributed
@@ -190,19 +191,9 @@ def digest(trainer: loop.Trainer) -> str:
     return hashlib.sha256(save(tensors) + repr(results).encode()).hexdigest()[:16]
 
 
-def build_classifier(bench: Bench, params: TrainParams, seed: int = 0) -> Classifier:
+def place_classifier(bench: Bench, params: TrainParams, seed: int = 0) -> Classifier:
     torch.manual_seed(seed)
-    network = Classifier(
-        Architecture(
-            params.backbone,
-            params.head_hidden,
-            0,
-            params.image_size,
-            params.normalization,
-            params.image_size,
-            "stretch",
-        )
-    )
+    network = build_classifier(params)
     return network.to(bench.device, memory_format=memory_format(params)).eval()  # type: ignore[no-any-return, call-overload]
 
 
@@ -457,7 +448,7 @@ def measure_inference(bench: Bench) -> None:
     def measure(changes: dict[str, Any], members: int) -> float:
         params = bench.recipe(**changes)
         pack = bench.pack(params.image_size, 4096)
-        networks = {f"seed-{seed}": build_classifier(bench, params, seed) for seed in range(members)}
+        networks = {f"seed-{seed}": place_classifier(bench, params, seed) for seed in range(members)}
         rows = list(range(len(pack.images) // (2 if members > 1 else 1)))
         predict = partial(probability_table, networks, pack, rows)
         return round(len(rows) * repeat_rate(bench, predict, 1.0, warmup=1, least=2), 1)
@@ -635,7 +626,7 @@ def epoch_rate(
 
 def step_rate(bench: Bench, params: TrainParams) -> float:
     """Return the rate of forward, backward and optimizer alone, on one batch, captured as a graph on CUDA."""
-    network = build_classifier(bench, params).train()
+    network = place_classifier(bench, params).train()
     on_cuda = bench.device.type == "cuda"
     optimizer = build_optimizer(list(network.parameters()), params)
     size = params.image_size

@@ -17,11 +17,12 @@ from pathlib import Path
 
 import torch
 from common import alternate, loader, recipe, write_folder_and_pack
+from networks import build_classifier
 from torch.nn.functional import cross_entropy
 
 from pipeline.core.config import TrainParams
 from pipeline.data.dataset import PackedImages
-from pipeline.models.classifier import Architecture, Classifier
+from pipeline.models.classifier import Classifier
 from pipeline.training import determinism, loop
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.distributed import ProcessGroup
@@ -87,20 +88,6 @@ def compare(params: TrainParams, folder: Path, count: int, rounds: int) -> dict[
         "ratio": round(our_rate / max(plain_rates), 2),
         "overhead": round(1 - our_rate / step_rate, 3),
     }
-
-
-def build_classifier(params: TrainParams) -> Classifier:
-    return Classifier(
-        Architecture(
-            params.backbone,
-            params.head_hidden,
-            0,
-            params.image_size,
-            params.normalization,
-            params.image_size,
-            "stretch",
-        )
-    )
 
 
 def step(network: Classifier, optimizer: torch.optim.Optimizer, images: torch.Tensor, labels: torch.Tensor) -> None:

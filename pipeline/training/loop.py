@@ -119,7 +119,7 @@ class Trainer:
         self.forward: Any = None  # the network as it is called in training: data parallel, compiled
         self.captured_step: CapturedStep | None = None  # on CUDA
         self.use_cuda_graph = group.count == 1
-        self.is_captured = False  # whether the last steps of a finished training ran as a graph
+        self.is_captured = False  # whether the last steps of a training that ended ran as a graph
 
     def run(
         self,
@@ -167,10 +167,11 @@ class Trainer:
             except Interrupted:
                 self._save(checkpoint)
                 raise
+            finally:
+                if self.captured_step:
+                    self.is_captured = self.captured_step.is_captured
+                    self.captured_step = None  # its memory on the device is for the next fold
             self.eval_model.load_state_dict(self.kept_weights)
-        if self.captured_step:
-            self.is_captured = self.captured_step.is_captured
-            self.captured_step = None  # its memory on the device is for the next fold
         return TrainingResult(self.eval_model.eval(), self.kept, self.history, torch.stack(self.predictions, dim=1))
 
     @property
