@@ -15,19 +15,19 @@ def promote(model: str | None, reason: str | None) -> None:
     Writes metrics/promotion.json. With --model, that version becomes champion without a comparison.
     """
     from pipeline.core.config import load_config
-    from pipeline.tracking import sync
+    from pipeline.tracking import backfill, promotion
     from pipeline.tracking.store import connect
 
     if (model is None) != (reason is None):
         raise click.UsageError('give both: --model VERSION --reason "TEXT"')
     config = load_config()
     if model is not None:
-        decision = sync.promote_version(config, model, f"manual: {reason}")
+        decision = promotion.promote_version(config, model, f"manual: {reason}")
     else:
         store = connect(config.model_name)
-        versions = sync.backfill(store, config)
-        decision = sync.promote_best(store, config, versions)
-    click.echo(sync.format_decision(config.model_name, decision))
+        versions = backfill.backfill(store, config)
+        decision = promotion.promote_best(store, config, versions)
+    click.echo(promotion.format_decision(config.model_name, decision))
 
 
 if __name__ == "__main__":

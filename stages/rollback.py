@@ -11,13 +11,13 @@ from stages.common import renamed_option, stage
 def rollback(reason: str) -> None:
     """Make the previous champion champion again; repeated rollbacks go further back."""
     from pipeline.core.config import load_config
-    from pipeline.tracking import registry, sync
+    from pipeline.tracking import promotion, registry
     from pipeline.tracking.store import connect
 
     config = load_config()
     target = registry.rollback_target(connect(config.model_name), config.model_name)
-    decision = sync.promote_version(config, target.version, reason, rollback=True)
-    click.echo(sync.format_decision(config.model_name, decision))
+    decision = promotion.promote_version(config, target.version, reason, rollback=True)
+    click.echo(promotion.format_decision(config.model_name, decision))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ def sync(prune: bool, yes: bool) -> None:
     """
     from pipeline.core.config import load_config
     from pipeline.core.errors import UserError
-    from pipeline.tracking import sync as tracking
+    from pipeline.tracking import backfill, promotion
+    from pipeline.tracking import prune as pruning
     from pipeline.tracking.runs import DVC_EXPERIMENT
     from pipeline.tracking.store import connect
 
@@ -25,9 +26,9 @@ def sync(prune: bool, yes: bool) -> None:
     if prune:
         check_git()
     store = connect(config.model_name)
-    versions = tracking.backfill(store, config)
-    decision = tracking.promote_best(store, config, versions)
-    click.echo(tracking.format_decision(config.model_name, decision))
+    versions = backfill.backfill(store, config)
+    decision = promotion.promote_best(store, config, versions)
+    click.echo(promotion.format_decision(config.model_name, decision))
     if not prune:
         return
     completed = subprocess.run(
@@ -35,13 +36,13 @@ def sync(prune: bool, yes: bool) -> None:
     )
     if completed.returncode:
         raise UserError(f"dvc exp list failed: {completed.stderr.strip()}")
-    runs = tracking.removable_runs(store, config.model_name, versions.values(), completed.stdout.split())
+    runs = pruning.removable_runs(store, config.model_name, versions.values(), completed.stdout.split())
     for run in runs:
         click.echo(f"{run.info.run_name} (experiment {run.data.tags[DVC_EXPERIMENT]})")
     if not runs:
         click.echo("no runs of removed experiments")
     elif yes or click.confirm(f"Delete these {len(runs)} runs and their registered versions?"):
-        tracking.remove_runs(store, config.model_name, runs)
+        pruning.remove_runs(store, config.model_name, runs)
         click.echo(f"{len(runs)} runs deleted; mlflow gc frees their files")
 
 

@@ -1,47 +1,27 @@
-"""Completes MLflow from DVC's files (`backfill`), and decides which candidate is champion (`promote_best`)."""
+"""Decides which candidate is champion."""
 
-import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, TypedDict
 
 import numpy as np
 import pandas as pd
-import torch
-from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from pipeline.core.config import BAG, Config, PromoteParams
 from pipeline.core.errors import UserError
-from pipeline.core.files import DamagedFileError, md5_of_file, read_csv, read_json, write_csv, write_json
-from pipeline.data import images, layout
-from pipeline.data.manifest import read_split
-from pipeline.data.raw_images import RawImages
-from pipeline.evaluation import calibration, ensemble, gate
-from pipeline.evaluation.cross_fitted_predictor import CrossFittedPredictor
+from pipeline.core.files import md5_of_file, read_json, write_json
+from pipeline.evaluation import calibration, gate
 from pipeline.evaluation.intervals import compare_predictions
-from pipeline.evaluation.metric_tables import Predictions, ValidationSet
+from pipeline.evaluation.metric_tables import Predictions
 from pipeline.evaluation.metrics import Scores, best_model, score_predictions
-from pipeline.inference import candidate
-from pipeline.inference.candidate import Candidate
 from pipeline.tracking import fingerprint, registry
-from pipeline.tracking.runs import (
-    MANIFEST,
-    SeedRun,
-    commit_and_experiment_tags,
-    finish_parent,
-    parent_run,
-    runs_of_removed_experiments,
-)
+from pipeline.tracking.backfill import SPLIT_FILE
+from pipeline.tracking.runs import MANIFEST, commit_and_experiment_tags
 from pipeline.tracking.store import Store, connect
+from pipeline.tracking.validation_predictions import ValidationPredictions
 
 DECISIONS = Path("metrics/promotion.json")
-SUMMARY = Path("metrics/summary.json")
-SPLIT_FILE = Path("data/split.csv")
-RAW = Path("data/raw.zip")
-DECODED_AT_ONCE = 256  # images
-
 
 COMPARISON_FIELDS: tuple[Literal["comparison", "level", "p_value", "difference", "low", "high"], ...] = (
     "comparison", "level", "p_value", "difference", "low", "high",
@@ -66,41 +46,6 @@ class Decision(TypedDict):
     comparison: int | None  # number of the comparison among those on this validation set
     calibration_error: float | None
     data_md5: str
-
-
-def backfill(store: Store, config: Config) -> dict[str, ModelVersion]:
-    """Create what is missing in MLflow, runs and registered versions; return the version of every candidate by name.
-
-    Raises:
-        UserError: MLflow cannot be used, or a model is not up to date.
-    """
-    configs, fingerprints = ensemble.load_candidate_configs(config), fingerprint.candidate_fingerprints(config)
-    predictions = ValidationPredictions(config)
-    parent = parent_run(store, config, fingerprints[BAG])
-    run_ids = {BAG: parent.info.run_id}
-    for seed, name in zip(config.seeds, config.model_names, strict=True):
-        run = SeedRun(store, config, parent, seed, fingerprints[name])
-        run.finish(Path("models", name))
-        run_ids[name] = run.run_id
-    bag = read_json(Path("metrics/bag.json"))[config.active.bag.method]
-    headline = {key: value for key, value in read_json(SUMMARY)["bag"].items() if type(value) is float}
-    finish_parent(store, parent, Path("report"), bag | headline)  # what was corrected replaces what is apparent
-
-    table = read_split(MANIFEST.parent, config.active.split.validation_folds)
-    example = np.load("data/images.npy", mmap_mode="r")[table.index[table["subset"] == "validation"][0]]
-    tags = {"data_md5": md5_of_file(MANIFEST), "split_md5": md5_of_file(SPLIT_FILE), **commit_and_experiment_tags()}
-    versions = {}
-    for name, ensemble_config in configs.items():
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch, registry.ARTIFACT)
-            candidate.assemble_candidate(folder, Path("models"), ensemble_config, config.active.finding)
-            write_csv(folder / registry.LABELED_IMAGES, predictions.labeled_images(name))
-            versions[name] = registry.register_candidate(
-                store, config.model_name, run_ids[name], folder, example, {"candidate": name, **tags}
-            )
-    card = Path("report/model-card.md").read_text(encoding="utf-8")
-    registry.set_model_description(store, config.model_name, config.active.finding, card)
-    return versions
 
 
 def promote_best(store: Store, config: Config, versions: Mapping[str, ModelVersion]) -> Decision:
@@ -165,110 +110,6 @@ def format_decision(name: str, decision: Decision) -> str:
     """Format a decision about the registered model `name` as one line."""
     outcome = "is champion" if decision["promoted"] else "is challenger, not champion"
     return f"{name} version {decision['version']} ({decision['candidate']}) {outcome}: {decision['reason']}"
-
-
-def removable_runs(
-    store: Store, name: str, versions: Collection[ModelVersion], experiments: Collection[str]
-) -> list[Run]:
-    """Return this workspace's runs of DVC experiments that no longer exist.
-
-    Runs that are training, that have been champion, or that belong to the present candidates are never among them.
-
-    Args:
-        store: the store of the runs.
-        name: the registered model.
-        versions: the present candidates.
-        experiments: names of the DVC experiments that exist.
-    """
-    kept = {version.run_id for version in versions}
-    champions = {record.version for record in registry.champion_history(store, name)}
-    kept |= {version.run_id for version in registry.list_versions(store, name) if str(version.version) in champions}
-    kept |= {store.client.get_run(str(run_id)).data.tags.get(MLFLOW_PARENT_RUN_ID) for run_id in kept}
-    return [run for run in runs_of_removed_experiments(store, experiments) if run.info.run_id not in kept]
-
-
-def remove_runs(store: Store, name: str, runs: Collection[Run]) -> None:
-    """Delete runs and their versions of the registered model `name`."""
-    run_ids = {run.info.run_id for run in runs}
-    for version in registry.list_versions(store, name):
-        if version.run_id in run_ids:
-            store.client.delete_model_version(name, str(version.version))
-    for run_id in run_ids:
-        store.client.delete_run(run_id)
-
-
-class ValidationPredictions:
-    """Labels of the validation set and all candidates' predictions for it, cross-fitted where something is fitted.
-
-    Attributes:
-        files, labels, groups, checksums: (N,), of the validation images.
-        probabilities, predicted: (N, candidates), P(positive) and the predicted labels.
-        by_epoch: per candidate, the labels (N, E) predicted after each epoch that the kept one was chosen from; a
-            single column if no epoch was chosen on these images.
-        folds: (N,), the fold of each image in cross-validation, else None.
-        scores: of every candidate, by name.
-    """
-
-    def __init__(self, config: Config) -> None:
-        predictions, split, params = read_csv(Path("predictions/validation.csv")), config.active.split, config.active
-        self._images = read_split(MANIFEST.parent, split.validation_folds).set_index("file")
-        self._download = params.download
-        table = self._images.loc[predictions["file"]]
-        self.files, self.labels = predictions["file"], predictions["label"].to_numpy()
-        self.groups = table["group"].to_numpy()
-        self.folds = table["fold"].to_numpy(int) if split.cross_validate else None
-        validation = ValidationSet(self.labels, self.groups, 1)
-        configs = ensemble.load_candidate_configs(config)
-        fitted = {
-            name: CrossFittedPredictor(config, validation, predictions[one.members], one.method)
-            for name, one in configs.items()
-        }
-        self._registered = {name: ensemble.predict(predictions, one)["label"] for name, one in configs.items()}
-        self.probabilities = pd.DataFrame({name: one.probabilities for name, one in fitted.items()})
-        self.predicted = pd.DataFrame({name: one.predictions.predicted for name, one in fitted.items()}).astype(int)
-        self.by_epoch = [self.predicted[[name]].to_numpy() for name in configs]
-        if params.train.keep != "last":
-            for name in config.model_names:
-                epochs = read_csv(Path("models", name, "validation.csv")).set_index("file").loc[self.files]
-                scores = epochs.filter(regex="^epoch-").to_numpy()
-                self.by_epoch[list(configs).index(name)] = gate.predict_by_epoch(validation, scores, params.evaluate)
-        self.scores: Mapping[str, Scores] = {
-            name: score_predictions(self.labels, self.probabilities[name].to_numpy(), self.predicted[name].to_numpy())
-            for name in configs
-        }
-        self.checksums = self._checksums(self.files)
-
-    def labeled_images(self, name: str) -> pd.DataFrame:
-        """List the labeled images for later comparisons with other splits, without file names or patients.
-
-        Returns:
-            `checksum` of each image's file, sorted, and `label`, which the candidate predicts for an image of the
-            validation set and which is missing for one that it was trained on.
-        """
-        files = self._images.index[self._images["subset"].isin(["train", "validation"])].to_series()
-        labels = self._registered[name].set_axis(self.files).reindex(files).astype("Int64")
-        table = pd.DataFrame({"checksum": self._checksums(files).to_numpy(), "label": labels.to_numpy()})
-        return table.sort_values(["checksum", "label"])
-
-    def predict_with(self, model: Candidate, rows: np.ndarray) -> np.ndarray:
-        """Return a model's labels for rows of the validation set, decoding the images at the size that it needs."""
-        members = layout.read_layout(RAW).images.set_index("file").loc[self.files.iloc[rows], "member"]
-        labels = []
-        with RawImages(RAW, self._download) as raw_images:
-            for start in range(0, len(members), DECODED_AT_ONCE):
-                try:
-                    contents = [raw_images.read(name) for name in members[start : start + DECODED_AT_ONCE]]
-                except DamagedFileError as error:
-                    raise UserError(f"{RAW}: damaged ({error}); run: dvc repro -f download") from None
-                pixels = [images.decode_radiograph(content, model.packed_size, model.resize)[0] for content in contents]
-                labels.append(model.predict(torch.from_numpy(np.stack(pixels)))["label"])
-        return np.concatenate(labels)
-
-    def _checksums(self, files: pd.Series) -> pd.Series:
-        """Return the CRC-32 and the size of each image's file, which the archive's tables have."""
-        members = layout.read_layout(RAW).images.set_index("file").loc[files, "member"]
-        with RawImages(RAW, self._download) as raw_images:
-            return pd.Series([raw_images.checksum(member) for member in members], dtype=str)
 
 
 def decide(
