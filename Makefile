@@ -1,5 +1,5 @@
 # make run    set up (several GB), run the demo (about two minutes), print its results
-# make ui     MLflow's UI on http://127.0.0.1:5000, until Ctrl-C
+# make ui     MLflow's UI on http://127.0.0.1:5000, until Ctrl-C; prints the links to open
 # make test   set up and run all tests
 # make docs   build the documentation site in site/ (no network needed)
 # make lint   ruff, mypy, import-linter
@@ -30,11 +30,7 @@ run: .venv/run
 	@echo "MLflow UI:   make ui"
 
 ui: .venv/run
-	@case "$$MLFLOW_TRACKING_URI" in \
-	http*) echo "The runs are on $$MLFLOW_TRACKING_URI";; \
-	*) MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --workers 1 --host 127.0.0.1 --port $(PORT) \
-		--backend-store-uri "$$(python -m pipeline.tracking.tracking_uri)";; \
-	esac
+	@cxr ui --port $(PORT)
 
 test: .venv/test
 	pytest -n 2 --dist worksteal

@@ -14,6 +14,7 @@ import click
 
 from pipeline.core.errors import Interrupted, UserError, first_line
 from pipeline.core.threads import limit_spinning
+from stages.fork_server import run_in_fork
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -34,10 +35,7 @@ def stage(function: Callable[..., None]) -> click.Command:
 
     @functools.wraps(function)
     def run(debug: bool, **options: Any) -> None:
-        if "CXR_FORK_SERVER" in os.environ:
-            from stages.fork_server import run_in_fork
-
-            run_in_fork()  # does not return if the server runs the stage
+        run_in_fork()  # does not return if a fork server runs the stage
         prepend_environment_path()
         limit_spinning()
         gc.set_threshold(50_000)  # garbage collection during imports, which free little, took a tenth of the start
@@ -97,8 +95,12 @@ def print_table(table: "Table") -> None:
 def _user_message(error: Exception) -> str:
     """Return what is wrong and what to do, or an empty text if a user cannot correct the error."""
     message = ""
-    if type(error).__name__ == "MlflowException":  # compared by name, since importing MLflow takes seconds
+    # Compared by name, since importing MLflow takes seconds.
+    if any(kind.__name__ in ("MlflowException", "HTTPError") for kind in type(error).__mro__):
+        from pipeline.tracking.store import refusal
+
         message = f"MLflow failed: {first_line(error)}; check the server at MLFLOW_TRACKING_URI"
+        error = refusal(error) or error
     match error:
         case UserError():
             message = str(error)

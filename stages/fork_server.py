@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +27,7 @@ from typing import Any
 from pipeline.core.threads import limit_spinning
 
 ADDRESS = "CXR_FORK_SERVER"  # environment variable; relative, so that a copy of the workspace does not find it
+WAKE_SECONDS = 1.0  # a signal does not wake the waiting main thread if a library's thread gets it
 # No modules of the project: each stage imports them as they are when it starts.
 LIBRARIES = [
     "torch._dynamo", "timm", "mlflow.system_metrics.system_metrics_monitor", "mlflow.store.tracking.sqlalchemy_store",
@@ -35,8 +37,11 @@ LIBRARIES = [
 
 def run_in_fork() -> None:
     """Let the fork server, if there is one, run this process's stage, and end like it; else return."""
-    address, spec = os.environ.pop(ADDRESS, ""), sys.modules["__main__"].__spec__  # popped: the fork must run it itself
-    if not address or not spec:
+    spec = sys.modules["__main__"].__spec__
+    if not spec:  # no stage, but `cxr`, whose own stages may be forked
+        return
+    address = os.environ.pop(ADDRESS, "")  # popped: the fork must run it itself
+    if not address:
         return
     with socket.socket(socket.AF_UNIX) as connection:
         try:
@@ -101,7 +106,7 @@ def serve(command: list[str]) -> str:
     gc.freeze()  # the forks share the memory as long as garbage collection does not touch it
     connection = _fork_stages(address, workers, reap)
     while not connection:
-        signal.pause()  # `reap` ends this process
+        time.sleep(WAKE_SECONDS)  # `reap` ends this process
     for number, handler in inherited.items():
         signal.signal(number, handler)
     return _read_request(connection)
@@ -112,8 +117,12 @@ def _fork_stages(address: Path, workers: dict[int, socket.socket], reap: Callabl
     with suppress(OSError), socket.socket(socket.AF_UNIX) as listener:  # some file systems have no sockets
         listener.bind(str(address))
         listener.listen()
+        listener.settimeout(WAKE_SECONDS)
         while True:
-            connection, _ = listener.accept()
+            try:
+                connection, _ = listener.accept()
+            except TimeoutError:
+                continue
             try:
                 pid = os.fork()
             except OSError:  # not enough memory; this stage runs by itself

@@ -15,19 +15,20 @@ def promote(model: str | None, reason: str | None) -> None:
     Writes metrics/promotion.json. With --model, that version becomes champion without a comparison.
     """
     from pipeline.core.config import load_config
-    from pipeline.tracking import backfill, promotion
+    from pipeline.tracking import backfill, promotion, saved_view
     from pipeline.tracking.store import connect
 
     if (model is None) != (reason is None):
         raise click.UsageError('give both: --model VERSION --reason "TEXT"')
     config = load_config()
+    store = connect(config.model_name)
     if model is not None:
         decision = promotion.promote_version(config, model, f"manual: {reason}")
     else:
-        store = connect(config.model_name)
         versions = backfill.backfill(store, config)
         decision = promotion.promote_best(store, config, versions)
     click.echo(promotion.format_decision(config.model_name, decision))
+    click.echo(saved_view.format_links(store))
 
 
 if __name__ == "__main__":

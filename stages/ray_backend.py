@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
@@ -23,7 +24,48 @@ MAX_RETRIES = 3  # of a seed whose worker or machine was lost
 
 
 def train(address: str, config: Config, gpus_per_seed: float | None = None) -> dict[int, str]:
-    """Train all seeds on the cluster and push their outs to the DVC remote.
+    """Train all seeds on the cluster, see `open_cluster`; return the reason of failure for each seed that failed."""
+    start = open_cluster(address, config, gpus_per_seed)
+    # Create it here, once; tasks that search for it at the same time would each create one.
+    parent_run(connect(config.model_name), config, training_fingerprint(config))
+    seeds = {start(seed): seed for seed in config.seeds}
+    unfinished, failures = list(seeds), dict[int, str]()
+    while unfinished:
+        (finished,), unfinished = ray.wait(unfinished)
+        seed = seeds[finished]
+        try:
+            ray.get(finished)
+            click.echo(f"seed {seed} is trained")
+        except (RayError, UserError) as error:
+            failures[seed] = _reason(error)
+            click.echo(f"seed {seed} failed")
+    ray.shutdown()
+    return failures
+
+
+def wait_for_seeds(tasks: Sequence[ray.ObjectRef[None]], stop: Callable[[], int]) -> None:
+    """Wait until all these seeds are trained; if `stop` returns a signal, cancel them.
+
+    Raises:
+        UserError: one failed, or was stopped.
+    """
+    unfinished = list(tasks)
+    while unfinished:
+        finished, unfinished = ray.wait(unfinished, timeout=1)
+        try:
+            ray.get(finished)
+        except (RayError, UserError) as error:
+            raise UserError(_reason(error)) from None
+        if stop():
+            for task in unfinished:
+                ray.cancel(task)
+            raise UserError("stopped")
+
+
+def open_cluster(
+    address: str, config: Config, gpus_per_seed: float | None = None
+) -> Callable[..., ray.ObjectRef[None]]:
+    """Connect to the cluster and push to the DVC remote what trainings need.
 
     Args:
         address: of the cluster's head node, as `ray start` prints it, or `auto`.
@@ -31,7 +73,8 @@ def train(address: str, config: Config, gpus_per_seed: float | None = None) -> d
         gpus_per_seed: Ray's `num_gpus` of each seed, above 0, at most 1; by default 1, or 0 if the cluster has no GPU.
 
     Returns:
-        The reason of failure for each seed that failed.
+        A function that starts the training of a seed and pushes its outs to the DVC remote. With options of `dvc exp
+        run` as its second argument, it trains in a DVC experiment.
 
     Raises:
         UserError: the cluster cannot be reached or is too small, there is no DVC remote, or a change is not committed
@@ -62,28 +105,18 @@ def train(address: str, config: Config, gpus_per_seed: float | None = None) -> d
     if gpus_per_seed and not has_gpus:
         raise UserError(f"no node of {address} has a GPU; start one with a GPU, or leave out --gpus-per-seed")
     gpus = gpus_per_seed or int(has_gpus)
-    # Create it here, once; tasks that search for it at the same time would each create one.
-    parent_run(connect(config.model_name), config, training_fingerprint(config))
     task = ray.remote(num_cpus=config.active.train.cpu_threads, num_gpus=gpus, max_retries=MAX_RETRIES)(_train)
     source = _output("git", "config", "remote.origin.url") or str(Path.cwd())
     tracking = {key: value for key, value in os.environ.items() if key.startswith("MLFLOW_TRACKING_")}
     commit = _output("git", "rev-parse", "HEAD")
-    seeds = {task.remote(seed, source, commit, tracking): seed for seed in config.seeds}
-    unfinished, failures = list(seeds), dict[int, str]()
-    while unfinished:
-        (finished,), unfinished = ray.wait(unfinished)
-        seed = seeds[finished]
-        try:
-            ray.get(finished)
-            click.echo(f"seed {seed} is trained")
-        except (RayError, UserError) as error:
-            failures[seed] = str(getattr(error, "cause", error)).strip().splitlines()[-1]
-            click.echo(f"seed {seed} failed")
-    ray.shutdown()
-    return failures
+    return lambda seed, options=(): task.remote(seed, source, commit, tracking, options)
 
 
-def _train(seed: int, source: str, commit: str, tracking: dict[str, str]) -> None:
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "cause", error)).strip().splitlines()[-1]
+
+
+def _train(seed: int, source: str, commit: str, tracking: dict[str, str], options: Sequence[str]) -> None:
     prepend_environment_path()
     os.environ |= tracking
     with tempfile.TemporaryDirectory(prefix=f"seed-{seed}-") as name:
@@ -91,7 +124,11 @@ def _train(seed: int, source: str, commit: str, tracking: dict[str, str]) -> Non
         _run(clone, "git", "clone", "--quiet", source, ".")
         _run(clone, "git", "checkout", "--quiet", commit)
         _run(clone, "dvc", "pull", "weights", "prepare", "split")
-        _run(clone, "dvc", "repro", "-s", f"train@{seed}")
+        if options:
+            # Finds seeds that were pushed before, and does without data of stages that have not changed.
+            _run(clone, "dvc", "exp", "run", "--pull", "--allow-missing", *options, f"train@{seed}")
+        else:
+            _run(clone, "dvc", "repro", "-s", f"train@{seed}")
         _run(clone, "dvc", "push", "--run-cache", f"train@{seed}")
 
 

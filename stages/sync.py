@@ -17,7 +17,7 @@ def sync(prune: bool, yes: bool) -> None:
     """
     from pipeline.core.config import load_config
     from pipeline.core.errors import UserError
-    from pipeline.tracking import backfill, promotion
+    from pipeline.tracking import backfill, promotion, saved_view
     from pipeline.tracking import prune as pruning
     from pipeline.tracking.runs import DVC_EXPERIMENT
     from pipeline.tracking.store import connect
@@ -29,6 +29,7 @@ def sync(prune: bool, yes: bool) -> None:
     versions = backfill.backfill(store, config)
     decision = promotion.promote_best(store, config, versions)
     click.echo(promotion.format_decision(config.model_name, decision))
+    click.echo(saved_view.format_links(store))
     if not prune:
         return
     completed = subprocess.run(
@@ -43,7 +44,7 @@ def sync(prune: bool, yes: bool) -> None:
         click.echo("no runs of removed experiments")
     elif yes or click.confirm(f"Delete these {len(runs)} runs and their registered versions?"):
         pruning.remove_runs(store, config.model_name, runs)
-        click.echo(f"{len(runs)} runs deleted; mlflow gc frees their files")
+        click.echo(f"{len(runs)} runs deleted; to free the space of their files, run: {pruning.gc_command()}")
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def _train_locally(seeds: list[int], jobs: int) -> dict[int, str]:
     processes = [SeedProcess(seed, logs / f"seed-{seed}.log") for seed in seeds]
     waiting = deque(processes)
     slots: list[SeedProcess | None] = [None] * jobs
-    with SignalHandler() as stop, _gpu_environments(jobs) as gpus, Live(_progress_table(processes)) as live:
+    with SignalHandler() as stop, gpu_environments(jobs) as gpus, Live(_progress_table(processes)) as live:
         try:
             while not stop() and (waiting or any(process.is_running for process in processes)):
                 for slot, current in enumerate(slots):
@@ -173,7 +173,7 @@ def _default_jobs(cpu_threads: int) -> int:
 
 
 @contextmanager
-def _gpu_environments(jobs: int) -> Iterator[list[dict[str, str]]]:
+def gpu_environments(jobs: int) -> Iterator[list[dict[str, str]]]:
     """Yield the environment variables that select each GPU; during the block, MPS runs if jobs share a GPU."""
     from pipeline.core.errors import UserError
     from pipeline.training import mps

@@ -1,6 +1,6 @@
 """Open the MLflow UI and the report in headless Chromium and take screenshots.
 
-python tests/browser.py http://127.0.0.1:5000 docs    # for the demo, while `make ui` runs
+python tests/browser.py docs LINK LINK    # of the demo, as `cxr ui` prints them
 python tests/browser.py report/index.html docs
 """
 
@@ -19,40 +19,61 @@ HIDE_ASSISTANT = """localStorage.setItem('mlflow.assistant.panelOpen_v1', 'false
 localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true');"""
 
 
-def capture_mlflow(uri: str, folder: Path, chromium: str = "/usr/bin/chromium") -> dict[str, str]:
-    """Save a screenshot of each page to the folder, and return the texts of the pages."""
+def capture_mlflow(uri: str, links: list[str], folder: Path, chromium: str = "/usr/bin/chromium") -> dict[str, str]:
+    """Save a screenshot of each page to the folder, and return the texts of the pages.
+
+    Args:
+        uri: of the server.
+        links: to the saved view as a table and as charts, as `cxr ui` prints them.
+        folder: for the screenshots.
+        chromium: the browser.
+
+    Returns:
+        The texts by page; that of `table` is JSON, the rows of the table from top to bottom, each by column.
+    """
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name(NAME).experiment_id
-    runs = client.search_runs([experiment], order_by=["tags.`mlflow.runName`"])
-    seeds = json.dumps([run.info.run_id for run in runs if run.info.run_name.startswith("seed-")])
-    (parent,) = [run for run in runs if "bag/f1" in run.data.metrics]
-    query = f"runs={quote(seeds)}&experiments={quote(json.dumps([experiment]))}"
+    champion = client.get_model_version_by_alias(NAME, "champion")
+    runs = client.search_runs([experiment], order_by=["metrics.f1 DESC"])
+    run_ids = quote(json.dumps([run.info.run_id for run in runs]))
+    training = "workflowType=machine_learning"  # MLflow's pages of training, not those of generative models
+    compared = f"runs={run_ids}&experiments={quote(json.dumps([experiment]))}"
     pages = {
-        "runs": f"experiments/{experiment}/runs",
-        "f1-by-epoch": f"metric?{query}&metric={quote(json.dumps('validation/f1'))}&plot_metric_keys="
-        f"{quote(json.dumps(['validation/f1']))}&x_axis=step",
-        "compare": f"compare-runs?{query}",
-        "model": f"models/{NAME}",
+        "runs": (links[0], 1500, 780),
+        "charts": (links[1], 1500, 1450),
+        "compare": (f"{uri}/#/compare-runs?{compared}&{training}", 1500, 850),
+        "models": (f"{uri}/#/experiments/{experiment}/models?{training}", 1900, 700),
+        "version": (f"{uri}/#/models/{NAME}/versions/{champion.version}?{training}", 1500, 1150),
     }
     texts = {}
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=OPTIONS)
         page = browser.new_page(viewport={"width": 1500, "height": 850})
         page.add_init_script(HIDE_ASSISTANT)
-        for name, path in pages.items():
-            page.set_viewport_size(
-                {"width": 1500, "height": 2250 if name == "model" else 850}
-            )  # its model card is long
-            page.goto(f"{uri}/#/{path}")
-            expand = page.locator(".ag-row button").first
-            if name == "runs":
-                expand.wait_for()
-                expand.click()
+        for name, (url, width, height) in pages.items():
+            page.set_viewport_size({"width": width, "height": height})
+            page.goto(url)
             texts[name] = wait_for_text(page)
             page.screenshot(path=folder / f"mlflow-{name}.png")
+            if name == "runs":
+                texts["table"] = json.dumps(read_table(page))
+            if name == "charts":
+                texts["bars"] = str(page.locator(".bars .point").count())
         browser.close()
-    assert parent.info.run_name in texts["runs"]
     return texts
+
+
+def read_table(page: Page) -> list[dict[str, str]]:
+    """Return the rows of the table of runs; a row is in several parts of the page, one for each group of columns."""
+    parts = page.eval_on_selector_all(
+        ".ag-row",
+        """rows => rows.map(row => [Number(row.getAttribute("row-index")), Object.fromEntries(
+        [...row.querySelectorAll(".ag-cell")].map(cell => [cell.getAttribute("col-id"), cell.innerText]))])""",
+    )
+    rows: dict[int, dict[str, str]] = {}
+    for index, cells in parts:
+        rows.setdefault(index, {}).update(cells)
+    return [rows[index] for index in sorted(rows)]
 
 
 def capture_report(report: Path, folder: Path, chromium: str = "/usr/bin/chromium") -> None:
@@ -76,7 +97,7 @@ def wait_for_text(page: Page) -> str:
 
 
 if __name__ == "__main__":
-    if sys.argv[1].startswith("http"):
-        capture_mlflow(sys.argv[1], Path(sys.argv[2]))
+    if sys.argv[2].startswith("http"):
+        capture_mlflow(sys.argv[2].partition("/#")[0], sys.argv[2:], Path(sys.argv[1]))
     else:
         capture_report(Path(sys.argv[1]), Path(sys.argv[2]))

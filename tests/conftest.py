@@ -1,3 +1,4 @@
+import functools
 import io
 import os
 import shlex
@@ -6,6 +7,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 import zipfile
@@ -167,10 +169,38 @@ def clean_environment(**changes: str) -> dict[str, str]:
     return {**inherited, **git, "PATH": path, "DVC_NO_ANALYTICS": "1", **mlflow, **ray, **changes}
 
 
+# A fork server for the stages of any project, which ends when its standard input is closed. Its fork imports the
+# project's modules from the project's folder.
+STAGE_SERVER = """
+import runpy, sys
+from stages import fork_server
+module = fork_server.serve(["sh", "-c", 'echo "$PWD/$CXR_FORK_SERVER"; cat; rm -r "$PWD"'])
+for name in [name for name in sys.modules if name.partition(".")[0] in ("pipeline", "stages")]:
+    del sys.modules[name]
+runpy.run_module(module, run_name="__main__", alter_sys=True)
+"""
+
+
+@functools.cache
+def start_stage_server() -> subprocess.Popen[str]:
+    """Start a server that ends with this process; its first line of output is its address."""
+    command, folder = [sys.executable, "-c", STAGE_SERVER], tempfile.mkdtemp(prefix="stages-")
+    return subprocess.Popen(command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+@functools.cache
+def stage_server() -> dict[str, str]:
+    """Return the environment in which stages are forked, which saves the imports."""
+    return {"CXR_FORK_SERVER": start_stage_server().stdout.readline().strip()}
+
+
 def run(project: Path, *command: str, **changes: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in the project and return its exit code and output."""
+    """Run a command in the project and return its exit code and output; its stages are forked (see fork_server)."""
+    has_stages = command[0] in ("cxr", "dvc") or command[:2] == ("python", "-m")
+    forked = stage_server() if has_stages else {}
+    environment = clean_environment(**{**forked, **changes})
     return subprocess.run(
-        command, cwd=project, env=clean_environment(**changes), capture_output=True, text=True, check=False, timeout=900
+        command, cwd=project, env=environment, capture_output=True, text=True, check=False, timeout=900
     )
 
 
@@ -185,10 +215,15 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
     )
 
 
+@pytest.fixture(scope="session")
+def cloned_project(tmp_path_factory) -> Path:
+    return clone_project(tmp_path_factory.mktemp("clone") / "project")
+
+
 @pytest.fixture
-def project(tmp_path: Path) -> Path:
+def project(cloned_project: Path, tmp_path: Path) -> Path:
     """A clone of the project in which no stage has run."""
-    return clone_project(tmp_path / "project")
+    return shutil.copytree(cloned_project, tmp_path / "project", symlinks=True)
 
 
 @pytest.fixture(scope="session")

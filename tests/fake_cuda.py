@@ -130,10 +130,8 @@ class FakeCuda(TorchDispatchMode):
         return {
             f"{__name__}.active_device": lambda: self,
             "torch.cuda.is_available": lambda: True,
-            "torch.cuda.is_bf16_supported": lambda: True,
             "torch.cuda.device_count": lambda: 1,
             "torch.cuda.current_device": lambda: 0,
-            "torch.cuda.get_device_name": lambda *_: "fake",
             "torch.cuda.manual_seed_all": self.generator.manual_seed,
             "torch.cuda.synchronize": lambda *_: self.wait("synchronize"),
             "torch.cuda.Stream": Stream,
@@ -347,9 +345,6 @@ class Stream:
 
     def wait_stream(self, stream: "Stream") -> None:
         self.waited_for |= stream.waited_for | {stream: active_device().operators}
-
-    def synchronize(self) -> None:
-        active_device().wait("Stream.synchronize")
 
 
 class Event:

@@ -1,6 +1,7 @@
 """A checkpoint is loaded intact, or set aside."""
 
 import logging
+import resource
 
 import pytest
 import torch
@@ -54,6 +55,20 @@ def test_a_truncated_or_changed_file_is_never_loaded_as_another_state(tmp_path, 
     logging.disable(logging.NOTSET)
     assert loaded is None or (change == "flip" and states_equal(loaded, STATE))  # a flip in the padding has no effect
     assert checkpoint.path.exists() == (loaded is not None)
+
+
+def test_a_write_that_fails_is_an_error_of_the_disk_and_keeps_the_last_checkpoint(tmp_path):
+    checkpoint = Checkpoint(tmp_path, FINGERPRINT)
+    checkpoint.save(STATE)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # bytes per file, in place of a full disk
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            checkpoint.save({"weights": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert states_equal(checkpoint.load(), STATE)
+    assert [path.name for path in tmp_path.iterdir()] == [f"{FINGERPRINT}.pt"]
 
 
 def test_a_checkpoint_that_cannot_be_read_is_kept(tmp_path):

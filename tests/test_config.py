@@ -1,6 +1,7 @@
 import ast
 import copy
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import yaml
 from conftest import ROOT, file_error_message
 from dvc.stage import cache as stage_cache
+from dvc.utils.hydra import apply_overrides
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -279,7 +281,7 @@ def test_the_shipped_file_lists_every_key_with_its_description(profile):
     download = SHIPPED[profile]["download"]
     sections = SECTIONS | {"download": config.SOURCES[download["source"]]}
     text = (ROOT / "params.yaml").read_text()
-    lines = text[text.index(f"\n{profile}:\n") :].splitlines()
+    lines = [line for line in text[text.index(f"\n{profile}:\n") :].splitlines() if not line.startswith("    - ")]
     for section in config.Profile.model_fields:
         start = lines.index(f"  {section}:") + 1
         fields = sections[section].model_fields
@@ -287,6 +289,17 @@ def test_the_shipped_file_lists_every_key_with_its_description(profile):
         for line, (name, field) in zip(lines[start:], fields.items(), strict=False):
             assert line.startswith(f"    {name}: ")
             assert line.endswith(f" # {field.description}")
+
+
+@pytest.mark.parametrize("override", ["profile=local", "demo.train.lr=3e-4", "local.download.path=/data/images.zip"])
+def test_setting_a_parameter_with_dvc_leaves_all_other_lines_of_the_shipped_file_as_they_are(tmp_path, override):
+    path = tmp_path / "params.yaml"
+    shutil.copy(ROOT / "params.yaml", path)
+    before = path.read_text().splitlines()
+    apply_overrides(path, [override])  # what `dvc exp run -S` calls
+    ((old, new),) = [pair for pair in zip(before, path.read_text().splitlines(), strict=True) if pair[0] != pair[1]]
+    assert old.partition(":")[0] == new.partition(":")[0]
+    assert old.partition(" #")[2].strip() == new.partition(" #")[2].strip() != ""
 
 
 def test_the_schema_for_editors_is_that_of_the_model():

@@ -26,7 +26,7 @@ FOLDS, SEEDS = 4, ["seed-0", "seed-1"]
 
 
 def predict(network, pack: PackedImages, rows: list[int]) -> np.ndarray:
-    return np.concatenate([network.predict_proba(pack.pixels(torch.tensor([row]))).numpy() for row in rows])
+    return np.concatenate([network.predict_proba(pack.read(torch.tensor([row]))).numpy() for row in rows])
 
 
 # The functions

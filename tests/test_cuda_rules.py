@@ -270,6 +270,8 @@ def train(folder, device, *, graphs=True, stop_calls=(), **changes):
         for call in stop_calls:
             with pytest.raises(Interrupted):
                 run(call)
+            lr = checkpoint.load()["optimizer"]["param_groups"][0]["lr"]
+            assert isinstance(lr, float)  # no view of a block, with which a whole batch would be saved
         result = run()
         return {name: value.cpu() for name, value in result.network.state_dict().items()}, result, steps
 
@@ -315,6 +317,7 @@ def test_evaluation_and_prediction_on_the_device_agree_with_the_cpu(folder):
         ].to_numpy()
 
     expected = predict("cpu")[0]
-    with FakeCuda():
+    with FakeCuda() as fake:
         for probabilities in predict("cuda"):
             assert probabilities == pytest.approx(expected, abs=1e-6)
+    assert not [wait for wait in fake.waits if "not pinned, pipeline/data" in wait]

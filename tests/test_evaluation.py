@@ -240,27 +240,6 @@ def test_predictions_that_do_not_match_the_sample_raise(tmp_path, labels, expect
 
 LABELS = np.array([0, 0, 1, 1, 0, 1])
 MODELS = pd.DataFrame({"seed-0": [0.1, 0.6, 0.4, 0.9, 0.2, 0.8], "seed-1": [0.3, 0.2, 0.9, 0.7, 0.6, 0.1]})
-HISTORY = pd.DataFrame({"fold": 0, "epoch": [1, 2], "f1": [0.1, 0.5], "loss": [0.7, 0.6], "train_loss": [0.8, 0.6]})
-
-
-@pytest.mark.parametrize(
-    "draw",
-    [
-        lambda path: curves.draw_roc(path, LABELS, MODELS),
-        lambda path: curves.draw_precision_recall(path, LABELS, MODELS),
-        lambda path: curves.draw_confusion_matrix(path, LABELS, (MODELS["seed-0"] >= 0.5).to_numpy(), "seed-0"),
-        lambda path: curves.draw_learning_curves(path, {"seed-0": HISTORY, "seed-1": HISTORY}),
-    ],
-    ids=["roc", "precision-recall", "confusion matrix", "learning curves"],
-)
-def test_plots_are_drawn_reproducibly(tmp_path, draw):
-    for name in ("one.png", "two.png"):
-        draw(tmp_path / name)
-    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
-    with Image.open(tmp_path / "one.png") as image:
-        assert image.format == "PNG"
-        assert len(image.convert("L").getcolors()) > 20
-    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_areas_under_the_curve_points_equal_the_scores():

@@ -20,6 +20,7 @@ from conftest import (
     error_message,
     mlflow_client,
     run,
+    stage_server,
     write_zip,
 )
 from hypothesis import given
@@ -273,9 +274,8 @@ def test_every_source_is_held_out_in_turn_and_an_interrupted_command_resumes(tmp
     edit_params(project, edit)
     commit_all(project)
     with (project / "first.log").open("w") as log:
-        process = subprocess.Popen(
-            ["cxr", "external-validation"], cwd=project, env=clean_environment(), stdout=log, stderr=log
-        )
+        environment = clean_environment(**stage_server())
+        process = subprocess.Popen(["cxr", "external-validation"], cwd=project, env=environment, stdout=log, stderr=log)
     while "B (2 of 2)" not in (first := (project / "first.log").read_text()):
         assert process.poll() is None, first
         time.sleep(0.2)

@@ -41,6 +41,12 @@ def probe(action):
 if __name__ == "__main__":
     probe()
 """
+# A library whose thread gets the signals at the end of a stage and of the command, in place of the waiting main thread.
+THREADED = """
+import signal, threading, time
+threading.Thread(target=time.sleep, args=[60], daemon=True).start()
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+"""
 WAIT_FOR_SERVER = 'until [ -S "$CXR_FORK_SERVER" ]; do sleep 0.05; done'
 
 
@@ -73,6 +79,12 @@ def test_a_stage_is_forked_once_with_its_folder_environment_output_and_exit_code
     assert "Usage: " in result.stderr
     assert runs(tmp_path) == ["forked", "forked"]
     assert not list((tmp_path / ".dvc/tmp").iterdir())
+
+
+def test_a_command_that_is_no_module_runs_by_itself_and_leaves_the_server_to_its_stages(run_beside_server, tmp_path):
+    result = run_beside_server(f"{sys.executable} -c 'import probe; probe.probe()' fine")
+    assert result.stdout == f"fine {tmp_path} None True\n"
+    assert runs(tmp_path) == ["alone"]
 
 
 def test_a_stage_that_a_signal_ends_ends_its_process_in_the_same_way(run_beside_server, tmp_path):
@@ -140,10 +152,12 @@ def test_a_stage_whose_server_is_killed_fails_with_one_line(run_beside_server, t
     [
         ("fork_server.LIBRARIES[:] = ['no_such_library', 'wave']", "forked"),
         ("os.fork = lambda: os.open('no such file', 0)", "alone"),
+        ("fork_server.LIBRARIES[:] = ['threaded', 'wave']", "forked"),
     ],
 )
-def test_a_server_that_fails_does_not_end_before_its_command(tmp_path, failure, expected):
+def test_a_server_that_fails_ends_with_its_command(tmp_path, failure, expected):
     (tmp_path / "probe.py").write_text(PROBE)
+    (tmp_path / "threaded.py").write_text(THREADED)
     code = SERVER.replace("import runpy, sys;", "import os, runpy, sys;").replace(
         "fork_server.LIBRARIES[:] = ['wave']", failure
     )

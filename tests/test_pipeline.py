@@ -119,7 +119,15 @@ def test_mlflow_has_one_parent_run_and_a_child_run_per_seed(demo_project):
     assert {run.info.status for run in [parent, *children]} == {"FINISHED"}
     assert children[0].info.end_time < children[1].info.start_time  # registering its model does not prolong a run
     assert parent.data.tags["mlflow.note.content"] == (demo_project / "report/table.md").read_text()
-    assert "bag/f1" in parent.data.metrics
+    bag, seeds = (json.loads((demo_project / f"metrics/{name}.json").read_text()) for name in ("bag", "evaluate"))
+    for run_, scores in zip([parent, *children], [bag["vote"], *seeds.values()], strict=True):
+        assert {key: run_.data.metrics.get(key) for key in scores} == pytest.approx(scores)
+        assert next(iter(run_.data.metrics)) == "f1"  # MLflow compares runs by the first one
+        assert parent.data.params.items() <= run_.data.params.items()
+    f1 = [run_.data.metrics["f1"] for run_ in children]
+    assert parent.data.metrics["seeds/f1_min"] == pytest.approx(min(f1))
+    assert parent.data.metrics["seeds/f1_mean"] == pytest.approx(sum(f1) / len(f1))
+    assert children[0].data.params.keys() - parent.data.params.keys() == {"seed"}
     assert {"report/index.html", "report/table.png"} <= {
         file.path for file in client.list_artifacts(parent_id, "report")
     }
@@ -141,8 +149,12 @@ def test_a_child_run_has_its_parameters_dataset_and_checkpoint(demo_project):
     assert run_.data.params["lr"] == "0.002"
     (data,) = run_.inputs.dataset_inputs
     assert data.dataset.digest == lock_hashes(demo_project)["prepare: data/manifest.csv"]
-    stored = client.download_artifacts(run_.info.run_id, "checkpoint/model.safetensors")
-    assert Path(stored).read_bytes() == (demo_project / "models/seed-1/model.safetensors").read_bytes()
+    files = [Path(file.path).name for file in client.list_artifacts(run_.info.run_id, "checkpoint")]
+    assert files == ["history.csv", "metrics.json", "model.json", "validation.csv"]
+    (version,) = client.search_model_versions(f"run_id = '{run_.info.run_id}'")
+    folder = mlflow.artifacts.download_artifacts(f"models:/{NAME}/{version.version}")
+    (stored,) = Path(folder).rglob("model.safetensors")  # the one copy of the weights
+    assert stored.read_bytes() == (demo_project / "models/seed-1/model.safetensors").read_bytes()
 
 
 def test_the_best_seed_is_champion_and_challenger(demo_project):
@@ -235,6 +247,7 @@ def test_promoting_again_changes_nothing(demo_project):
             point_counts,
             [(version.version, version.tags) for version in versions],
             client.get_registered_model(NAME).aliases,
+            client.get_experiment_by_name(NAME).tags,
             (demo_project / "metrics/promotion.json").read_text(),
         ]
 
@@ -260,7 +273,7 @@ def test_a_lost_tracking_store_is_recreated_from_the_outs_without_training(demo_
         old = before[run_.data.params["seed"]]
         assert run_.data.params == old.data.params
         assert run_.data.tags["fingerprint"] == old.data.tags["fingerprint"]
-        for key in ("best/f1", "validation/loss", "train/loss"):
+        for key in ("f1", "validation/loss", "train/loss"):
             assert run_.data.metrics[key] == pytest.approx(old.data.metrics[key], rel=1e-6)
     assert client.get_model_version_by_alias(NAME, "champion").tags["content_hash"] == version.tags["content_hash"]
 

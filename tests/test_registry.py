@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import re
+import shlex
 import socket
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +16,7 @@ import pandas as pd
 import psutil
 import pytest
 import requests
+from click.testing import CliRunner
 from conftest import (
     copy_project,
     edit_params,
@@ -26,12 +29,16 @@ from conftest import (
     use_project,
 )
 from filelock import FileLock
+from mlflow.cli import cli as mlflow_commands
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from scipy.special import expit, logit
 
 from pipeline.core import config
+from pipeline.core.files import sha256_of_file
 from pipeline.evaluation import ensemble, gate
-from pipeline.tracking import registry, runs
+from pipeline.evaluation.metrics import Scores
+from pipeline.tracking import promotion, prune, registry, runs, version_card
 from pipeline.tracking.fingerprint import training_fingerprint
 from pipeline.tracking.store import Store, connect
 
@@ -73,6 +80,62 @@ def test_every_candidate_is_a_registered_version_of_its_run(promoted):
     assert all(tags <= set(version.tags) for version in versions.values())
 
 
+def test_logged_models_name_their_candidate_and_version_and_have_the_metrics_of_their_run(promoted):
+    models = {model.model_id: model for model in logged_models(promoted)}
+    for version in registry.list_versions(connect(NAME), NAME):
+        model = models.pop(registry.logged_model_id(version))
+        assert model.name == version.tags["candidate"]
+        assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": NAME, "version": int(version.version)}]
+        digest = f"{version.tags['data_md5'][:8]}-{version.tags['split_md5'][:8]}"
+        logged = {metric.key: metric.value for metric in model.metrics if metric.dataset_name == "validation"}
+        assert {metric.dataset_digest for metric in model.metrics if metric.dataset_name} == {digest}
+        of_run = mlflow_client(promoted).get_run(version.run_id).data.metrics
+        assert set(Scores.__annotations__) <= set(logged)
+        assert logged == {key: of_run[key] for key in logged}
+        assert len(model.metrics) == len(logged)
+    assert not models
+
+
+def test_sync_completes_what_an_earlier_release_registered(promoted):
+    def state() -> list:
+        opened = connect(NAME)
+        versions = [(version.tags, version.description) for version in registry.list_versions(opened, NAME)]
+        all_runs = opened.client.search_runs([opened.experiment_id])
+        description = opened.client.get_registered_model(NAME).description
+        return [versions, description, {run.info.run_id: run.data.tags for run in all_runs}, model_tags(promoted)]
+
+    client, before = mlflow_client(promoted), state()
+    for version in registry.list_versions(connect(NAME), NAME):
+        client.delete_logged_model_tag(registry.logged_model_id(version), "mlflow.modelVersions")
+        client.delete_model_version_tag(NAME, version.version, registry.F1_TAG)
+        client.update_model_version(NAME, version.version, "seed-0: promoted: validation F1 0.9; there was no champion")
+        for tag in ("candidate", "version", registry.RUN_COLOR_TAG):
+            client.delete_tag(version.run_id, tag)
+    client.update_registered_model(NAME, "The model card. " * 300)
+    output_of("cxr sync")
+    assert state() == before
+
+
+def model_tags(project: Path) -> dict[str, dict[str, str]]:
+    return {model.model_id: model.tags for model in logged_models(project)}
+
+
+def champion_runs(project: Path) -> list[str]:
+    """Return the candidates and versions of the runs that are marked as champion, by color and by tag."""
+    client = mlflow_client(project)
+    all_runs = client.search_runs([client.get_experiment_by_name(NAME).experiment_id])
+    marked = [[run for run in all_runs if run.data.tags.get("champion") == "champion"]]
+    marked += [[run for run in all_runs if run.data.tags[registry.RUN_COLOR_TAG] == registry.CHAMPION_COLOR]]
+    assert marked[0] == marked[1]
+    return [f"{run.data.tags['candidate']} {run.data.tags['version']}" for run in marked[0]]
+
+
+def cards(project: Path) -> dict[str, str]:
+    """Return what the versions' cards say first, by number."""
+    versions = registry.list_versions(connect(NAME), NAME)
+    return {str(version.version): version.description.partition(version_card.RULE)[0] for version in versions}
+
+
 def test_runs_and_versions_have_the_version_of_the_package(promoted):
     tagged = [*registry.list_versions(connect(NAME), NAME), *(seed.data for seed in seed_runs(promoted))]
     assert {item.tags["covid-xray.version"] for item in tagged} == {run(promoted, "cxr", "--version").stdout.split()[1]}
@@ -83,9 +146,10 @@ def test_a_repeated_sync_changes_nothing(promoted):
         client = mlflow_client(promoted)
         experiment = client.get_experiment_by_name(NAME)
         model = client.get_registered_model(NAME)
-        versions = [(version.version, version.tags) for version in registry.list_versions(connect(NAME), NAME)]
+        versions = [dict(version) for version in registry.list_versions(connect(NAME), NAME)]
         all_runs = client.search_runs([experiment.experiment_id])
-        return [[run.to_dictionary() for run in all_runs], versions, model.aliases, model.tags]
+        models = [model.to_dictionary() for model in logged_models(promoted)]
+        return [[run.to_dictionary() for run in all_runs], versions, dict(model), models]
 
     before = state()
     assert "is champion" in output_of("cxr sync")
@@ -108,12 +172,31 @@ def test_a_champion_of_another_training_is_evaluated_on_the_present_validation_s
     tags = mlflow_client(promoted).get_model_version(NAME, challenger).tags
     assert tags["decision"].startswith("not promoted: ")
     assert tags["previous_champion"] == "3"
+    state = cards(promoted)
+    assert state[challenger].startswith(f"**Version {challenger} ({decision['candidate']}): ")
+    assert "; challenger, the best candidate of the last run.**" in state[challenger]
+    assert "UTC: not promoted: validation F1 " in state[challenger]
+    assert f"{version_card.RULE}**Version 3 (bag): champion since " in (
+        mlflow_client(promoted).get_registered_model(NAME).description
+    )
+    assert output_of("cxr promote") == line
+    version = registry.get_version(connect(NAME), NAME, challenger)
+    (rejection,) = [row for row in registry.decisions_about(version) if not row["promoted"]]
+    assert (rejection["reason"], rejection["decided_by"]) == (decision["reason"], "gate")
+    assert champion_runs(promoted) == ["bag 3"]
 
     edit_params(promoted, lambda params: params["demo"]["promote"].update(false_promotion_rate=1.0))
     assert "is champion: " in output_of("cxr promote")
     assert aliases(promoted) == {"champion": challenger, "challenger": challenger}
     rows = json.loads(Path("metrics/promotion.json").read_text())["decisions"]
     assert [row["promoted"] for row in rows[-2:]] == [False, True]
+    assert champion_runs(promoted) == [f"{decision['candidate']} {challenger}"]
+    state = cards(promoted)
+    assert "not promoted: " in state[challenger]
+    assert f"UTC, replaced by version {challenger}.**" in state["3"]
+    assert f"replaced by version {challenger}, decided by gate: validation F1 " in state["3"]
+    decisions = registry.decisions_about(registry.get_version(connect(NAME), NAME, challenger))
+    assert [row["promoted"] for row in decisions[-2:]] == [False, True]
 
 
 def read_decision() -> dict:
@@ -268,7 +351,8 @@ def test_a_candidate_that_fails_a_requirement_is_not_promoted_even_without_a_cha
     assert set(mlflow_client(promoted).get_registered_model(name).aliases) == {"challenger"}
 
 
-def test_manual_promotion_overrides_the_gate_and_repeated_rollbacks_go_back_one_champion_each(promoted):
+def test_manual_promotion_overrides_the_gate_and_repeated_rollbacks_go_back_one_champion_each(promoted, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "anna")
     first, (second, third) = aliases(promoted)["champion"], other_versions()
     output_of(f'cxr promote --model {second} --reason "it is smaller"')
     output_of(f'cxr promote --model {third} --reason "it is faster [/b]"')
@@ -277,11 +361,33 @@ def test_manual_promotion_overrides_the_gate_and_repeated_rollbacks_go_back_one_
     assert f"version {first} (" in output_of('cxr rollback --reason "it was better"')
     assert aliases(promoted)["champion"] == first
     assert error_line_of("cxr rollback") == f"Error: {NAME} has no previous champion to roll back to; see: cxr history"
-    history = output_of("cxr history")
-    assert f"Champion history of {NAME}" in history
-    for reason in ("manual: it is smaller", "manual: it is faster [/b]", "rolled back", "it was better"):
-        assert reason in history
-    assert "now" in history
+    title, *lines = output_of("cxr history").splitlines()
+    assert title.strip() == f"Champion history of {NAME}"
+    rows = [re.split(r" {2,}", line.strip()) for line in lines if line.strip()[:1].isdigit()]
+    candidates = [CANDIDATES[int(version) - 1] for version in (first, second, third, second, first)]
+    assert [row[1] for row in rows] == candidates
+    intervals = pd.read_csv("metrics/intervals.csv").query("metric == 'f1'")
+    intervals["model"] = intervals["model"].replace("bag (vote)", "bag")
+    for row, candidate in zip(rows, candidates, strict=True):
+        f1 = intervals[intervals["model"] == candidate].iloc[-1]
+        interval = f" ({f1['low']:.3f} to {f1['high']:.3f})" if pd.notna(f1["low"]) else ""
+        assert row[2] == f"{f1['value']:.3f}{interval}"
+    assert [row[3] for row in rows[1:]] == [row[4] for row in rows[:-1]]
+    assert rows[-1][4] == "now"
+    assert [row[5] for row in rows] == ["gate", "anna", "anna", "anna", "anna"]
+    reasons = ["manual: it is smaller", "manual: it is faster [/b]", "rolled back", "it was better"]
+    assert [row[6] for row in rows[1:]] == reasons
+    state = cards(promoted)
+    assert state[first].startswith(f"**Version {first} ({candidates[0]}): champion since ")
+    assert state[second].startswith(f"**Version {second} ({candidates[1]}): was champion until ")
+    lines = [line.partition(": ")[2] for line in state[second].splitlines()[2:]]
+    assert lines == [
+        "promoted, decided by anna: manual: it is smaller",
+        f"replaced by version {third}, decided by anna: manual: it is faster \\[/b\\]",
+        "promoted, decided by anna: rolled back",
+        f"replaced by version {first}, decided by anna: it was better",
+    ]
+    assert champion_runs(promoted) == [f"{candidates[0]} {first}"]
     champions = [record.version for record in registry.champion_history(connect(NAME), NAME)]
     assert champions == [first, second, third, second, first]
     rows = json.loads(Path("metrics/promotion.json").read_text())["decisions"]
@@ -370,12 +476,18 @@ def test_simultaneous_promotions_from_many_machines_end_in_a_consistent_state(pr
         # Each has its own lock, as on its own machine.
         opened = Store(client, experiment, FileLock(tmp_path / f"{index}.lock", thread_local=False))
         registry.set_champion(opened, NAME, versions[index % 3], f"promotion {index}")
+        registry.mark_champion(opened, NAME)
 
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(promote, range(12)))
     records = registry.champion_history(connect(NAME), NAME)
     assert aliases(promoted)["champion"] == records[-1].version
     assert {record.reason for record in records[1:]} == {f"promotion {index}" for index in range(12)}
+    last = records[-1].version
+    assert champion_runs(promoted) == [f"{records[-1].candidate} {last}"]
+    description = client.get_registered_model(NAME).description
+    assert description.endswith(client.get_model_version(NAME, last).description)
+    assert f"**Version {last} ({records[-1].candidate}): champion since " in description
 
 
 def test_a_version_with_changed_files_fails_verification_and_is_not_promoted(promoted):
@@ -384,6 +496,7 @@ def test_a_version_with_changed_files_fails_verification_and_is_not_promoted(pro
     path = weights_file(promoted, other)
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
+    path.unlink()  # it may be a hard link to the file of another version
     path.write_bytes(content)
     assert error_line_of("cxr verify").startswith("Error: 1 of 3 versions of covid-xray-demo failed verification")
     assert f"{NAME} version {other} is damaged" in error_line_of(f"cxr promote --model {other} --reason test")
@@ -403,11 +516,29 @@ def test_a_history_of_release_0_1_is_shown_and_its_versions_are_rejected_in_one_
     assert registry.champion_history(connect(NAME), NAME)[0] == registry.ChampionRecord(
         old, "2025-01-01T00:00:00Z", "of release 0.1", overruled_up_to=3
     )
-    assert "of release 0.1" in output_of("cxr history")
+    assert re.search(rf" {old} +– +– +2025-01-01 00:00 +[-\d]+ [:\d]+ +– +of release 0.1 ", output_of("cxr history"))
+    registry.mark_champion(connect(NAME), NAME)
+    assert "\n- 2025-01-01 00:00 UTC: promoted: of release 0.1\n" in cards(promoted)[old]
     for command in ("cxr rollback", f"cxr promote --model {old} --reason test", f"cxr predict data --model {old}"):
         assert f"{NAME} version {old} was registered by an earlier release" in error_line_of(command)
     assert "1 of 3 versions" in error_line_of("cxr verify")
     assert aliases(promoted)["champion"] == champion
+
+
+def test_a_person_is_named_as_in_mlflow_or_git(promoted, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_USERNAME", raising=False)
+    run(promoted, "git", "config", "user.name", "Anna Müller")
+    assert promotion.user_name() == "Anna Müller"
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "anna")
+    assert promotion.user_name() == "anna"
+
+
+def test_a_long_model_card_is_cut_and_says_what_is_left_out():
+    sections = {"Limitations": "x" * 5000, "Evaluation": "y" * 50}
+    text = "# Title\n\nIntroduction." + "".join(f"\n\n**{title}.** {text}" for title, text in sections.items())
+    assert len(short := version_card.shorten_model_card(f"{text}\n\n## Checklist\n", 1000)) <= 1000
+    assert short.startswith("**Limitations.** xxx")
+    assert "xxx…\n\nLeft out of the model card: Evaluation, the checklist." in short
 
 
 def test_a_damaged_history_tag_is_named(promoted):
@@ -493,6 +624,59 @@ def test_a_served_model_takes_pixels_and_returns_its_version(radiographs):
     assert predictions["probability"].to_numpy() == pytest.approx(expected["probability"].to_numpy(), abs=1e-6)
     assert set(predictions["prevalence"]) == {ensemble_config.prevalence}
     assert set(predictions["version"]) == {aliases(Path.cwd())["champion"]}
+
+
+def test_files_of_pruned_runs_are_freed_by_the_printed_command_and_no_others(promoted):
+    opened, client = connect(NAME), mlflow_client(promoted)
+    old = registry.list_versions(opened, NAME)  # seed-0, seed-1 and the bag
+    by_name = dict(zip(CANDIDATES, old, strict=True))
+    for version in old:  # as if they had been trained in an experiment of another fingerprint
+        client.set_tag(version.run_id, runs.DVC_EXPERIMENT, "removed")
+        client.set_tag(version.run_id, runs.FINGERPRINT, "another")
+
+    def set_only_champion(version: ModelVersion) -> None:
+        for key in client.get_registered_model(NAME).tags:
+            if key.startswith(registry.CHAMPION_TAG):
+                client.delete_registered_model_tag(NAME, key)
+        registry.set_champion(opened, NAME, version, "test")
+
+    set_only_champion(by_name["bag"])
+    assert prune.removable_runs(opened, NAME, [], []) == []  # its members stay with it
+    set_only_champion(by_name["seed-0"])
+    edit_params(promoted, lambda params: params["demo"]["evaluate"].update(operating_point="best_f1"))
+    output_of("cxr bag")
+    output = output_of("cxr sync --prune --yes")
+    assert [line.split()[0] for line in output.splitlines() if line.endswith("(experiment removed)")] == ["seed-1"]
+
+    def collect_garbage() -> tuple[dict[Path, str], int]:
+        """Run the printed command; return the hashes of the files that it deleted, and the bytes that it freed."""
+        before, free = hashes(), bytes_on_disk()
+        program, *arguments = shlex.split(output.splitlines()[-1].partition("run: ")[2])
+        assert (program, CliRunner().invoke(mlflow_commands, arguments).exit_code) == ("mlflow", 0)
+        after = hashes()
+        assert after.items() <= before.items()
+        return dict(before.items() - after.items()), free - bytes_on_disk()
+
+    def hashes() -> dict[Path, str]:
+        return {path: sha256_of_file(path) for path in promoted.glob("mlartifacts/**/*") if path.is_file()}
+
+    def bytes_on_disk() -> int:
+        return sum({path.stat().st_ino: path.stat().st_size for path in hashes()}.values())
+
+    size = Path("models/seed-1/model.safetensors").stat().st_size
+    deleted, freed = collect_garbage()
+    pruned = {by_name["seed-1"].run_id, registry.logged_model_id(by_name["seed-1"])}
+    assert all(pruned & set(path.parts) for path in deleted)
+    assert size < freed < 1.1 * size
+    assert not list(promoted.glob("mlartifacts/**/checkpoint/model.safetensors"))
+    # The present bag holds the weights of its members by links, which outlast their versions.
+    number = str(next(v.version for v in registry.list_versions(opened, NAME)[-3:] if v.tags["candidate"] == "seed-1"))
+    assert weights_file(promoted, number).stat().st_nlink == 2
+    client.delete_logged_model(registry.logged_model_id(client.get_model_version(NAME, number)))
+    _, freed = collect_garbage()
+    assert freed < 0.1 * size
+    client.delete_model_version(NAME, number)
+    assert output_of("cxr verify").count("OK (checksums match)") == 4
 
 
 def test_only_runs_of_removed_experiments_that_do_not_train_are_pruned(promoted):

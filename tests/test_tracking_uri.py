@@ -1,9 +1,7 @@
 """A project works in any folder, whatever the characters of its path mean in a URI."""
 
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -57,15 +55,6 @@ def test_runs_and_artifacts_are_stored_in_a_project_with_an_odd_path(tmp_path, m
     assert Path(store.client.download_artifacts(run, "folder/file.txt")).read_text() == "content"
     assert [path.name for path in tmp_path.iterdir()] == [ODD_NAME]
     assert {"mlflow.db", "mlartifacts", "mlflow.db.lock", "file.txt"} == {path.name for path in project.iterdir()}
-
-
-def test_make_ui_serves_the_store_that_the_stages_write():
-    recipe = (ROOT / "Makefile").read_text()
-    assert '--backend-store-uri "$$(python -m pipeline.tracking.tracking_uri)"' in recipe
-    environment = {key: value for key, value in os.environ.items() if key not in ("MLFLOW_TRACKING_URI", "DVC_ROOT")}
-    command = [sys.executable, "-m", "pipeline.tracking.tracking_uri"]
-    printed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    assert printed.stdout.strip() == f"sqlite:///{ROOT}/mlflow.db"
 
 
 @pytest.mark.parametrize("command", ["cxr train-all --jobs 1", "cxr external-validation", "cxr sync --prune"])

@@ -298,7 +298,7 @@ def test_the_result_is_the_best_epoch_and_on_epoch_gets_only_improved_models(ove
     f1 = [entry.scores["f1"] for entry in trained.history]
     assert trained.kept.epoch == max(range(1, 6), key=lambda epoch: (f1[epoch - 1], epoch))
     rows = torch.arange(16, 24)
-    probabilities = trained.network.predict_proba(pack.pixels(rows))
+    probabilities = trained.network.predict_proba(pack.read(rows))
     assert score_predictions(np.array([0, 1] * 4), probabilities.numpy()) == trained.kept.scores
     assert [entry for entry, _ in calls] == trained.history
     has_model = [best is not None for _, best in calls]
@@ -319,7 +319,7 @@ def test_the_weights_of_the_epoch_that_keep_selects_are_the_result(overfitting_r
     }[keep]
     assert trained.kept.epoch == expected
     kept = trained.predictions[:, expected - 1]
-    assert torch.equal(trained.network.predict_proba(pack.pixels(torch.arange(16, 24))), kept)
+    assert torch.equal(trained.network.predict_proba(pack.read(torch.arange(16, 24))), kept)
     assert [call[0].epoch for call in calls if call[1] is not None][-1] == expected
 
 

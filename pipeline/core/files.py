@@ -136,7 +136,7 @@ def read_text_table(
         )
     table.index += skipped
     if len(header) == len(table.columns):
-        table.columns = pd.Index([own or given for own, given in zip(header, table.columns, strict=True)])
+        table.columns = pd.Index([name or default for name, default in zip(header, table.columns, strict=True)])
     table = table.rename(columns=_match_columns(list(table.columns), [*columns, *optional]))
     check_columns(table, columns, name)
     table = pd.DataFrame({column: _clean_text(values) for column, values in table.items()})
@@ -193,8 +193,8 @@ def _decode_table(data: bytes, name: str) -> str:
         except UnicodeDecodeError:
             text = "\0"
         if "\0" not in text:
-            shown = text.splitlines()[line - 1].strip()[:MAX_QUOTED]
-            log.warning("%s; read as Windows-1252: %r; if that is wrong, save it as CSV in UTF-8", problem, shown)
+            excerpt = text.splitlines()[line - 1].strip()[:MAX_QUOTED]
+            log.warning("%s; read as Windows-1252: %r; if that is wrong, save it as CSV in UTF-8", problem, excerpt)
     else:
         problem = f"{name} has characters of value 0"
     if "\0" in text:

@@ -155,10 +155,10 @@ class _Matching:
             for k in range(depth, 0, -1):
                 for names, fits in _pair(self._left, files, (STEM, STEM), k):
                     for forms in rules:
-                        for rivals, equal in _pair(self._left.intersection(names), fits, forms, k):
-                            self._settle(rivals, equal, k)
+                        for equal_names, equal_files in _pair(self._left.intersection(names), fits, forms, k):
+                            self._match(equal_names, equal_files, k)
 
-    def _settle(self, names: list[_Path], files: list[_Path], k: int) -> None:
+    def _match(self, names: list[_Path], files: list[_Path], k: int) -> None:
         """Match names with files of which the last `k` parts are equal, and leave neither for a weaker rule."""
         # One of the two paths must end with the other, unless these parts alone tell all images apart.
         ends = [file for file in files if file.length <= k]

@@ -81,22 +81,24 @@ def _explain(url: str, error: BaseException) -> BaseException:
     correct = "correct download.path in params.yaml"
     reason = f"the server answers {status}" if status else text
     is_remote = isinstance(error, OSError) or type(error).__module__.startswith(("aiohttp", "aiobotocore", "botocore"))
-    explained: BaseException = error
+    replacement: BaseException = error
     if isinstance(error, ImportError) and url.startswith("s3:"):
-        explained = UserError(f"{url}: s3:// needs s3fs; run: pip install -c constraints.txt -e '.[s3]'")
+        replacement = UserError(f"{url}: s3:// needs s3fs; run: pip install -c constraints.txt -e '.[s3]'")
     elif isinstance(error, ImportError):
-        explained = UserError(f"{url}: {text}")  # which package to install
+        replacement = UserError(f"{url}: {text}")  # which package to install
     elif isinstance(error, ValueError) and "Protocol not known" in text:
-        explained = UserError(f"{url}: {text}; {correct}")
+        replacement = UserError(f"{url}: {text}; {correct}")
     elif "bucket does not exist" in text:
-        explained = UserError(f"{url}: no such bucket; {correct}")
+        replacement = UserError(f"{url}: no such bucket; {correct}")
     elif isinstance(error, FileNotFoundError) or status in (404, 410):
-        explained = UserError(f"{url}: not found; {correct}")
+        replacement = UserError(f"{url}: not found; {correct}")
     elif isinstance(error, PermissionError) or "Credentials" in name or status in (401, 403):
-        explained = UserError(f"{url}: access denied ({reason}); docs/data.md says where credentials are read from")
+        replacement = UserError(f"{url}: access denied ({reason}); docs/data.md says where credentials are read from")
     elif is_remote and getattr(error, "errno", None) != errno.ENOSPC:
-        explained = UnreachableError(f"{url}: no connection ({reason}); check the network and the host, and run again")
-    return explained
+        replacement = UnreachableError(
+            f"{url}: no connection ({reason}); check the network and the host, and run again"
+        )
+    return replacement
 
 
 def download_file(url: str, folder: Path) -> Path:
@@ -125,12 +127,12 @@ def remove_downloads(folder: Path) -> None:
 
 
 def _resume(url: str, folder: Path) -> Path:
-    shown, (file_system, path) = redact_url(url), open_file_system(url)
+    redacted_url, (file_system, path) = redact_url(url), open_file_system(url)
     with report_errors(url):
         info = file_system.info(path)
     versions = [str(info[key]) for key in VERSION_KEYS if info.get(key)]
     size: int | None = info.get("size")
-    digest = hashlib.sha256("\n".join([shown, str(size), *versions]).encode()).hexdigest()[:16]
+    digest = hashlib.sha256("\n".join([redacted_url, str(size), *versions]).encode()).hexdigest()[:16]
     partial = folder / PARTIAL.format(digest)
     done = partial.stat().st_size if partial.exists() and versions else 0
     if size is not None:
@@ -148,7 +150,7 @@ def _resume(url: str, folder: Path) -> Path:
     if size is not None and received != size:
         if received > size:
             partial.unlink()
-        raise UnreachableError(f"{shown}: the connection broke after {received} of {size} bytes; run again")
+        raise UnreachableError(f"{redacted_url}: the connection broke after {received} of {size} bytes; run again")
     return partial
 
 

@@ -195,15 +195,17 @@ def compare_seeds(
     return pd.DataFrame(rows).astype({"seeds_better": "Int64"})
 
 
-def seed_mean_interval(differences: np.ndarray) -> tuple[float, float]:
+def seed_mean_interval(differences: np.ndarray, pool: Sequence[np.ndarray] = ()) -> tuple[float, float]:
     """Return the ends of the 95 % interval of the mean difference, for new patients and new seeds.
 
     The variance is that of Obuchowski and Rockette (1995) for random readers and cases, with the covariance between
     seeds taken from the bootstrap over patients, and t has the degrees of freedom of Hillis (2007). With one seed,
-    nothing is known of other seeds, and the interval is for new patients only.
+    nothing is known of other seeds, and the interval is for new patients only, unless there is a pool.
 
     Args:
         differences: (1 + resamples, S), of each seed, on the original set and on each resample.
+        pool: (S',) for each of other pairs of recipes, the differences of its seeds on the original set, S' > 1. All
+            are taken to vary alike between seeds.
 
     Returns:
         NaN where the difference or its variance is undefined, or where nothing varies.
@@ -213,12 +215,15 @@ def seed_mean_interval(differences: np.ndarray) -> tuple[float, float]:
     if np.isnan(differences[0]).any() or len(resampled) < 2:
         return np.nan, np.nan
     covariances = np.atleast_2d(np.cov(resampled, rowvar=False))
-    if count == 1:
-        between_seeds, shared, degrees = 0.0, float(covariances[0, 0]), np.inf
-    else:
-        between_seeds = float(differences[0].var(ddof=1)) / count
+    shared = float(covariances[0, 0])
+    if count > 1:
         shared = max(float(covariances.sum() - np.trace(covariances)) / (count * (count - 1)), 0.0)
-        degrees = (count - 1) * (1 + shared / between_seeds) ** 2 if between_seeds else np.inf
+    samples = [differences[0], *pool]
+    seed_degrees, between_seeds, degrees = sum(len(sample) - 1 for sample in samples), 0.0, np.inf
+    if seed_degrees:
+        between_seeds = float(sum(len(sample) * sample.var() for sample in samples)) / seed_degrees / count
+    if between_seeds:
+        degrees = seed_degrees * (1 + shared / between_seeds) ** 2
     half_width = float(stats.t.ppf((1 + CONFIDENCE_LEVEL) / 2, degrees)) * np.sqrt(between_seeds + shared)
     mean = float(differences[0].mean())
     return (mean - half_width, mean + half_width) if half_width > 0 else (np.nan, np.nan)

@@ -61,8 +61,8 @@ class EpochPredictions:
 def write_ensembles(config: Config, groups: pd.Series) -> dict[str, Scores]:
     """Fit the ensembles by every method, and write their predictions, scores and curves.
 
-    The files are `metrics/candidates.json`, `metrics/bag.json`, `predictions/bag.csv`, and `plots/bag_roc.csv`,
-    `bag_precision_recall.csv` and `bag_confusion.csv`.
+    The files are `metrics/candidates.json`, `metrics/bag.json`, `predictions/bag.csv`, and `plots/roc.csv`,
+    `precision_recall.csv` and `bag_confusion.csv`.
 
     Args:
         config: contains the rules that choose thresholds and combine models.
@@ -100,19 +100,20 @@ def write_ensembles(config: Config, groups: pd.Series) -> dict[str, Scores]:
         for method, table in predictions_by_method.items()
     }
     write_json(Path("metrics/bag.json"), scores)
-    _write_bag_curves(labels, predictions_by_method[params.method])
+    _write_curves(labels, validation[config.model_names], predictions_by_method[params.method])
     methods = dict.fromkeys(["vote", "mean", params.method])
     return {**read_json(Path("metrics/evaluate.json")), **{f"bag ({method})": scores[method] for method in methods}}
 
 
 def write_evaluation(config: Config, metadata: pd.DataFrame) -> Evaluation:
-    """Write the tables of `evaluate_models` and `metrics/summary.json`, and return them."""
+    """Write the tables of `evaluate_models`, `metrics/summary.json` and `metrics/headline.json`, and return them."""
     predictions = _read_predictions()
     epochs = load_epoch_predictions(config.model_names, predictions["validation"]["file"], Path("models"))
     evaluation = evaluate_models(config, predictions, epochs, metadata, Path("predictions"), Path("metrics"))
     for path, table in evaluation.tables.items():
         write_csv(Path(path), table)
     write_json(Path("metrics/summary.json"), evaluation.summary)
+    write_json(Path("metrics/headline.json"), headline_metrics(evaluation))
     return evaluation
 
 
@@ -371,7 +372,6 @@ def build_tables(
             models[bag],
             referral.threshold_uncertainty(predictors[bag].scores, predictors[bag].thresholds),
         ),
-        "plots/bag_prevalence.csv": by_prevalence.query("model == @bag"),
         "plots/bag_reliability.csv": reliability.query("model == @bag and calibration == 'none'"),
     }
 
@@ -417,6 +417,23 @@ def summarize(name: str, ensemble_config: EnsembleConfig, tables: Mapping[str, p
     return summary
 
 
+def headline_metrics(evaluation: Evaluation) -> dict[str, float | None]:
+    """Return the metrics to compare experiments by: few, with short names, so that they fit a row of `dvc exp show`.
+
+    `f1_mean` and `f1_sd` are over the seeds, `f1_best` is of the best seed, corrected for its selection, and the others
+    are of the bag.
+    """
+    bag, best = evaluation.summary["bag"], evaluation.summary["best"]
+    seeds = evaluation.tables["metrics/seeds.csv"].set_index("metric").loc["f1"]
+    return {
+        "f1": bag["f1"],
+        "f1_mean": _optional_float(seeds["mean"]),
+        "f1_sd": _optional_float(seeds["deviation"]),
+        "f1_best": best["f1"],
+        **{metric: bag[metric] for metric in ("recall", "specificity", "auroc")},
+    }
+
+
 def _summarize_prevalence(estimate: PrevalenceEstimate) -> dict[str, Any]:
     values = {"": estimate.prevalence, "_low": estimate.low, "_high": estimate.high}
     return {f"estimated_test_prevalence{end}": _optional_float(value) for end, value in values.items()} | {
@@ -440,10 +457,11 @@ def _read_predictions() -> dict[str, pd.DataFrame]:
     return {subset: read_csv(Path(f"predictions/{subset}.csv")) for subset in ("validation", "test")}
 
 
-def _write_bag_curves(labels: np.ndarray, bag: pd.DataFrame) -> None:
-    scores = bag["score"].to_numpy()
-    write_csv(Path("plots/bag_roc.csv"), curves.roc_points(labels, scores))
-    write_csv(Path("plots/bag_precision_recall.csv"), curves.precision_recall_points(labels, scores))
+def _write_curves(labels: np.ndarray, seeds: pd.DataFrame, bag: pd.DataFrame) -> None:
+    scores = seeds.assign(**{BAG: bag["score"]})
+    for name, points in (("roc", curves.roc_points), ("precision_recall", curves.precision_recall_points)):
+        tables = {model: points(labels, scores[model].to_numpy()) for model in scores}
+        write_csv(Path(f"plots/{name}.csv"), pd.concat(tables, names=["model"]).reset_index("model"))
     confusion = pd.DataFrame({"actual": labels, "predicted": bag["label"]}).replace({0: "negative", 1: "positive"})
     write_csv(Path("plots/bag_confusion.csv"), confusion)
 

@@ -1,17 +1,17 @@
-"""Scores and curves of the seeds on the validation set."""
+"""Scores and learning curves of the seeds."""
 
 from pathlib import Path
 
 import pandas as pd
 
 from pipeline.core.config import Config
-from pipeline.core.files import write_json
-from pipeline.evaluation import curves, operating_point
-from pipeline.evaluation.metrics import apply_threshold, best_model, score_predictions
+from pipeline.core.files import write_csv, write_json
+from pipeline.evaluation import operating_point
+from pipeline.evaluation.metrics import apply_threshold, score_predictions
 
 
 def write_seed_metrics(config: Config, validation: pd.DataFrame, groups: pd.Series) -> None:
-    """Write `metrics/evaluate.json` with the scores of every seed, and its plots.
+    """Write the scores of every seed to `metrics/evaluate.json`, and their histories to `plots/learning_curves.csv`.
 
     Args:
         config: names the seeds and contains the rule that chooses thresholds.
@@ -31,9 +31,5 @@ def write_seed_metrics(config: Config, validation: pd.DataFrame, groups: pd.Seri
         for name in config.model_names
     }
     write_json(Path("metrics/evaluate.json"), scores)
-    plots, best = Path("plots"), best_model(scores)
-    curves.draw_roc(plots / "roc.png", labels, models)
-    curves.draw_precision_recall(plots / "precision_recall.png", labels, models)
-    curves.draw_confusion_matrix(plots / "confusion.png", labels, predicted[best].to_numpy(), f"{best}, validation set")
     histories = {name: pd.read_csv(Path("models", name, "history.csv")) for name in config.model_names}
-    curves.draw_learning_curves(plots / "training.png", histories)
+    write_csv(Path("plots/learning_curves.csv"), pd.concat(histories, names=["model"]).reset_index("model"))

@@ -6,13 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import matplotlib as mpl
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pipeline.evaluation import curves
+from pipeline.core.config import BAG
 
 # Placeholder colors, which `render_chart` replaces by the CSS variables of style.css.
 TEXT, BORDER, FAINT_LINE, SERIES_1, SERIES_2, SERIES_3 = (f"#0{digit}0{digit}0{digit}" for digit in range(1, 7))
@@ -73,9 +72,10 @@ def draw_lines(
         axes.plot(bag[x], bag[y], color=SERIES_2, linestyle="--", label="bag")
 
 
-def roc_chart(labels: np.ndarray, models: pd.DataFrame, best: str, bag: pd.DataFrame) -> str:
-    """Draw the ROC curves of the seeds, from their P(positive) (one column each), and of the bag, from its points."""
-    tables = {name: curves.roc_points(labels, models[name].to_numpy()) for name in map(str, models)}
+def roc_chart(points: pd.DataFrame, best: str) -> str:
+    """Draw the ROC curves of the seeds and the bag, from `plots/roc.csv`."""
+    tables = {str(name): table for name, table in points.groupby("model", sort=False)}
+    bag = tables.pop(BAG)
 
     def draw(axes: Axes) -> None:
         axes.plot([0, 1], [0, 1], color=BORDER, linestyle=":")
@@ -86,9 +86,10 @@ def roc_chart(labels: np.ndarray, models: pd.DataFrame, best: str, bag: pd.DataF
     )
 
 
-def precision_recall_chart(labels: np.ndarray, models: pd.DataFrame, best: str, bag: pd.DataFrame) -> str:
-    """Draw the precision–recall curves of the seeds, from their P(positive), and of the bag, from its points."""
-    tables = {name: curves.precision_recall_points(labels, models[name].to_numpy()) for name in map(str, models)}
+def precision_recall_chart(points: pd.DataFrame, best: str) -> str:
+    """Draw the precision–recall curves of the seeds and the bag, from `plots/precision_recall.csv`."""
+    tables = {str(name): table for name, table in points.groupby("model", sort=False)}
+    bag = tables.pop(BAG)
     return render_chart(
         "precision-recall", "Precision–recall curves of the seeds and the bag",
         lambda axes: draw_lines(axes, tables, "recall", "precision", best, bag),

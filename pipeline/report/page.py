@@ -225,10 +225,9 @@ def _draw_charts(results: Results) -> dict[str, str]:
     if summary_text.describe_ranks(results):
         drawn["ranks"] = charts.rank_chart(results.ranks)
     if not has_single_class(labels):
-        seeds = results.validation[names]
-        drawn["curves"] = charts.roc_chart(
-            labels, seeds, best, pd.read_csv("plots/bag_roc.csv")
-        ) + charts.precision_recall_chart(labels, seeds, best, pd.read_csv("plots/bag_precision_recall.csv"))
+        drawn["curves"] = charts.roc_chart(pd.read_csv("plots/roc.csv"), best) + charts.precision_recall_chart(
+            pd.read_csv("plots/precision_recall.csv"), best
+        )
     decisions = pd.read_csv("plots/bag_decision_curve.csv")
     if len(decisions):
         of_prevalence = decisions.groupby("prevalence", sort=False)

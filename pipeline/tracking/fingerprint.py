@@ -76,11 +76,15 @@ def candidate_fingerprints(config: Config) -> dict[str, str]:
 
 
 def parent_run_name(config: Config, fingerprint: str) -> str:
-    return f"{config.active.train.backbone.removeprefix('timm/')} · {fingerprint[:4]}"
+    return _run_name(config, BAG, fingerprint)
 
 
 def seed_run_name(config: Config, seed: int, fingerprint: str) -> str:
-    return f"seed-{seed} · {parent_run_name(config, fingerprint)}"
+    return _run_name(config, f"seed-{seed}", fingerprint)
+
+
+def _run_name(config: Config, candidate: str, fingerprint: str) -> str:
+    return f"{candidate} · {config.active.train.backbone.removeprefix('timm/')} · {fingerprint[:4]}"
 
 
 def code_hash(path: Path) -> str:

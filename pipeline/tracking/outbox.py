@@ -62,13 +62,24 @@ class Outbox:
 
     def _deliver(self) -> None:
         try:
-            run = self._retry(self._open_run)
+            run = self._retry(self._open)
         except UserError as error:
             self._error = error
             return
         while call := self._queue.get():
             self._retry(partial(call, run))
         self._delivered = True
+
+    def _open(self) -> "SeedRun":
+        try:
+            return self._open_run()
+        except Exception as error:
+            from pipeline.tracking.store import refusal  # imported already, or nothing refused
+
+            refused = refusal(error)
+            if refused:
+                raise refused from None
+            raise
 
     def _retry(self, call: Callable[[], T]) -> T:
         delays = chain(RETRY_DELAYS, repeat(RETRY_DELAYS[-1]))

@@ -1,8 +1,12 @@
 """Decides which candidate is champion."""
 
+import getpass
+import os
+import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import pandas as pd
@@ -15,10 +19,10 @@ from pipeline.evaluation import calibration, gate
 from pipeline.evaluation.intervals import compare_predictions
 from pipeline.evaluation.metric_tables import Predictions
 from pipeline.evaluation.metrics import Scores, best_model, score_predictions
-from pipeline.tracking import fingerprint, registry
+from pipeline.tracking import fingerprint, registry, saved_view
 from pipeline.tracking.backfill import SPLIT_FILE
-from pipeline.tracking.runs import MANIFEST, commit_and_experiment_tags
-from pipeline.tracking.store import Store, connect
+from pipeline.tracking.runs import MANIFEST
+from pipeline.tracking.store import Store, connect, retry_conflicts
 from pipeline.tracking.validation_predictions import ValidationPredictions
 
 DECISIONS = Path("metrics/promotion.json")
@@ -48,6 +52,7 @@ class Decision(TypedDict):
     data_md5: str
 
 
+@retry_conflicts
 def promote_best(store: Store, config: Config, versions: Mapping[str, ModelVersion]) -> Decision:
     """Make the best candidate challenger, and champion if it passes the gate.
 
@@ -79,7 +84,9 @@ def promote_best(store: Store, config: Config, versions: Mapping[str, ModelVersi
                 _apply(store, versions[best], champion, decision)
             elif [row["version"] for row in _read_decisions()[-1:]] != [decision["version"]]:
                 _append_decision(decision)  # already champion, but the last row is about another version
-            return decision
+        registry.mark_champion(store, name)
+        saved_view.save_view(store, config)
+        return decision
 
 
 def promote_version(config: Config, alias_or_number: str, reason: str, *, rollback: bool = False) -> Decision:
@@ -102,8 +109,23 @@ def promote_version(config: Config, alias_or_number: str, reason: str, *, rollba
         tags = {key: version.tags.get(key, "") for key in ("candidate", "data_md5")}
         fields = {**tags, "version": str(version.version), "promoted": True, "reason": reason}
         decision: Decision = {**dict.fromkeys(Decision.__annotations__), **fields}  # type: ignore[typeddict-item]
-        _apply(store, version, champion, decision, manual=True, rollback=rollback)
+        _apply(store, version, champion, decision, person=user_name(), rollback=rollback)
+    registry.mark_champion(store, name)
+    saved_view.save_view(store, config)
     return decision
+
+
+def user_name() -> str:
+    """Return the name of who decides: that of the login at MLflow, or else of git, or else of the operating system."""
+    if name := os.environ.get("MLFLOW_TRACKING_USERNAME"):
+        return name
+    with suppress(OSError, subprocess.CalledProcessError):  # git is missing, or knows no name
+        named = subprocess.run(["git", "config", "user.name"], capture_output=True, text=True, check=True)
+        if named.stdout.strip():
+            return named.stdout.strip()
+    with suppress(OSError, KeyError):  # the user has no name, as in a container
+        return getpass.getuser()
+    return "a person"
 
 
 def format_decision(name: str, decision: Decision) -> str:
@@ -289,24 +311,34 @@ def format_comparison(params: PromoteParams, decision: Decision) -> str:
 
 
 def _apply(
-    store: Store, version: ModelVersion, champion: ModelVersion | None, decision: Decision, **options: bool
+    store: Store,
+    version: ModelVersion,
+    champion: ModelVersion | None,
+    decision: Decision,
+    *,
+    person: str | None = None,
+    rollback: bool = False,
 ) -> None:
-    """Make the version champion if so decided, and record the decision in its tags and description and on disk."""
+    """Make the version champion if so decided, and record the decision in its tags and on disk.
+
+    The tag `decision` and those of the comparison are about the last decision, see `registry.record_decision` for all.
+    """
+    version = store.client.get_model_version(version.name, version.version)  # with the tags of `backfill`
     if decision["comparison"] is not None and champion:
         numbers = str(version.version), str(champion.version)
         registry.record_comparison(store, version.name, md5_of_file(SPLIT_FILE), *numbers, decision["comparison"])
     if decision["promoted"]:
-        registry.set_champion(store, version.name, version, decision["reason"], **options)
-    tags = {
+        registry.set_champion(store, version.name, version, decision["reason"], person=person, rollback=rollback)
+    tags: dict[str, Any] = {
         "decision": f"{'promoted' if decision['promoted'] else 'not promoted'}: {decision['reason']}",
         "previous_champion": _number(champion) or "none",
         **{f"validation_{key}": decision[key] for key in ("f1", "calibration_error") if decision[key] is not None},
         **{key: decision[key] for key in COMPARISON_FIELDS if decision[key] is not None},
-        **commit_and_experiment_tags(),
     }
     for key, value in tags.items():
         store.client.set_model_version_tag(version.name, version.version, key, str(value))
-    store.client.update_model_version(version.name, version.version, f"{decision['candidate']}: {tags['decision']}")
+    known = {key: value for key, value in decision.items() if value is not None}
+    registry.record_decision(store, version, {"decided_by": person or registry.GATE, **known})
     _append_decision(decision)
 
 

@@ -8,58 +8,69 @@ import base64
 import io
 import json
 import logging
+import shutil
 import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from http import HTTPStatus
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import mlflow
 import numpy as np
 import pandas as pd
 import torch
+from mlflow.entities import LoggedModel, Metric, Run, RunTag
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, Schema
 from mlflow.types.schema import AnyType
+from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 from PIL import Image
 from requests import RequestException
 
 import pipeline
-from pipeline.core.config import FindingParams
+from pipeline.core.config import BAG, FindingParams
 from pipeline.core.errors import UserError, first_line
 from pipeline.core.files import read_json
 from pipeline.core.markdown import escape_markdown
 from pipeline.core.memory import is_out_of_memory
 from pipeline.inference import candidate
+from pipeline.tracking import version_card
 from pipeline.tracking.store import Store, software_version_tag
+from pipeline.tracking.version_card import RULE
 
 CONTENT_HASH_TAG = "content_hash"
 CHAMPION, CHALLENGER = "champion", "challenger"
+GATE = "gate"  # decides, unless a person does
 COMPARISON_TAG = "comparison."  # prefix of tags on the registered model: comparison.<split>.<challenger>.<champion>
 CHAMPION_TAG = "champion."  # prefix of the history's tags on the registered model: champion.0001.<random>, ...
+RUN_COLOR_TAG = "mlflow.runColor"  # of a run's marks in MLflow's charts
+CHAMPION_COLOR, BAG_COLOR, SEED_COLOR = "#d4a017", "#222222", "#6b9bd1"
+F1_TAG = "f1"  # of a version: F1 with its 95 % interval
+DECISION_TAG = "decision."  # prefix of the tags of a version with the decisions about it: decision.0001.<random>, ...
+VALIDATION = "validation"  # MLflow's name of the data set that metrics of models are on
 LABELED_IMAGES = "labeled_images.csv"  # in that folder, see `ValidationPredictions.labeled_images`
 ARTIFACT = "candidate"  # name of the candidate's folder among the model's artifacts
 OLD_CONTENT_HASH_TAG = "identity"  # release 0.1
 OLD_RECORD_FIELDS = {"why": "reason", "over": "overruled_up_to"}  # release 0.1
+NOT_SERVED = ["kaggle", "report", "sources", "tracking", "training", "__pycache__"]  # packages that no prediction needs
 REQUIREMENTS = [
     "imagecodecs", "mlflow", "numpy", "pandas", "pillow", "pydicom", "safetensors", "scikit-learn", "simplejpeg",
     "timm", "torch", "torchvision",
 ]  # fmt: skip
-MAX_DESCRIPTION = 5000  # characters, the limit of MLflow's database
-CHECKLIST = "\n## "  # begins the last part of the model card, the only one with a heading
-DESCRIPTION = """Classifies chest radiographs as {positive} or {negative}. For research and teaching only.
+INTRODUCTION = """Classifies chest radiographs as {positive} or {negative}. For research and teaching only.
 
 The alias `champion` is the version to use, `challenger` the best candidate of the last run. `cxr history` shows all
-champions and why each was promoted (stored in the tags `champion.0001.…`); `cxr rollback` restores the previous one.
-"""
+champions and why each was promoted (stored in the tags `champion.0001.…`); `cxr rollback` restores the previous one."""
+MAX_INTRODUCTION = 700  # characters; an earlier release wrote more there
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(AnyType(), "image")]),
     outputs=Schema(
@@ -78,6 +89,7 @@ class ChampionRecord:
     """An entry of the champion history: `version` is champion from `since` (ISO 8601, UTC) until the next entry.
 
     `overruled_up_to` is the newest version that existed when a person chose this champion, and 0 if the gate chose it.
+    `candidate`, `f1` with its 95 % interval, and `decided_by`, `gate` or a person, are None in records of release 0.1.
     """
 
     version: str
@@ -85,6 +97,9 @@ class ChampionRecord:
     reason: str
     rollback: bool = False
     overruled_up_to: int = 0
+    candidate: str | None = None
+    f1: str | None = None
+    decided_by: str | None = None
 
 
 def register_candidate(
@@ -98,7 +113,7 @@ def register_candidate(
         run_id: the run that the candidate belongs to.
         folder: the candidate, as written by `candidate.assemble_candidate`.
         example: a radiograph for the input example, uint8 (S, S).
-        tags: tags of a new version.
+        tags: tags of a new version; `candidate` is the name of its logged model too.
     """
     content_hash = candidate.content_hash(folder)
     with store.lock:
@@ -106,20 +121,160 @@ def register_candidate(
             store.client.get_registered_model(name)
         except MlflowException as error:
             _raise_unless_not_found(error)
-            store.client.create_registered_model(name)
-        existing = store.client.search_model_versions(f"name = '{name}' AND tags.{CONTENT_HASH_TAG} = '{content_hash}'")
+            _create_registered_model(store, name)
+        existing = _find_version(store, name, content_hash)
         if existing:
-            return existing[0]
-        model_id = _log_model(store, run_id, folder, example)
+            return existing
+        model_id = _log_model(store, run_id, folder, example, tags["candidate"])
         tags = {CONTENT_HASH_TAG: content_hash, **software_version_tag(), **tags}
-        return store.client.create_model_version(name, f"models:/{model_id}", run_id, tags, model_id=model_id)
+        created = store.client.create_model_version(name, f"models:/{model_id}", run_id, tags, model_id=model_id)
+        version = _find_version(store, name, content_hash) or created  # the lock does not hold on other machines
+        if version.version != created.version:
+            with suppress(MlflowException):  # not every user of a server may delete
+                store.client.delete_model_version(name, str(created.version))
+                store.client.delete_logged_model(model_id)
+        return version
 
 
-def set_model_description(store: Store, name: str, finding: FindingParams, model_card: str) -> None:
-    """Describe the registered model by what it classifies and the model card, without the checklist, which is long."""
+def _create_registered_model(store: Store, name: str) -> None:
+    try:
+        store.client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another machine created it meanwhile
+            raise
+
+
+def _find_version(store: Store, name: str, content_hash: str) -> ModelVersion | None:
+    """Return the oldest version with this content."""
+    found = store.client.search_model_versions(f"name = '{name}' AND tags.{CONTENT_HASH_TAG} = '{content_hash}'")
+    return min(found, key=lambda version: int(version.version), default=None)
+
+
+def complete_logged_models(
+    store: Store, name: str, metrics: Mapping[str, Mapping[str, Any]], dataset_digest: str
+) -> None:
+    """Tie the logged models of all versions to their versions, and log metrics to models and runs that lack them.
+
+    Args:
+        store: the store of the registered model.
+        name: the registered model.
+        metrics: by number of the version, its metrics on the validation set by name; undefined ones are None.
+        dataset_digest: tells this validation set from others, at most 36 characters.
+    """
+    found = mlflow.search_logged_models(experiment_ids=[store.experiment_id], output_format="list")
+    models = {model.model_id: model for model in found}
+    runs = _find_runs(store)
+    for version in list_versions(store, name):
+        number, model, run = str(version.version), models.get(logged_model_id(version)), runs.get(str(version.run_id))
+        if model is None:  # deleted, or of another experiment
+            continue
+        _link_model(store, version, model)
+        logged = sorted(model.metrics or [], key=lambda metric: metric.timestamp)
+        of_model = {metric.key: metric.value for metric in logged if metric.dataset_digest == dataset_digest}
+        batch = [
+            Metric(
+                key, value, int(time.time() * 1000), 0, model_id=model.model_id, dataset_name=VALIDATION,
+                dataset_digest=dataset_digest,
+            )
+            for key, value in metrics.get(number, {}).items()
+            if value is not None and run and not value == of_model.get(key) == run.data.metrics.get(key)
+        ]  # fmt: skip
+        if batch:
+            store.client.log_batch(str(version.run_id), metrics=batch)  # MLflow logs a model's metrics to a run too
+
+
+def logged_model_id(version: ModelVersion) -> str:
+    """Return the id of a version's logged model; the field `model_id` is empty in a database without a server."""
+    return str(version.source).removeprefix("models:/")
+
+
+def _link_model(store: Store, version: ModelVersion, model: LoggedModel) -> None:
+    """Name the version in the model's tag by which MLflow's pages find it, as `mlflow.register_model` does."""
+    known = json.loads(model.tags.get(MLFLOW_MODEL_VERSIONS, "[]"))
+    number = str(version.version)
+    if not any((one["name"], str(one["version"])) == (version.name, number) for one in known):
+        value = json.dumps([*known, {"name": version.name, "version": int(number)}])
+        store.client.set_logged_model_tags(model.model_id, {MLFLOW_MODEL_VERSIONS: value})
+
+
+def _find_runs(store: Store) -> dict[str, Run]:
+    """Return all runs of the experiment that are not deleted, by id."""
+    runs = store.client.search_runs([store.experiment_id], max_results=50_000)
+    return {str(run.info.run_id): run for run in runs}
+
+
+def mark_champion(store: Store, name: str) -> None:
+    """Say on MLflow's pages which version is champion: on those of runs, of versions and of the registered model.
+
+    Runs of versions get the tags `candidate`, `version` and `mlflow.runColor`, and the champion's run `champion`. Of a
+    run with several versions, the champion counts, or else the newest. Of machines that promote at the same time, the
+    one that writes last has read the last entry of the history.
+    """
+    while True:
+        history, last, runs = champion_history(store, name), _last_record(store, name), _find_runs(store)
+        champion = last.version if last else None
+        model = store.client.get_registered_model(name)
+        description = (model.description or "").partition(RULE)[0][:MAX_INTRODUCTION]
+        versions = [version for version in list_versions(store, name) if "candidate" in version.tags]
+        versions.sort(key=lambda version: str(version.version) == champion)
+        for run_id, version in {str(version.run_id): version for version in versions}.items():
+            if run_id in runs:
+                _mark_run(store, runs[run_id], version, is_champion=str(version.version) == champion)
+        for version in versions:
+            number = str(version.version)
+            state = version_card.describe_state(
+                version,
+                history,
+                decisions_about(version),
+                is_champion=number == champion,
+                is_challenger=number == str(model.aliases.get(CHALLENGER)),
+            )
+            _, rule, rest = (version.description or "").partition(RULE)
+            card = f"{state}{rule}{rest}"
+            _describe_version(store, version, card)
+            if number == champion:
+                description += f"{RULE}{card}"
+        _describe_model(store, name, description)
+        if champion_history(store, name) == history:
+            return
+
+
+def _mark_run(store: Store, run: Run, version: ModelVersion, *, is_champion: bool) -> None:
+    color = SEED_COLOR if version.tags["candidate"] != BAG else BAG_COLOR
+    color = CHAMPION_COLOR if is_champion else color
+    tags = {"candidate": version.tags["candidate"], "version": str(version.version), RUN_COLOR_TAG: color}
+    tags |= {CHAMPION: CHAMPION} if is_champion else {}
+    changed = [RunTag(key, value) for key, value in tags.items() if run.data.tags.get(key) != value]
+    if changed:
+        store.client.log_batch(run.info.run_id, tags=changed)
+    if CHAMPION in run.data.tags and not is_champion:
+        try:
+            store.client.delete_tag(run.info.run_id, CHAMPION)
+        except MlflowException as error:  # another machine deleted it
+            _raise_unless_not_found(error)
+
+
+def set_introduction(store: Store, name: str, finding: FindingParams) -> None:
+    """Describe the registered model by what it classifies; `mark_champion` adds the card of the champion."""
     negative, positive = map(escape_markdown, finding.class_names)
-    heading = DESCRIPTION.format(negative=negative, positive=positive)
-    description = f"{heading}\n{model_card.partition(CHECKLIST)[0]}"[:MAX_DESCRIPTION]
+    _, rule, card = (store.client.get_registered_model(name).description or "").partition(RULE)
+    _describe_model(store, name, f"{INTRODUCTION.format(negative=negative, positive=positive)}{rule}{card}")
+
+
+def set_card(store: Store, version: ModelVersion, card: str, f1: str) -> None:
+    """Set what `version_card` says of a candidate, its description and its F1, which `cxr history` shows."""
+    state, rule, _ = (version.description or "").partition(RULE)
+    _describe_version(store, version, f"{state if rule else ''}{RULE}{card}")
+    if version.tags.get(F1_TAG) != f1:
+        store.client.set_model_version_tag(version.name, version.version, F1_TAG, f1)
+
+
+def _describe_version(store: Store, version: ModelVersion, description: str) -> None:
+    if version.description != description:
+        store.client.update_model_version(version.name, version.version, description)
+
+
+def _describe_model(store: Store, name: str, description: str) -> None:
     if store.client.get_registered_model(name).description != description:
         store.client.update_registered_model(name, description)
 
@@ -171,13 +326,13 @@ def champion_history(store: Store, name: str) -> list[ChampionRecord]:
 def _parse_record(name: str, tag: str, value: str) -> ChampionRecord:
     try:
         fields = {OLD_RECORD_FIELDS.get(key, key): field for key, field in json.loads(value).items()}
-        return ChampionRecord(**fields)
+        return ChampionRecord(**{key: fields[key] for key in fields if key in ChampionRecord.__dataclass_fields__})
     except (ValueError, TypeError, AttributeError):
         raise UserError(f"{name}: tag {tag} of the registered model cannot be read; delete it in MLflow") from None
 
 
 def set_champion(
-    store: Store, name: str, version: ModelVersion, reason: str, *, manual: bool = False, rollback: bool = False
+    store: Store, name: str, version: ModelVersion, reason: str, *, person: str | None = None, rollback: bool = False
 ) -> None:
     """Make a version champion after checking that its files still match their checksums.
 
@@ -186,22 +341,49 @@ def set_champion(
         name: the registered model.
         version: the new champion.
         reason: why, shown by `cxr history`.
-        manual: whether a person chose it, not the gate.
+        person: who chose it, if it was not the gate.
         rollback: whether this restores the previous champion.
 
     Raises:
         UserError: the files are missing or changed; the champion stays as it was.
     """
     load_version(version)
-    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     with store.lock:
-        newest = max(int(other.version) for other in list_versions(store, name)) if manual else 0
-        record = ChampionRecord(str(version.version), now, reason, rollback, newest)
-        number = len(champion_history(store, name)) + 1
-        # Another machine may take the same number at the same time; the random suffix keeps both entries.
-        key = f"{CHAMPION_TAG}{number:04}.{uuid4().hex[:8]}"
+        newest = max(int(other.version) for other in list_versions(store, name)) if person else 0
+        known = version.tags.get("candidate"), version.tags.get(F1_TAG), person or GATE
+        record = ChampionRecord(str(version.version), _now(), reason, rollback, newest, *known)
+        key = _next_key(CHAMPION_TAG, len(champion_history(store, name)))
         store.client.set_registered_model_tag(name, key, json.dumps(asdict(record)))
         reconcile_alias(store, name)
+
+
+def record_decision(store: Store, version: ModelVersion, decision: Mapping[str, Any]) -> None:
+    """Append a decision about a version to its tags, with the present time, unless it repeats that it stays challenger.
+
+    Args:
+        store: the store of the version.
+        version: as it is in the store.
+        decision: `promoted`, `reason` and further fields.
+    """
+    decisions = decisions_about(version)
+    if not decision["promoted"] and decisions and {**decisions[-1], "time": None} == {**decision, "time": None}:
+        return
+    value = json.dumps({"time": _now(), **decision})
+    store.client.set_model_version_tag(version.name, version.version, _next_key(DECISION_TAG, len(decisions)), value)
+
+
+def decisions_about(version: ModelVersion) -> list[dict[str, Any]]:
+    """Return the decisions about a version, oldest first; release 0.1 kept only the last one, in other tags."""
+    return [json.loads(version.tags[key]) for key in sorted(version.tags) if key.startswith(DECISION_TAG)]
+
+
+def _next_key(prefix: str, count: int) -> str:
+    # Another machine may take the same number at the same time; the random suffix keeps both entries.
+    return f"{prefix}{count + 1:04}.{uuid4().hex[:8]}"
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def reconcile_alias(store: Store, name: str) -> None:
@@ -356,26 +538,30 @@ def _raise_unless_not_found(error: MlflowException) -> None:
         raise error
 
 
-def _log_model(store: Store, run_id: str, folder: Path, example: np.ndarray) -> str:
-    """Log the model to its run, and return its id."""
+def _log_model(store: Store, run_id: str, folder: Path, example: np.ndarray, name: str) -> str:
+    """Log the model to its run under this name, and return its id."""
     stream = io.BytesIO()
     Image.fromarray(example).save(stream, "PNG")
     run = store.client.get_run(run_id)
     finding = candidate.read_finding(read_json(folder / "candidate.json"))
-    with mlflow.start_run(run_id=run_id), warnings.catch_warnings():
+    with mlflow.start_run(run_id=run_id), warnings.catch_warnings(), tempfile.TemporaryDirectory() as scratch:
+        code = Path(scratch, "pipeline")
+        shutil.copytree(Path(pipeline.__file__).parent, code, ignore=shutil.ignore_patterns(*NOT_SERVED))
         # MLflow advises type hints, which cannot express "bytes or path", and warns that integers cannot be missing.
         warnings.simplefilter("ignore", UserWarning)
         logging.getLogger("mlflow").setLevel(logging.ERROR)
         info = mlflow.pyfunc.log_model(
-            name="model",
+            name=name,
+            step=-1,  # MLflow copies the metrics of the run at this step to the model; no metric has this one
             python_model=str(Path(candidate.__file__).with_name("pyfunc_model.py")),
             artifacts={ARTIFACT: str(folder)},
-            code_paths=[str(Path(pipeline.__file__).parent)],
+            code_paths=[str(code)],
             signature=SIGNATURE,
             metadata={"finding": finding.name, "classes": list(finding.class_names)},
             input_example={"image": [base64.b64encode(stream.getvalue()).decode()]},
             # Without the build, such as +cpu, which the package index does not have.
             pip_requirements=[f"{name}=={metadata.version(name).partition('+')[0]}" for name in REQUIREMENTS],
         )
-    store.client.set_terminated(run_id, run.info.status, run.info.end_time)  # keep the run's own end time
+    # Keep the run's own end time, but not its status, which another machine may have changed in the same way.
+    store.client.set_terminated(run_id, "FINISHED", run.info.end_time)
     return str(info.model_id)

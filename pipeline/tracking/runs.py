@@ -1,6 +1,8 @@
 """MLflow runs: one per seed under one parent run per set of seeds, looked up by fingerprint before they are created.
 
-A run is completed from the outs of its training, so a resumed, repeated or restored training is the same run.
+A run is completed from the outs of its training, so a resumed, repeated or restored training is the same run. Seeds and
+bag, whose run is the parent, have the same metrics at step 0, where MLflow draws bars, and `f1` is the first one logged
+of each run: MLflow compares runs by the metric that it got first.
 """
 
 import hashlib
@@ -19,7 +21,8 @@ import mlflow
 import pandas as pd
 import psutil
 from mlflow.data.pandas_dataset import from_pandas
-from mlflow.entities import DatasetInput, InputTag, Metric, Param, Run
+from mlflow.entities import DatasetInput, InputTag, Metric, Param, Run, ViewType
+from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.utils.mlflow_tags import (
     MLFLOW_DATASET_CONTEXT,
@@ -28,12 +31,13 @@ from mlflow.utils.mlflow_tags import (
     MLFLOW_RUN_NOTE,
 )
 
-from pipeline.core.config import Config
+from pipeline.core.config import Config, SplitParams
 from pipeline.core.files import md5_of_file, read_json, sha256_of_file
 from pipeline.data import manifest
+from pipeline.evaluation.metrics import Scores
 from pipeline.tracking.fingerprint import parent_run_name, seed_run_name
 from pipeline.tracking.store import Store, software_version_tag
-from pipeline.tracking.tracking_uri import workspace_root
+from pipeline.tracking.tracking_uri import SQLITE, tracking_uri, workspace_root
 
 FINGERPRINT = "fingerprint"
 DVC_EXPERIMENT = "dvc.experiment"
@@ -41,7 +45,10 @@ WORKER = "worker"  # host and process that train
 WORKSPACE = "workspace"  # host and folder of the DVC workspace
 MANIFEST = Path("data/manifest.csv")
 DATA_CARD = [Path("data/card.json"), Path("data/card.md")]
+REPORT_HASH = "report_sha256"  # of the report in a complete parent run, and of its metrics
 CHECKPOINT = "checkpoint"  # artifact folder of a run's model
+SEED_STATISTICS = {"mean": "mean", "deviation": "sd", "lowest": "min", "highest": "max"}  # column -> part of a metric
+RACE_SECONDS = 1  # within which machines see a run that one of them creates
 SEED_FILES = ["model.safetensors", "model.json", "history.csv", "metrics.json", "validation.csv"]
 
 
@@ -49,6 +56,7 @@ def parent_run(store: Store, config: Config, fingerprint: str) -> Run:
     """Return the parent run of all seeds; it stays scheduled until `finish_parent` closes it."""
     _close_killed(store)
     run = _find_or_create(store, config, fingerprint, parent_run_name(config, fingerprint), {})
+    _log_params(store, config, run)
     if run.info.status == "RUNNING":  # MLflow's initial status; no process runs the parent itself
         store.client.update_run(run.info.run_id, status="SCHEDULED")
     return run
@@ -62,31 +70,37 @@ class SeedRun:
         tags = {MLFLOW_PARENT_RUN_ID: parent.info.run_id, WORKER: worker}
         run = _find_or_create(store, config, fingerprint, seed_run_name(config, seed, fingerprint), tags)
         self.run_id = run.info.run_id
+        _correct_parent(store, run, parent)
         self.finished = run.info.status == "FINISHED"
         self._client = store.client
+        self._monitored = False
         self._monitor: SystemMetricsMonitor | None = None
         if self.finished:
             return
-        split, self._prefixes, self._last_epochs = config.active.split, dict[int, str](), dict[int, int]()
-        for fold in split.validation_folds:
-            self._prefixes[fold] = prefix = f"fold-{fold}/" if split.cross_validate else ""
+        self._prefixes, self._last_epochs = epoch_prefixes(config.active.split), dict[int, int]()
+        for fold, prefix in self._prefixes.items():
             logged = self._client.get_metric_history(self.run_id, f"{prefix}validation/f1")
             self._last_epochs[fold] = max((metric.step for metric in logged), default=0)
-        scheme = split.model_dump(include={"cross_validate", "held_out_source"})
-        params = {"seed": seed, **scheme, **config.active.train.model_dump()}
-        self._client.log_batch(self.run_id, params=[Param(key, str(value)) for key, value in params.items()])
+        _log_params(store, config, run, seed=seed)
         with store.lock:  # MLflow fails when two runs log the same dataset at once
-            self._log_dataset()
+            try:
+                self._log_dataset()
+            except MlflowException:  # another machine has logged it
+                self._log_dataset()
         self._client.set_tag(self.run_id, WORKER, worker)
         self._client.update_run(self.run_id, status="RUNNING")
 
     def monitor_system_metrics(self) -> Self:
-        """Log CPU, memory and GPU use until the run is closed."""
-        if not self.finished:
-            # Training may take less than MLflow's default sampling interval of ten seconds.
-            self._monitor = SystemMetricsMonitor(self.run_id, sampling_interval=2, resume_logging=True)
-            self._monitor.start()
+        """Log CPU, memory and GPU use from the end of the first epoch until the run is closed."""
+        self._monitored = not self.finished
+        if self._monitored and any(self._last_epochs.values()):
+            self._start_monitor()
         return self
+
+    def _start_monitor(self) -> None:
+        # Training may take less than MLflow's default sampling interval of ten seconds.
+        self._monitor = SystemMetricsMonitor(self.run_id, sampling_interval=2, resume_logging=True)
+        self._monitor.start()
 
     def close(self, status: str) -> None:
         if self.finished:
@@ -101,8 +115,10 @@ class SeedRun:
     ) -> None:
         """Log one row of `history.csv`, unless the epoch has been logged before.
 
+        Until the run is complete, its metrics at step 0 are those of the last epoch.
+
         Args:
-            fold: the fold that validates; in cross-validation, the names of the metrics begin with it.
+            fold: the fold that validates; in cross-validation, the names of the metrics by epoch begin with it.
             row: the epoch and its metrics.
             ended_at: end of the epoch in seconds since 1970; by default now.
             images_per_second: training throughput, which is not among the outs.
@@ -110,16 +126,20 @@ class SeedRun:
         epoch = int(row["epoch"])
         if self.finished or epoch <= self._last_epochs[fold]:
             return
-        metrics = {f"validation/{key}": row[key] for key in row if key not in ("epoch", "train_loss", "lr")} | {
+        scores = {key: row[key] for key in row if key not in ("epoch", "train_loss", "lr")}
+        metrics = {f"validation/{key}": value for key, value in scores.items()} | {
             "train/loss": row["train_loss"],
             "train/lr": row["lr"],
             "train/images_per_second": images_per_second,
         }
-        prefix = self._prefixes[fold]
+        prefix, ended_at = self._prefixes[fold], ended_at or time.time()
+        log_summary(self._client, self.run_id, scores, ended_at)
         log_metrics(
             self._client, self.run_id, {f"{prefix}{key}": value for key, value in metrics.items()}, epoch, ended_at
         )
         self._last_epochs[fold] = epoch
+        if self._monitored and not self._monitor:
+            self._start_monitor()
 
     def upload_checkpoint(self, weights: Path) -> None:
         """Upload the weights kept so far, replacing earlier ones."""
@@ -136,7 +156,9 @@ class SeedRun:
             self._client.log_artifact(self.run_id, str(folder / name), CHECKPOINT)
         best = read_json(folder / "metrics.json")
         del best["run"]
-        log_metrics(self._client, self.run_id, {f"best/{key}": value for key, value in best.items()}, best["epoch"])
+        # Of metrics at one step, MLflow shows the one with the latest time, and the clock may have been set back since.
+        logged = self._client.get_metric_history(self.run_id, "f1")
+        log_summary(self._client, self.run_id, best, max([time.time(), *((m.timestamp + 1) / 1000 for m in logged)]))
         rows = "".join(
             f"| {key.replace('_', ' ')} | {value:.4g} |\n" for key, value in best.items() if value is not None
         )
@@ -160,6 +182,11 @@ class SeedRun:
         self._client.log_inputs(self.run_id, [DatasetInput(entity, tags)])
 
 
+def epoch_prefixes(split: SplitParams) -> dict[int, str]:
+    """Return what the names of the metrics by epoch begin with, by validation fold."""
+    return {fold: f"fold-{fold}/" if split.cross_validate else "" for fold in split.validation_folds}
+
+
 def log_metrics(
     client: mlflow.MlflowClient,
     run_id: str,
@@ -168,46 +195,109 @@ def log_metrics(
     timestamp: float | None = None,
 ) -> None:
     """Log metrics as of now or of `timestamp` (seconds since 1970), except missing ones (MLflow stores NaN as 0)."""
-    milliseconds = int((timestamp or time.time()) * 1000)
+    milliseconds = round((timestamp or time.time()) * 1000)
     batch = [Metric(key, float(value), milliseconds, step) for key, value in metrics.items() if not pd.isna(value)]
     client.log_batch(run_id, metrics=batch)
 
 
-def finish_parent(store: Store, run: Run, report: Path, bag: Mapping[str, Any]) -> None:
-    """Add the report, the data card, the bag's metrics and the table of all models to the parent run, and close it."""
+def log_summary(
+    client: mlflow.MlflowClient, run_id: str, metrics: Mapping[str, Any], timestamp: float | None = None
+) -> None:
+    """Log the metrics of a model at step 0, F1 first; see `log_metrics`."""
+    log_metrics(client, run_id, {"f1": metrics["f1"], **metrics}, timestamp=timestamp)
+
+
+def finish_parent(store: Store, run: Run, report: Path, bag: Mapping[str, Any], seeds: pd.DataFrame) -> None:
+    """Complete the parent run and close it.
+
+    Args:
+        store: the store of the run.
+        run: the parent run.
+        report: the folder of the report, which is uploaded with the data card; its table of all models is shown.
+        bag: the metrics of the bag.
+        seeds: their mean, deviation, lowest and highest value over the seeds by metric, as in metrics/seeds.csv.
+    """
+    statistics = seed_statistics(seeds)
     hashes = [sha256_of_file(report / name) for name in ("table.csv", "index.html")]
-    digest = hashlib.sha256(json.dumps([*hashes, bag]).encode()).hexdigest()
-    if run.data.tags.get("report_sha256") == digest:
+    digest = hashlib.sha256(json.dumps([*hashes, bag, statistics]).encode()).hexdigest()
+    if run.data.tags.get(REPORT_HASH) == digest:
         return
     for file in sorted(path for path in report.iterdir() if path.is_file()):
         store.client.log_artifact(run.info.run_id, str(file), "report")
     for file in DATA_CARD:
         store.client.log_artifact(run.info.run_id, str(file), "data")
-    log_metrics(store.client, run.info.run_id, {f"bag/{key}": value for key, value in bag.items()})
+    log_summary(store.client, run.info.run_id, {**bag, **statistics})
     store.client.set_tag(run.info.run_id, MLFLOW_RUN_NOTE, (report / "table.md").read_text(encoding="utf-8"))
     store.client.set_terminated(run.info.run_id, "FINISHED")
-    store.client.set_tag(run.info.run_id, "report_sha256", digest)  # last: marks the run as complete
+    store.client.set_tag(run.info.run_id, REPORT_HASH, digest)  # last: marks the run as complete
+
+
+def seed_statistics(seeds: pd.DataFrame) -> dict[str, float]:
+    """Return the metrics of a parent run over its seeds, `seeds/f1_mean` and others, from metrics/seeds.csv."""
+    return {
+        f"seeds/{metric}_{part}": float(seeds.loc[metric, column])  # type: ignore[arg-type]
+        for metric in Scores.__annotations__
+        for column, part in SEED_STATISTICS.items()
+    }
 
 
 def find_run(store: Store, fingerprint: str) -> Run | None:
     """Return the run with this fingerprint."""
-    runs = store.client.search_runs([store.experiment_id], f"tags.{FINGERPRINT} = '{fingerprint}'", max_results=1)
-    return runs[0] if runs else None
+    return next(iter(_find_runs(store, fingerprint)), None)
+
+
+def _find_runs(store: Store, fingerprint: str) -> list[Run]:
+    """Return the runs with this fingerprint, oldest first; several only if machines created them at the same time."""
+    oldest_first = ["attributes.start_time", "attributes.run_id"]
+    return store.client.search_runs(
+        [store.experiment_id], f"tags.{FINGERPRINT} = '{fingerprint}'", order_by=oldest_first
+    )
 
 
 def _find_or_create(store: Store, config: Config, fingerprint: str, name: str, tags: Mapping[str, str]) -> Run:
     with store.lock:
-        run = find_run(store, fingerprint)
-        if run:
-            return run
-        common = {
-            FINGERPRINT: fingerprint,
-            "profile": config.profile,
-            "data_md5": md5_of_file(MANIFEST),
-            WORKSPACE: _workspace(),
-        }
-        all_tags = {**common, **tags, **software_version_tag(), **commit_and_experiment_tags()}
-        return store.client.create_run(store.experiment_id, tags=all_tags, run_name=name)
+        found, created = _find_runs(store, fingerprint), None
+        if not found:
+            common = {
+                FINGERPRINT: fingerprint,
+                "profile": config.profile,
+                "data_md5": md5_of_file(MANIFEST),
+                WORKSPACE: _workspace(),
+            }
+            all_tags = {**common, **tags, **software_version_tag(), **commit_and_experiment_tags()}
+            created = store.client.create_run(store.experiment_id, tags=all_tags, run_name=name).info.run_id
+            if not tracking_uri().startswith(SQLITE):  # whose lock holds on other machines too
+                time.sleep(RACE_SECONDS)
+            found = _find_runs(store, fingerprint)
+        run, *others = found
+        for other in others:
+            if other.info.run_id == created or _is_left_over(store, other):
+                with suppress(MlflowException):  # not every user of a server may delete
+                    store.client.delete_run(other.info.run_id)
+        return run
+
+
+def _log_params(store: Store, config: Config, run: Run, **params: Any) -> None:
+    """Log the parameters of the training, except those that the run has: MLflow lets no parameter change."""
+    scheme = config.active.split.model_dump(include={"cross_validate", "held_out_source"})
+    params |= {**scheme, **config.active.train.model_dump()}
+    missing = [Param(key, str(value)) for key, value in params.items() if key not in run.data.params]
+    if missing:
+        store.client.log_batch(run.info.run_id, params=missing)
+
+
+def _is_left_over(store: Store, run: Run) -> bool:
+    """Tell whether no machine uses a run of which there is an older one with the same fingerprint."""
+    return run.info.status != "RUNNING" and not store.client.search_model_versions(f"run_id = '{run.info.run_id}'")
+
+
+def _correct_parent(store: Store, run: Run, parent: Run) -> None:
+    """Move a run to its parent, if it belongs to another parent that a machine created at the same time."""
+    other = run.data.tags.get(MLFLOW_PARENT_RUN_ID)
+    if other != parent.info.run_id:
+        filters = f"attributes.run_id = '{other}' AND tags.{FINGERPRINT} = '{parent.data.tags[FINGERPRINT]}'"
+        if store.client.search_runs([store.experiment_id], filters, ViewType.ALL):
+            store.client.set_tag(run.info.run_id, MLFLOW_PARENT_RUN_ID, parent.info.run_id)
 
 
 def commit_and_experiment_tags() -> dict[str, str]:

@@ -1,6 +1,7 @@
 """The MLflow tracking URI and a reachability check, without importing MLflow (which takes seconds)."""
 
 import os
+import shlex
 import socket
 import ssl
 import urllib.request
@@ -43,6 +44,12 @@ def sqlite_path(uri: str) -> Path:
     return Path(unquote(uri.removeprefix(SQLITE).partition("?")[0]))
 
 
+def shell_uri() -> str:
+    """Return the tracking URI for a shell command that a user shall type; it shows no password."""
+    uri = tracking_uri()
+    return shlex.quote(uri) if uri.startswith(SQLITE) else '"$MLFLOW_TRACKING_URI"'
+
+
 def check_reachable() -> None:
     """Check that the server or folder of the tracking URI can be reached; MLflow itself would retry for minutes.
 
@@ -74,7 +81,3 @@ def unreachable_error(reason: str) -> UnreachableError:
         f"MLflow at {redact_credentials(tracking_uri())} cannot be used: {redact_credentials(reason)}; start the "
         "server or correct MLFLOW_TRACKING_URI (unset it to use mlflow.db in the repository's root)"
     )
-
-
-if __name__ == "__main__":  # for the Makefile
-    print(tracking_uri())

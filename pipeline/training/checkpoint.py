@@ -38,9 +38,16 @@ class Checkpoint:
             Path(lock.lock_file).unlink()
 
     def save(self, state: dict[str, Any]) -> None:
-        """Replace the last checkpoint; `state` consists of numbers, strings and tensors."""
+        """Replace the last checkpoint; `state` consists of numbers, strings and tensors.
+
+        Raises:
+            OSError: it cannot be written, such as on a full disk; the last one is kept.
+        """
         with atomic_path(self.path) as temporary, temporary.open("wb") as out:
-            torch.save({"fingerprint": self._fingerprint, "state": state}, out)
+            try:
+                torch.save({"fingerprint": self._fingerprint, "state": state}, out)
+            except RuntimeError as error:  # torch raises it, too, for what it failed to write
+                raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
             out.flush()
             os.fsync(out.fileno())
         folder = os.open(self.path.parent, os.O_RDONLY)

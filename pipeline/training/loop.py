@@ -191,10 +191,13 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Return everything that training changes, as numbers, strings and tensors."""
+        optimizer = self.optimizer.state_dict()
+        for param_group in optimizer["param_groups"]:
+            param_group["lr"] = self.params.lr  # each step sets its own; on CUDA it would bring along a whole batch
         return {
             "network": self.network.state_dict(),
             "averaged": self.averaged.state_dict() if self.averaged else {},
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
             "scaler": self.scaler.state_dict(),
             "epoch": self.epoch,
             "step": self.step,

@@ -84,8 +84,8 @@ def _read_list(folder: SourceFolder, file: str, subset: str) -> pd.DataFrame:
 def _merge_repeated(table: pd.DataFrame, path: str) -> pd.DataFrame:
     """Keep one line of each image, if all say the same class."""
     for column, values in (("label", "classes"), ("patient", "patients")):
-        said = table.drop_duplicates(["file", column])["file"]
-        several = said[said.duplicated()].unique()
+        files = table.drop_duplicates(["file", column])["file"]
+        several = files[files.duplicated()].unique()
         message = f"{path}: {len(several)} images have two {values}, the first is {next(iter(several), '')}"
         if len(several) and column == "label":
             raise UserError(f"{message}; keep the right line of each")

@@ -1,0 +1,38 @@
+"""Serve MLflow's UI on this machine."""
+
+import os
+
+import click
+
+from stages.common import stage
+
+
+@stage
+@click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True, help="Port on this machine.")
+def ui(port: int) -> None:
+    """Serve MLflow's UI until Ctrl-C, and print the links to seeds and bag by F1.
+
+    If MLFLOW_TRACKING_URI is a server, which has its own UI, only its links are printed.
+    """
+    from pipeline.core.config import load_config
+    from pipeline.tracking import saved_view
+    from pipeline.tracking.store import connect
+    from pipeline.tracking.tracking_uri import tracking_uri
+
+    config, uri = load_config(), tracking_uri()
+    store = connect(config.model_name)
+    if not store.client.search_runs([store.experiment_id], max_results=1):
+        click.echo("No run yet; they appear while dvc repro trains.")
+    if uri.startswith("http"):
+        click.echo(saved_view.format_links(store))
+        return
+    saved_view.save_view(store, config)
+    click.echo("MLflow starts, which takes about ten seconds. Then open:")
+    click.echo(saved_view.format_links(store, f"http://127.0.0.1:{port}"))
+    os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
+    server = ["mlflow", "ui", "--workers", "1", "--host", "127.0.0.1", "--port", str(port)]
+    os.execvp("mlflow", [*server, "--backend-store-uri", uri])  # noqa: S606
+
+
+if __name__ == "__main__":
+    ui()
