@@ -20,9 +20,10 @@ import pandas as pd
 from scipy.stats import norm
 
 from pipeline.core.markdown import markdown_table
+from pipeline.evaluation.compare_recipes import seed_mean_interval
 from pipeline.evaluation.metric_tables import Predictions, ValidationSet
 from pipeline.evaluation.metrics import apply_threshold
-from pipeline.evaluation.paired_pruning import paired_difference
+from pipeline.evaluation.paired_pruning import is_worse
 
 SIZES = [(208, 26), (1527, 157)]  # images and positive images
 TRIALS, SEEDS, RESAMPLES = 20, 3, 100
@@ -40,45 +41,49 @@ def search(task: tuple[int, int, float, int]) -> list[dict[str, float | str]]:
     labels = np.arange(images) < positives
     validation = ValidationSet(labels, np.arange(images), RESAMPLES)
     separations = np.sqrt(2) * norm.ppf(BEST_AUROC) - spread * rng.exponential(size=TRIALS)
-    true = norm.cdf(separations / np.sqrt(2))
+    true_auroc = norm.cdf(separations / np.sqrt(2))
     difficulty = rng.normal(size=images) * np.sqrt(IMAGE)
     trials = []
     for separation in separations:
         own = difficulty + rng.normal(size=images) * np.sqrt(RECIPE)
-        samples = {}
+        resampled = {}
         for seed in range(SEEDS):
             shift = separation + rng.normal() * SEED_DEVIATION
             scores = norm.cdf(own + rng.normal(size=images) * np.sqrt(SEED) + labels * shift - 1)
-            samples[f"seed-{seed}"] = validation.bootstrap_metrics(Predictions(apply_threshold(scores), scores))[
-                "auroc"
-            ]
-        trials.append(pd.DataFrame(samples))
+            predictions = Predictions(apply_threshold(scores), scores)
+            resampled[f"seed-{seed}"] = validation.bootstrap_metrics(predictions)["auroc"]
+        trials.append(pd.DataFrame(resampled))
     rows: list[dict[str, float | str]] = []
     for rule in RULES:
-        trainings, pruned, no_worse, complete, values = 0, list[int](), 0, dict[int, float](), list[dict[str, float]]()
-        for number_, samples_ in enumerate(trials):
+        trainings, pruned, no_worse, complete, seed_metrics = 0, list[int](), 0, dict[int, float](), list[pd.Series]()
+        for index, trial in enumerate(trials):
             best = max(complete, key=complete.__getitem__) if complete else None
             for count in range(1, SEEDS + 1):
                 trainings += 1
-                done = samples_.iloc[:, :count]
+                done = trial.iloc[:, :count]
                 if best is None or count == SEEDS or rule == "none":
                     continue
-                reference = trials[best]
-                others = [other for index, other in enumerate(values) if index != best] if rule == "paired" else []
-                mean, _, high = paired_difference(done, reference, others)
-                if (mean if rule == "first seed" else high) < 0:
-                    pruned.append(number_)
-                    no_worse += bool(true[number_] >= true[best])
+                differences = (done - trials[best].iloc[:, :count]).to_numpy()
+                if rule == "paired":
+                    table = pd.DataFrame([*seed_metrics, done.iloc[0]])
+                    worse = is_worse(done, trials[best], table, len(complete))
+                elif rule == "unpooled":
+                    worse = count > 1 and seed_mean_interval(differences)[1] < 0
+                else:
+                    worse = differences[0].mean() < 0
+                if worse:
+                    pruned.append(index)
+                    no_worse += bool(true_auroc[index] >= true_auroc[best])
                     break
             else:
-                complete[number_] = float(samples_.iloc[0].mean())
-            values.append(dict(done.iloc[0]))
+                complete[index] = float(trial.iloc[0].mean())
+            seed_metrics.append(done.iloc[0])
         chosen = max(complete, key=complete.__getitem__)
         rows.append(
             {
-                "rule": rule, "saved": 1 - trainings / (TRIALS * SEEDS), "pruned": len(pruned) / TRIALS,
-                "best_pruned": float(int(true.argmax()) in pruned), "no_worse": no_worse, "count": len(pruned),
-                "loss": float(true.max() - true[chosen]),
+                "rule": rule, "saved": 1 - trainings / (TRIALS * SEEDS),
+                "best_pruned": float(int(true_auroc.argmax()) in pruned), "no_worse": no_worse, "count": len(pruned),
+                "loss": float(true_auroc.max() - true_auroc[chosen]),
             }
         )  # fmt: skip
     return rows

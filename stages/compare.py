@@ -36,7 +36,7 @@ def compare(a: str, b: str, json_file: Path | None, png: Path | None) -> None:
     from pipeline.evaluation.compare_recipes import compare_recipes
     from pipeline.report import comparison_chart
 
-    recipe_a, recipe_b = _load(a), _load(b)
+    recipe_a, recipe_b = load_experiment(a), load_experiment(b)
     comparison = compare_recipes(recipe_a, recipe_b)
     if png:
         comparison_chart.write_comparison(png, comparison.metrics, a, b)
@@ -49,7 +49,7 @@ def compare(a: str, b: str, json_file: Path | None, png: Path | None) -> None:
     _print_comparison(recipe_a, recipe_b, comparison)
 
 
-def _load(name: str) -> "Recipe":
+def load_experiment(name: str) -> "Recipe":
     """Read a recipe from a folder, or from DVC's cache if the name is not that of a folder with a params.yaml.
 
     Raises:

@@ -15,9 +15,6 @@ from ray.exceptions import RayError
 
 from pipeline.core.config import Config
 from pipeline.core.errors import UserError, first_line, redact_credentials
-from pipeline.tracking.fingerprint import training_fingerprint
-from pipeline.tracking.runs import parent_run
-from pipeline.tracking.store import connect
 from stages.common import prepend_environment_path
 
 MAX_RETRIES = 3  # of a seed whose worker or machine was lost
@@ -26,8 +23,6 @@ MAX_RETRIES = 3  # of a seed whose worker or machine was lost
 def train(address: str, config: Config, gpus_per_seed: float | None = None) -> dict[int, str]:
     """Train all seeds on the cluster, see `open_cluster`; return the reason of failure for each seed that failed."""
     start = open_cluster(address, config, gpus_per_seed)
-    # Create it here, once; tasks that search for it at the same time would each create one.
-    parent_run(connect(config.model_name), config, training_fingerprint(config))
     seeds = {start(seed): seed for seed in config.seeds}
     unfinished, failures = list(seeds), dict[int, str]()
     while unfinished:
@@ -44,22 +39,20 @@ def train(address: str, config: Config, gpus_per_seed: float | None = None) -> d
 
 
 def wait_for_seeds(tasks: Sequence[ray.ObjectRef[None]], stop: Callable[[], int]) -> None:
-    """Wait until all these seeds are trained; if `stop` returns a signal, cancel them.
+    """Wait until all these seeds are trained; if `stop` returns a signal, cancel those that are not.
 
     Raises:
-        UserError: one failed, or was stopped.
+        UserError: one failed, or was cancelled.
     """
     unfinished = list(tasks)
-    while unfinished:
-        finished, unfinished = ray.wait(unfinished, timeout=1)
-        try:
-            ray.get(finished)
-        except (RayError, UserError) as error:
-            raise UserError(_reason(error)) from None
-        if stop():
-            for task in unfinished:
-                ray.cancel(task)
-            raise UserError("stopped")
+    while unfinished and not stop():
+        _, unfinished = ray.wait(unfinished, num_returns=len(unfinished), timeout=1)
+    for task in unfinished:
+        ray.cancel(task)
+    try:
+        ray.get(list(tasks))
+    except (RayError, UserError) as error:
+        raise UserError(_reason(error)) from None
 
 
 def open_cluster(

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,26 @@ if TYPE_CHECKING:
     from pipeline.training.progress import TrainingProgress
 
 
+def start_logged(
+    command: Sequence[str], log: Path, variables: Mapping[str, str], pass_fds: Sequence[int] = ()
+) -> subprocess.Popen[bytes]:
+    """Start a command with its output in a log, in a session of its own, which Ctrl-C does not reach."""
+    log.parent.mkdir(exist_ok=True)
+    # Idle threads yield their core to other seeds; the results do not change.
+    environment = os.environ | {"GOMP_SPINCOUNT": "0", **variables}
+    with log.open("wb") as out:
+        return subprocess.Popen(
+            command, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, pass_fds=pass_fds
+        )
+
+
+def first_error(log: Path) -> str:
+    """Return the first error line of a log, which is the stage's or DVC's."""
+    prefix, lines = "error: ", log.read_text(encoding="utf-8", errors="replace").splitlines()
+    errors = [line[len(prefix) :] for line in lines if line.lower().startswith(prefix)]
+    return errors[0] if errors else "no error message"
+
+
 @dataclass
 class SeedProcess:
     """The `dvc repro` of one seed, with its log and the progress file that the training writes."""
@@ -30,17 +50,12 @@ class SeedProcess:
     process: subprocess.Popen[bytes] | None = None
 
     def start(self, variables: dict[str, str]) -> None:
-        """Start with these variables, in a session of its own, so that Ctrl-C reaches it only through `stop`."""
+        """Start with these variables; Ctrl-C reaches it only through `stop`."""
         from pipeline.training.progress import progress_path
 
         progress_path(self.seed).unlink(missing_ok=True)  # of an earlier training
-        # Idle threads yield their core to other seeds; the results do not change.
-        changes = {"GOMP_SPINCOUNT": "0", **variables}
         command = ["dvc", "--wait-for-lock", "repro", "-s", f"train@{self.seed}"]
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                command, env=os.environ | changes, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-            )
+        self.process = start_logged(command, self.log, variables)
 
     def stop(self) -> None:
         """Interrupt the training; DVC itself ignores the signal while a stage runs."""
@@ -56,11 +71,8 @@ class SeedProcess:
         return self.process is not None and self.process.poll() not in (None, 0)
 
     def failure_reason(self, jobs: int = 1) -> str:
-        """Return the first error line of the log, which is the stage's or DVC's, of one of `jobs` trainings at once."""
-        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        prefix = "error: "
-        errors = [line[len(prefix) :] for line in lines if line.lower().startswith(prefix)]
-        reason = errors[0] if errors else "no error message"
+        """Return the first error of the log of one of `jobs` trainings at once."""
+        reason = first_error(self.log)
         # The training does not know of the others.
         return f"{reason}, or lower --jobs" if jobs > 1 and "out of memory" in reason else reason
 
@@ -138,9 +150,7 @@ def _train_locally(seeds: list[int], jobs: int) -> dict[int, str]:
     from pipeline.training.signals import SignalHandler
 
     jobs = min(jobs, len(seeds))
-    logs = Path("logs")
-    logs.mkdir(exist_ok=True)
-    processes = [SeedProcess(seed, logs / f"seed-{seed}.log") for seed in seeds]
+    processes = [SeedProcess(seed, Path("logs", f"seed-{seed}.log")) for seed in seeds]
     waiting = deque(processes)
     slots: list[SeedProcess | None] = [None] * jobs
     with SignalHandler() as stop, gpu_environments(jobs) as gpus, Live(_progress_table(processes)) as live:

@@ -1,6 +1,7 @@
-"""`cxr tune`: search spaces, paired pruning, and a search that is killed and resumed."""
+"""`cxr tune`: search spaces, paired pruning, and searches that are interrupted, resumed and run in parallel."""
 
 import shlex
+import signal
 import time
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from conftest import (
     clean_environment,
     commit_all,
     copy_project,
+    edit_params,
     error_line_of,
+    error_message,
     mlflow_client,
     output_of,
     run,
@@ -24,9 +27,10 @@ from optuna.trial import TrialState
 from pipeline.core.config import load_config
 from pipeline.evaluation.metric_tables import Predictions, ValidationSet
 from pipeline.evaluation.metrics import apply_threshold
-from pipeline.evaluation.paired_pruning import paired_difference
+from pipeline.evaluation.paired_pruning import is_worse, residual_variance
 from pipeline.training.search_space import parse_search_space
 from stages.tune import _apply
+from stages.tuner import Tuner
 
 pytestmark = pytest.mark.slow
 
@@ -35,26 +39,38 @@ BEST_SEPARATION, SEEDS = 2.4, 3  # of the classes, in standard deviations
 
 def simulate_trial(rng: np.random.Generator, validation: ValidationSet, separation: float) -> pd.DataFrame:
     """Return the AUROC of three seeds on all resamples."""
-    samples = {}
+    resampled = {}
     for seed in range(SEEDS):
         logits = rng.normal(size=len(validation.labels)) + validation.labels * (separation + rng.normal() * 0.1)
         scores = 1 / (1 + np.exp(1 - logits))
-        samples[f"seed-{seed}"] = validation.bootstrap_metrics(Predictions(apply_threshold(scores), scores))["auroc"]
-    return pd.DataFrame(samples)
+        resampled[f"seed-{seed}"] = validation.bootstrap_metrics(Predictions(apply_threshold(scores), scores))["auroc"]
+    return pd.DataFrame(resampled)
 
 
 def test_a_worse_recipe_is_pruned_after_one_seed_and_an_equal_one_almost_never():
     rng, pruned = np.random.default_rng(0), {"equal": 0, "worse": 0}
     validation = ValidationSet(np.arange(200) < 40, np.arange(200), 100)
     for _ in range(40):
-        best, *others = (simulate_trial(rng, validation, BEST_SEPARATION) for _ in range(4))
-        pool = [dict(other.iloc[0]) for other in others]
+        trials = [simulate_trial(rng, validation, BEST_SEPARATION) for _ in range(4)]
+        best = max(trials, key=lambda trial: trial.iloc[0].mean())
         for name, separation in (("equal", BEST_SEPARATION), ("worse", BEST_SEPARATION / 3)):
             first_seed = simulate_trial(rng, validation, separation)[["seed-0"]]
-            pruned[name] += paired_difference(first_seed, best, pool)[2] < 0
-            assert np.isnan(paired_difference(first_seed, best)[2])  # one seed alone never decides
-    assert pruned["equal"] <= 4
+            seed_metrics = pd.DataFrame([trial.iloc[0] for trial in (*trials, first_seed)])
+            pruned[name] += is_worse(first_seed, best, seed_metrics, len(trials))
+            two = pd.DataFrame([best.iloc[0], first_seed.iloc[0]])
+            assert not is_worse(first_seed, best, two, 1)  # one seed of one other trial never decides
+    assert pruned["equal"] <= 2
     assert pruned["worse"] >= 36
+
+
+def test_the_variance_between_seeds_is_the_residual_of_a_two_way_analysis_without_repetitions():
+    values = np.random.default_rng(0).normal(size=(5, 3))
+    residuals = values - values.mean(0) - values.mean(1, keepdims=True) + values.mean()
+    assert residual_variance(values) == (pytest.approx((residuals**2).sum() / 8), 8)
+    pruned = np.vstack([values, [3.0, np.nan, np.nan]])  # of one seed, which says nothing of others
+    assert residual_variance(pruned) == (pytest.approx((residuals**2).sum() / 8), 8)
+    constant = pd.DataFrame({"seed-0": np.full(100, 0.9), "seed-1": np.full(100, 0.9)})
+    assert not is_worse(constant[["seed-0"]] - 0.1, constant, constant.iloc[:3], 2)  # no variance is known
 
 
 def test_a_search_space_has_the_types_of_its_keys_and_the_present_values(demo_project, monkeypatch):
@@ -62,10 +78,11 @@ def test_a_search_space_has_the_types_of_its_keys_and_the_present_values(demo_pr
     expressions = [
         "demo.train.lr=log(1e-4,1e-2)",
         "demo.train.dropout=interval(0.3,0.5)",
-        "demo.train.epochs=range(1,6,2)",
+        "demo.train.epochs=range(1,6,2)",  # without the present value, 2
         "demo.train.batch_size=tag(log, interval(4,32))",
         "demo.train.optimizer=adamw,sgd",
         "demo.train.head_hidden=[],[256,128]",
+        "demo.train.weight_decay=range(0,1,0.3)",
     ]
     space, present = parse_search_space(expressions, load_config(), _apply)
     assert list(space.values()) == [
@@ -75,10 +92,10 @@ def test_a_search_space_has_the_types_of_its_keys_and_the_present_values(demo_pr
         optuna.distributions.IntDistribution(4, 32, log=True),
         optuna.distributions.CategoricalDistribution(["adamw", "sgd"]),
         optuna.distributions.CategoricalDistribution(["[]", "[256,128]"]),
+        optuna.distributions.FloatDistribution(0, 0.9, step=0.3),
     ]
     assert present == {
         "demo.train.lr": 2e-3,
-        "demo.train.epochs": 2,
         "demo.train.batch_size": 8,
         "demo.train.optimizer": "adamw",
         "demo.train.head_hidden": "[]",
@@ -95,11 +112,31 @@ def test_a_search_space_has_the_types_of_its_keys_and_the_present_values(demo_pr
         ("demo.train.lr=log(1e-2,1e-4)", "demo.train.lr=log(1e-2,1e-4): `low <= high` must hold"),
         ("demo.train.lr=log(a,b)", "demo.train.lr=log(a,b): TypeError while evaluating 'log(a,b)'"),
         ("demo.train.fused=interval(0,1)", "demo.train.fused=interval(0,1): no numbers (False); list its values"),
+        ("demo.train.lr=1e-3", "demo.train.lr=1e-3: no values to choose from; write one of KEY=A,B"),
+        ("~demo.train.lr", "~demo.train.lr: no values to choose from"),
+        ("demo.train.lr=range(3,1)", "demo.train.lr=range(3,1): no values to choose from"),
+        ("demo.train.epochs=range(1,6,0)", "demo.train.epochs=range(1,6,0): the step is 0"),
+        ("demo.train.optimizer=glob(*)", "demo.train.optimizer=glob(*): ConfigLoader is not set"),
+        ("demo.train.class_weights.0=1,2", "demo.train.class_weights.0: part of a list; give whole lists"),
+        (
+            "demo.train.lr=1,2 --seeds 1.5",
+            "params.yaml: seeds.0: input should be a valid integer",
+        ),
+        ("demo.train.lr=1,2 --seeds range(3)", "seeds=[range(3)]: "),
         ("demo.train.lr", "demo.train.lr: missing EQUAL at '<EOF>'; write one of KEY=A,B  KEY=interval(LOW,HIGH)"),
         ("demo.train.lr=1,2 demo.train.lr=3,4", "demo.train.lr: given twice; give it once"),
-        ("demo.split.seed=1,2", "demo.split.seed: not in demo.prepare, demo.train, demo.weights; other keys change"),
+        (
+            "demo.split.seed=1,2",
+            "demo.split.seed: not in demo.prepare, demo.train, demo.weights, or changes the images",
+        ),
+        (
+            "demo.prepare.views=[PA],[AP]",
+            "demo.prepare.views: not in demo.prepare, demo.train, demo.weights, or changes",
+        ),
+        ("demo.prepare.image_size=48,64 --ray auto", "demo.prepare.image_size: a Ray cluster gets prepared images"),
         ("competition.train.lr=1,2", "competition.train.lr: not in demo.prepare, demo.train, demo.weights"),
         ("demo.train.lr=1,2 --seeds 0,0", "params.yaml: seeds: a seed is listed twice"),
+        ("demo.train.lr=1,2 --study a/b", "--study a/b: write letters, digits, _ and -"),
     ],
 )
 def test_a_mistake_is_one_line_before_anything_starts(demo_project, monkeypatch, arguments, message):
@@ -108,52 +145,79 @@ def test_a_mistake_is_one_line_before_anything_starts(demo_project, monkeypatch,
     assert not Path("optuna.db.lock").exists()
 
 
-def test_a_killed_search_resumes_and_its_best_trial_is_applied_and_compared(demo_project, tmp_path, monkeypatch):
+def test_a_killed_and_interrupted_search_resumes_and_a_trial_that_the_workspace_has_run_trains_nothing(
+    demo_project, tmp_path, monkeypatch
+):
     project = copy_project(demo_project, tmp_path / "project")
-    (project / ".gitignore").write_text((project / ".gitignore").read_text() + "/*.log\n")
-    commit_all(project)
+    use_project(project, monkeypatch)
+    client = mlflow_client(project)
+    (champion,) = client.search_runs(["1"], "tags.candidate = 'bag'")
     command = "cxr tune 'demo.train.lr=log(1e-4,1e-2)' demo.train.optimizer=adamw,sgd"
-    command += " --trials 2"
+    command += " --study present --trials 1 --seeds 0"
+    log = Path("logs/present-0.log")
+    for sent in (signal.SIGKILL, signal.SIGINT):
+        log.unlink(missing_ok=True)
+        with Path("tune.log").open("w") as out:
+            tune = psutil.Popen(shlex.split(command), env=clean_environment(), stdout=out, stderr=out)
+        while not log.exists() or "Running stage 'evaluate'" not in log.read_text():
+            assert tune.poll() is None, Path("tune.log").read_text()
+            time.sleep(0.05)
+        for process in [tune, *(tune.children(recursive=True) if sent == signal.SIGKILL else [])]:
+            process.send_signal(sent)
+        status = tune.wait()
+    assert status == 130
+    assert Path("tune.log").read_text().endswith("stopped; the same command resumes\n")
+
+    assert output_of(command).endswith("present-0 is the best of 1 trials, and has the present values.\n")
+    assert "Running stage 'train" not in log.read_text()
+    trials = optuna.load_study(study_name="present", storage="sqlite:///optuna.db").trials
+    assert [trial.state for trial in trials] == [TrialState.FAIL, TrialState.FAIL, TrialState.COMPLETE]
+    assert all(trial.params == trials[0].params for trial in trials)
+    run = client.get_run(champion.info.run_id)
+    assert run.data.tags["trial"] == "present-0"
+    assert run.data.metrics == champion.data.metrics  # of all seeds, and the trial has one
+    arguments = (load_config(), {}, {}, [0], "auroc", "present", 0)
+    error = error_message(Tuner, *arguments)
+    assert error == "study present in optuna.db has another search space; start a new one: --study NAME"
+    Path("optuna.db").unlink()
+    error = error_message(Tuner, *arguments)
+    assert error == "there are DVC experiments present-…; remove them (dvc exp remove), or give --study NAME"
+
+
+def test_a_search_of_two_trials_at_once_prunes_and_its_trials_are_compared_and_applied(
+    demo_project, tmp_path, monkeypatch
+):
+    project = copy_project(demo_project, tmp_path / "project")
+    # Enough images to tell recipes apart; without positive ones in training, F1 is 0.
+    edit_params(project, lambda params: params["demo"]["download"].update(train=120, prevalence=0.4))
+    commit_all(project)
+    space = "demo.train.lr=3e-3,4e-3 demo.train.positive_oversampling=1e-9,2e-9,3e-9,4e-9,5e-9,6e-9,3"
+    command = f"cxr tune {space} --metric f1 --trials 3 --jobs 2"
     client = mlflow_client(project)
     versions = client.search_model_versions()
-    with (project / "tune.log").open("w") as out:
-        tune = psutil.Popen(shlex.split(command), cwd=project, env=clean_environment(), stdout=out, stderr=out)
-        log = project / "logs/tune-1.log"
-        while not log.exists() or "Running stage 'train@1'" not in log.read_text():
-            assert tune.poll() is None, (project / "tune.log").read_text()
-            time.sleep(0.05)
-        for process in [tune, *tune.children(recursive=True)]:
-            process.kill()
-        tune.wait()
-    assert "tune-0 complete" in (project / "tune.log").read_text()
-    assert "Running stage" not in (project / "logs/tune-0.log").read_text()  # the present recipe had run before
 
     use_project(project, monkeypatch)
     output = output_of(command)
-    assert "Running stage 'train@0'" not in log.read_text()  # trained before the kill
-    assert "Running stage 'train@1'" in log.read_text()
     study = optuna.load_study(study_name="tune", storage="sqlite:///optuna.db")
-    first, killed, resumed = study.trials
-    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE, TrialState.FAIL, TrialState.COMPLETE]
-    assert first.params == {"demo.train.lr": 2e-3, "demo.train.optimizer": "adamw"}
-    assert killed.params == resumed.params
-    best = "tune-0" if first.value >= resumed.value else "tune-1"
-    *_, caveat, apply, confirm = output.splitlines()
-    assert caveat.startswith(
-        f"{best} is the best of 2 trials on the images that selected it, so its AUROC is optimistic"
-    )
-    assert apply == f"  dvc exp apply {best}"
-    assert confirm == f"  dvc exp run -n {best}-confirmed -S 'seeds=[0,1]' && cxr compare HEAD {best}-confirmed"
+    trials = {trial.user_attrs["experiment"]: trial for trial in study.trials}
+    names = {"tune-0": TrialState.COMPLETE, "tune-1": TrialState.COMPLETE, "tune-2": TrialState.PRUNED}
+    assert {name: trial.state for name, trial in trials.items()} == names
+    assert trials["tune-0"].params["demo.train.positive_oversampling"] == "3"  # the present value
+    assert len(trials["tune-2"].user_attrs["seed_metrics"]) == 1
+    *_, caveat, apply, compare = output.splitlines()
+    assert caveat.startswith("tune-0 is the best of 3 trials on the images that selected it, so its F1 is optimistic")
+    assert apply == "  dvc exp apply tune-0"
+    assert compare == "  dvc exp run -n tune-0-all-seeds -S 'seeds=[0,1]' && cxr compare HEAD tune-0-all-seeds"
 
     assert client.search_model_versions() == versions
     experiment = client.get_experiment_by_name("covid-xray-demo")
-    (parent,) = client.search_runs([experiment.experiment_id], "tags.trial = 'tune-1'")
-    assert parent.info.status == "FINISHED"
-    assert (parent.data.tags["study"], parent.data.tags["trial_state"]) == ("tune", "complete")
-    assert parent.data.metrics["seeds/auroc_mean"] == pytest.approx(resumed.value)
-    assert "train.lr" in output_of("cxr compare HEAD tune-1")
+    for name, state in (("tune-1", "complete"), ("tune-2", "pruned")):
+        (parent,) = client.search_runs([experiment.experiment_id], f"tags.trial = '{name}'")
+        assert parent.info.status == "FINISHED"
+        assert (parent.data.tags["study"], parent.data.tags["trial_state"]) == ("tune", state)
+        metrics = trials[name].user_attrs["seed_metrics"].values()
+        assert parent.data.metrics["seeds/f1_mean"] == pytest.approx(np.mean(list(metrics)))
+    assert "train.positive_oversampling" in output_of("cxr compare tune-0 tune-1")
     apply = "dvc exp apply tune-1"
     assert run(project, *apply.split()).returncode == 0
-    assert load_config().active.train.lr == pytest.approx(resumed.params["demo.train.lr"])
-    error = error_line_of("cxr tune demo.train.lr=1,2")
-    assert error == "Error: study tune in optuna.db has another search space; start a new one: --study NAME"
+    assert load_config().active.train.positive_oversampling < 1

@@ -195,17 +195,20 @@ def compare_seeds(
     return pd.DataFrame(rows).astype({"seeds_better": "Int64"})
 
 
-def seed_mean_interval(differences: np.ndarray, pool: Sequence[np.ndarray] = ()) -> tuple[float, float]:
-    """Return the ends of the 95 % interval of the mean difference, for new patients and new seeds.
+def seed_mean_interval(
+    differences: np.ndarray, seed_variance: tuple[float, int] | None = None, confidence: float = CONFIDENCE_LEVEL
+) -> tuple[float, float]:
+    """Return the ends of the interval of the mean difference, for new patients and new seeds.
 
     The variance is that of Obuchowski and Rockette (1995) for random readers and cases, with the covariance between
     seeds taken from the bootstrap over patients, and t has the degrees of freedom of Hillis (2007). With one seed,
-    nothing is known of other seeds, and the interval is for new patients only, unless there is a pool.
+    nothing is known of other seeds, and the interval is for new patients only, unless their variance is given.
 
     Args:
         differences: (1 + resamples, S), of each seed, on the original set and on each resample.
-        pool: (S',) for each of other pairs of recipes, the differences of its seeds on the original set, S' > 1. All
-            are taken to vary alike between seeds.
+        seed_variance: the variance of the differences between seeds, and its degrees of freedom; by default that of
+            these differences.
+        confidence: level of the interval.
 
     Returns:
         NaN where the difference or its variance is undefined, or where nothing varies.
@@ -218,13 +221,11 @@ def seed_mean_interval(differences: np.ndarray, pool: Sequence[np.ndarray] = ())
     shared = float(covariances[0, 0])
     if count > 1:
         shared = max(float(covariances.sum() - np.trace(covariances)) / (count * (count - 1)), 0.0)
-    samples = [differences[0], *pool]
-    seed_degrees, between_seeds, degrees = sum(len(sample) - 1 for sample in samples), 0.0, np.inf
-    if seed_degrees:
-        between_seeds = float(sum(len(sample) * sample.var() for sample in samples)) / seed_degrees / count
+    variance, seed_degrees = seed_variance or (differences[0].var(ddof=1) if count > 1 else 0.0, count - 1)
+    between_seeds, degrees = float(variance) / count, np.inf
     if between_seeds:
         degrees = seed_degrees * (1 + shared / between_seeds) ** 2
-    half_width = float(stats.t.ppf((1 + CONFIDENCE_LEVEL) / 2, degrees)) * np.sqrt(between_seeds + shared)
+    half_width = float(stats.t.ppf((1 + confidence) / 2, degrees)) * np.sqrt(between_seeds + shared)
     mean = float(differences[0].mean())
     return (mean - half_width, mean + half_width) if half_width > 0 else (np.nan, np.nan)
 

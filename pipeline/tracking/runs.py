@@ -36,7 +36,7 @@ from pipeline.core.files import md5_of_file, read_json, sha256_of_file
 from pipeline.data import manifest
 from pipeline.evaluation.metrics import Scores
 from pipeline.tracking.fingerprint import parent_run_name, seed_run_name
-from pipeline.tracking.store import Store, software_version_tag
+from pipeline.tracking.store import Store, retry_conflicts, software_version_tag
 from pipeline.tracking.tracking_uri import SQLITE, tracking_uri, workspace_root
 
 FINGERPRINT = "fingerprint"
@@ -83,10 +83,7 @@ class SeedRun:
             self._last_epochs[fold] = max((metric.step for metric in logged), default=0)
         _log_params(store, config, run, seed=seed)
         with store.lock:  # MLflow fails when two runs log the same dataset at once
-            try:
-                self._log_dataset()
-            except MlflowException:  # another machine has logged it
-                self._log_dataset()
+            self._log_dataset()
         self._client.set_tag(self.run_id, WORKER, worker)
         self._client.update_run(self.run_id, status="RUNNING")
 
@@ -156,9 +153,7 @@ class SeedRun:
             self._client.log_artifact(self.run_id, str(folder / name), CHECKPOINT)
         best = read_json(folder / "metrics.json")
         del best["run"]
-        # Of metrics at one step, MLflow shows the one with the latest time, and the clock may have been set back since.
-        logged = self._client.get_metric_history(self.run_id, "f1")
-        log_summary(self._client, self.run_id, best, max([time.time(), *((m.timestamp + 1) / 1000 for m in logged)]))
+        log_summary(self._client, self.run_id, best)
         rows = "".join(
             f"| {key.replace('_', ' ')} | {value:.4g} |\n" for key, value in best.items() if value is not None
         )
@@ -167,6 +162,7 @@ class SeedRun:
             self._client.set_tag(self.run_id, key, value)
         self.close("FINISHED")
 
+    @retry_conflicts
     def _log_dataset(self) -> None:
         with warnings.catch_warnings():
             # MLflow warns of ambiguous dataset sources, and that integer columns cannot hold missing values.
@@ -203,8 +199,15 @@ def log_metrics(
 def log_summary(
     client: mlflow.MlflowClient, run_id: str, metrics: Mapping[str, Any], timestamp: float | None = None
 ) -> None:
-    """Log the metrics of a model at step 0, F1 first; see `log_metrics`."""
+    """Log the metrics of a model at step 0, F1 first, in place of earlier ones; see `log_metrics`."""
+    timestamp = timestamp or next_timestamp(client, run_id)
     log_metrics(client, run_id, {"f1": metrics["f1"], **metrics}, timestamp=timestamp)
+
+
+def next_timestamp(client: mlflow.MlflowClient, run_id: str) -> float:
+    """Return a time for metrics at step 0, in seconds since 1970: MLflow shows the latest, and clocks differ."""
+    logged = client.get_metric_history(run_id, "f1")
+    return max([time.time(), *((metric.timestamp + 1) / 1000 for metric in logged)])
 
 
 def finish_parent(store: Store, run: Run, report: Path, bag: Mapping[str, Any], seeds: pd.DataFrame) -> None:
@@ -230,6 +233,21 @@ def finish_parent(store: Store, run: Run, report: Path, bag: Mapping[str, Any], 
     store.client.set_tag(run.info.run_id, MLFLOW_RUN_NOTE, (report / "table.md").read_text(encoding="utf-8"))
     store.client.set_terminated(run.info.run_id, "FINISHED")
     store.client.set_tag(run.info.run_id, REPORT_HASH, digest)  # last: marks the run as complete
+
+
+def finish_trial(store: Store, fingerprint: str, metrics: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+    """Tag the parent run of a trial of a hyperparameter search; log its metrics and close it, unless it is complete.
+
+    Without a run, all seeds came from DVC's cache. A complete one may have more seeds than the trial.
+    """
+    run = find_run(store, fingerprint)
+    if run is None:
+        return
+    for key, value in tags.items():
+        store.client.set_tag(run.info.run_id, key, value)
+    if REPORT_HASH not in run.data.tags:
+        log_summary(store.client, run.info.run_id, metrics)
+        store.client.set_terminated(run.info.run_id, "FINISHED")
 
 
 def seed_statistics(seeds: pd.DataFrame) -> dict[str, float]:
@@ -269,26 +287,21 @@ def _find_or_create(store: Store, config: Config, fingerprint: str, name: str, t
             if not tracking_uri().startswith(SQLITE):  # whose lock holds on other machines too
                 time.sleep(RACE_SECONDS)
             found = _find_runs(store, fingerprint)
-        run, *others = found
-        for other in others:
-            if other.info.run_id == created or _is_left_over(store, other):
-                with suppress(MlflowException):  # not every user of a server may delete
-                    store.client.delete_run(other.info.run_id)
-        return run
+        if created not in (None, found[0].info.run_id):
+            with suppress(MlflowException):  # not every user of a server may delete
+                store.client.delete_run(created)
+        return found[0]
 
 
 def _log_params(store: Store, config: Config, run: Run, **params: Any) -> None:
     """Log the parameters of the training, except those that the run has: MLflow lets no parameter change."""
     scheme = config.active.split.model_dump(include={"cross_validate", "held_out_source"})
     params |= {**scheme, **config.active.train.model_dump()}
+    for section in ("weights", "prepare", "split"):
+        params |= {f"{section}.{key}": value for key, value in getattr(config.active, section).model_dump().items()}
     missing = [Param(key, str(value)) for key, value in params.items() if key not in run.data.params]
     if missing:
         store.client.log_batch(run.info.run_id, params=missing)
-
-
-def _is_left_over(store: Store, run: Run) -> bool:
-    """Tell whether no machine uses a run of which there is an older one with the same fingerprint."""
-    return run.info.status != "RUNNING" and not store.client.search_model_versions(f"run_id = '{run.info.run_id}'")
 
 
 def _correct_parent(store: Store, run: Run, parent: Run) -> None:

@@ -1,6 +1,7 @@
-"""Search spaces over keys of params.yaml, written as Hydra's sweeps, which `dvc exp run --queue` takes too."""
+"""Search spaces over keys of params.yaml, written as Hydra's sweeps."""
 
 from collections.abc import Callable, Iterable
+from math import isclose
 from operator import attrgetter
 from typing import Any
 
@@ -12,8 +13,9 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from pipeline.core.config import Config
 from pipeline.core.errors import UserError, first_line
 
-SECTIONS = ("prepare", "train", "weights")  # what else there is changes no model, or the images that validate it
-EXAMPLES = "KEY=A,B  KEY=interval(LOW,HIGH)  KEY=log(LOW,HIGH)  KEY=range(START,STOP,STEP)"
+SECTIONS = ("prepare", "train", "weights")  # of the stages that models come from, after download and before evaluate
+CHANGES_IMAGES = ("prepare.views", "prepare.excluded_files", "prepare.max_quarantined")
+SYNTAX = "KEY=A,B  KEY=interval(LOW,HIGH)  KEY=log(LOW,HIGH)  KEY=range(START,STOP,STEP)"
 
 
 def parse_search_space(
@@ -39,27 +41,32 @@ def parse_search_space(
     for expression in expressions:
         try:
             override = parser.parse_override(expression)
-            key, sweep = str(override.key_or_group), override.value()
-        except HydraException as error:
-            raise UserError(f"{expression}: {first_line(error)}; write one of {EXAMPLES}") from None
+            texts = _values(override)
+        except (HydraException, ValueError) as error:
+            raise UserError(f"{expression}: {first_line(error)}; write one of {SYNTAX}") from None
+        key, sweep = override.key_or_group, override.value()
         section = key.removeprefix(f"{config.profile}.")
         if key in space:
             raise UserError(f"{key}: given twice; give it once")
-        if section == key or section.partition(".")[0] not in SECTIONS:
+        if section == key or section.partition(".")[0] not in SECTIONS or section in CHANGES_IMAGES:
             raise UserError(
-                f"{key}: not in {', '.join(f'{config.profile}.{name}' for name in SECTIONS)}; other keys change no "
-                "model, or change the images by which trials are compared"
+                f"{key}: not in {', '.join(f'{config.profile}.{name}' for name in SECTIONS)}, or changes the images "
+                "by which trials are compared; leave it out"
             )
-        texts = _values(override)
-        values = {text: attrgetter(section)(apply(key, text).active) for text in texts}
-        value = attrgetter(section)(config.active)
+        try:
+            checked = [texts[0], texts[-1]] if isinstance(sweep, IntervalSweep | RangeSweep) else texts
+            values = {text: attrgetter(section)(apply(key, text).active) for text in checked}
+            value = attrgetter(section)(config.active)
+        except AttributeError:
+            raise UserError(f"{key}: part of a list; give whole lists, such as KEY=[1,1],[1,2]") from None
         if isinstance(sweep, IntervalSweep | RangeSweep):
             low, high = values[texts[0]], values[texts[-1]]
             try:
                 space[key] = _distribution(sweep, low, high)
             except ValueError as error:
                 raise UserError(f"{expression}: {first_line(error).rstrip('.')}") from None
-            if low <= value <= high:
+            grid = [value] if isinstance(sweep, IntervalSweep) else [float(text) for text in texts]
+            if type(value) is type(low) and low <= value <= high and any(isclose(value, number) for number in grid):
                 present[key] = value
         else:
             space[key] = CategoricalDistribution(texts)
@@ -73,13 +80,20 @@ def _log_interval(start: float, end: float) -> IntervalSweep:
 
 
 def _values(override: Override) -> list[str]:
-    """Return the choices, or the values of a range, or the ends of an interval."""
+    """Return the choices, or the values of a range, or the ends of an interval.
+
+    Raises:
+        ValueError: there are none.
+    """
     sweep = override.value()
     if isinstance(sweep, IntervalSweep):
         return [str(sweep.start), str(sweep.end)]
-    if override.is_sweep_override():
-        return list(override.sweep_string_iterator())
-    return [override.get_value_element_as_str()]
+    if isinstance(sweep, RangeSweep) and not sweep.step:
+        raise ValueError("the step is 0")
+    texts = list(override.sweep_string_iterator()) if override.is_sweep_override() else []
+    if not texts:
+        raise ValueError("no values to choose from")
+    return texts
 
 
 def _distribution(sweep: IntervalSweep | RangeSweep, low: object, high: object) -> BaseDistribution:
@@ -89,5 +103,6 @@ def _distribution(sweep: IntervalSweep | RangeSweep, low: object, high: object) 
     if type(low) is int and type(high) is int:
         return IntDistribution(low, high, log=log, step=int(step or 1))
     if type(low) is float and type(high) is float:
-        return FloatDistribution(low, high, log=log, step=step)
+        # Sums of steps are not exact, and a value just below the last one would remove it.
+        return FloatDistribution(low, round(high, 12) if step else high, log=log, step=step)
     raise ValueError(f"no numbers ({low!r}); list its values: KEY=A,B")
