@@ -96,7 +96,8 @@ def _user_message(error: Exception) -> str:
     """Return what is wrong and what to do, or an empty text if a user cannot correct the error."""
     message = ""
     # Compared by name, since importing MLflow takes seconds.
-    if any(kind.__name__ in ("MlflowException", "HTTPError") for kind in type(error).__mro__):
+    names = {f"{kind.__module__}.{kind.__name__}" for kind in type(error).__mro__}
+    if names & {"mlflow.exceptions.MlflowException", "requests.exceptions.HTTPError"}:
         from pipeline.tracking.store import refusal
 
         message = f"MLflow failed: {first_line(error)}; check the server at MLFLOW_TRACKING_URI"

@@ -23,7 +23,7 @@ def promote(model: str | None, reason: str | None) -> None:
     config = load_config()
     store = connect(config.model_name)
     if model is not None:
-        decision = promotion.promote_version(config, model, f"manual: {reason}")
+        decision = promotion.promote_version(store, config, model, f"manual: {reason}")
     else:
         versions = backfill.backfill(store, config)
         decision = promotion.promote_best(store, config, versions)

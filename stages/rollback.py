@@ -15,8 +15,9 @@ def rollback(reason: str) -> None:
     from pipeline.tracking.store import connect
 
     config = load_config()
-    target = registry.rollback_target(connect(config.model_name), config.model_name)
-    decision = promotion.promote_version(config, target.version, reason, rollback=True)
+    store = connect(config.model_name)
+    target = registry.rollback_target(store, config.model_name)
+    decision = promotion.promote_version(store, config, target.version, reason, rollback=True)
     click.echo(promotion.format_decision(config.model_name, decision))
 
 

@@ -44,7 +44,8 @@ def sync(prune: bool, yes: bool) -> None:
         click.echo("no runs of removed experiments")
     elif yes or click.confirm(f"Delete these {len(runs)} runs and their registered versions?"):
         pruning.remove_runs(store, config.model_name, runs)
-        click.echo(f"{len(runs)} runs deleted; to free the space of their files, run: {pruning.gc_command()}")
+        click.echo(f"{len(runs)} runs deleted")
+        click.echo(f"to free the space of these and of all else that is deleted, run: {pruning.gc_command()}")
 
 
 if __name__ == "__main__":

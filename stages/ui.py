@@ -1,6 +1,7 @@
 """Serve MLflow's UI on this machine."""
 
 import os
+from contextlib import suppress
 
 import click
 
@@ -14,6 +15,8 @@ def ui(port: int) -> None:
 
     If MLFLOW_TRACKING_URI is a server, which has its own UI, only its links are printed.
     """
+    from mlflow.exceptions import MlflowException
+
     from pipeline.core.config import load_config
     from pipeline.tracking import saved_view
     from pipeline.tracking.store import connect
@@ -23,15 +26,16 @@ def ui(port: int) -> None:
     store = connect(config.model_name)
     if not store.client.search_runs([store.experiment_id], max_results=1):
         click.echo("No run yet; they appear while dvc repro trains.")
+    with suppress(MlflowException):  # not every user of a server may write
+        saved_view.save_view(store, config)
     if uri.startswith("http"):
         click.echo(saved_view.format_links(store))
         return
-    saved_view.save_view(store, config)
     click.echo("MLflow starts, which takes about ten seconds. Then open:")
     click.echo(saved_view.format_links(store, f"http://127.0.0.1:{port}"))
-    os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
-    server = ["mlflow", "ui", "--workers", "1", "--host", "127.0.0.1", "--port", str(port)]
-    os.execvp("mlflow", [*server, "--backend-store-uri", uri])  # noqa: S606
+    # In a variable, since everybody on this machine can read options, and a URI may have a password.
+    os.environ.update(MLFLOW_BACKEND_STORE_URI=uri, MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")
+    os.execvp("mlflow", ["mlflow", "ui", "--workers", "1", "--host", "127.0.0.1", "--port", str(port)])  # noqa: S606
 
 
 if __name__ == "__main__":

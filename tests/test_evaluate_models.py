@@ -273,7 +273,6 @@ def evaluate(
             write_csv(folder / path, table)
         write_json(folder / "summary.json", evaluation.summary)
         for name in ("roc", "precision_recall"):
-            getattr(curves, f"draw_{name}")(folder / f"{name}.png", truth, validation[names])
             getattr(curves, f"{name}_points")(truth, validation[names[0]])
     return evaluation
 

@@ -55,7 +55,7 @@ def test_a_queue_of_experiments_can_be_compared_and_applied_and_is_in_mlflow(dem
     output_of(project, "dvc exp run --queue -n lr -S 'demo.train.lr=1e-3,3e-4'")
     output_of(project, "dvc queue start --jobs 2")
     while any(state in (status := output_of(project, "dvc queue status")) for state in ("Queued", "Running")):
-        time.sleep(1)
+        time.sleep(2)
     assert status.count("Success") == 2, status
 
     table = table_of(project, "dvc exp show --only-changed --drop '.*/|models|Created|State|Executor'")

@@ -85,11 +85,12 @@ def test_sync_can_be_run_at_any_time(reader):
     assert "is champion" in run_documented(reader, "cxr sync")
 
 
-def log_training(**train: float) -> None:
+def log_training(lr: float, image_size: int) -> None:
     """Log a training with other parameters to MLflow, with the results of the one that is there."""
     config = load_config()
-    params = config.active.train.model_copy(update=train)
-    profile = config.active.model_copy(update={"train": params})
+    train = config.active.train.model_copy(update={"lr": lr})
+    prepare = config.active.prepare.model_copy(update={"image_size": image_size})
+    profile = config.active.model_copy(update={"train": train, "prepare": prepare})
     config = config.model_copy(update={"profiles": {config.profile: profile}})
     store = connect(config.model_name)
     parent = runs.parent_run(store, config, "1" * 64)
@@ -106,7 +107,7 @@ def log_training(**train: float) -> None:
 def test_the_links_of_make_ui_open_on_seeds_and_bag_by_f1(reader, port, tmp_path, monkeypatch):
     assert "make ui" in COMMANDS
     use_project(reader, monkeypatch)
-    log_training(lr=0.0005)
+    log_training(lr=0.0005, image_size=40)
     client = MlflowClient(f"sqlite:///{reader / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("covid-xray-demo").experiment_id
     client.set_experiment_tag(experiment, "mlflow.note.content", "Of last week")
@@ -130,6 +131,7 @@ def test_the_links_of_make_ui_open_on_seeds_and_bag_by_f1(reader, port, tmp_path
     names = table["attributes.`Run Name`"].str.extract(r"(\S+) · ")[0]
     assert dict(names.value_counts()) == {"seed-0": 2, "seed-1": 2, "bag": 2}
     assert dict(table["params.`lr`"].value_counts()) == {"0.002": 3, "0.0005": 3}
+    assert dict(table["params.`prepare.image_size`"].value_counts()) == {"48": 3, "40": 3}
     for seed in ("seed-0", "seed-1"):
         kept = json.loads(Path(f"models/{seed}/metrics.json").read_text())["f1"]
         assert f1[names == seed].to_list() == pytest.approx([kept, kept])
@@ -178,7 +180,8 @@ def test_runs_have_the_name_of_their_dvc_experiment_and_are_pruned_after_its_rem
     (seed,) = client.search_runs(
         [experiment], f"tags.`dvc.experiment` = '{name}' and params.lr = '0.0003' and params.seed = '1'"
     )
-    assert seed.info.run_name in table
+    assert name in table
+    assert seed.info.run_name.startswith("seed-1 · ")
 
     for command in ("git checkout .", "dvc checkout", f"dvc exp remove {name}"):
         assert run(reader, *command.split()).returncode == 0

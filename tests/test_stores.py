@@ -177,6 +177,7 @@ def test_users_of_a_server_share_runs_and_versions_in_postgresql_and_a_bucket(pr
         with Outbox(lambda: log_seed(3)) as outbox:
             pass
         assert error_message(outbox.check).startswith(refused)
+    log_in(monkeypatch, "anna")
     for kind, name in (("experiment", opened.experiment_id), ("registered_model", NAME)):
         server.users.grant_user_permission("bert", kind, name, "EDIT")
     log_in(monkeypatch, "bert")

@@ -42,7 +42,7 @@ def backfill(store: Store, config: Config) -> dict[str, ModelVersion]:
     bag |= {key: headline[key] for key in bag if key in headline}  # corrected where members were selected
     scores = {**read_json(Path("metrics/evaluate.json")), BAG: bag}
     seeds = read_csv(Path("metrics/seeds.csv")).set_index("metric")
-    finish_parent(store, parent, Path("report"), {**headline, **bag}, seeds)
+    finish_parent(store, parent, Path("report"), headline | bag, seeds)
 
     table = read_split(MANIFEST.parent, config.active.split.validation_folds)
     example = np.load("data/images.npy", mmap_mode="r")[table.index[table["subset"] == "validation"][0]]

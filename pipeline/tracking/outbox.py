@@ -76,8 +76,7 @@ class Outbox:
         except Exception as error:
             from pipeline.tracking.store import refusal  # imported already, or nothing refused
 
-            refused = refusal(error)
-            if refused:
+            if refused := refusal(error):
                 raise refused from None
             raise
 

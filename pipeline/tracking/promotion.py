@@ -1,12 +1,11 @@
 """Decides which candidate is champion."""
 
 import getpass
-import os
 import subprocess
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import TypedDict
 
 import numpy as np
 import pandas as pd
@@ -22,14 +21,10 @@ from pipeline.evaluation.metrics import Scores, best_model, score_predictions
 from pipeline.tracking import fingerprint, registry, saved_view
 from pipeline.tracking.backfill import SPLIT_FILE
 from pipeline.tracking.runs import MANIFEST
-from pipeline.tracking.store import Store, connect, retry_conflicts
+from pipeline.tracking.store import Store, login, retry_conflicts
 from pipeline.tracking.validation_predictions import ValidationPredictions
 
 DECISIONS = Path("metrics/promotion.json")
-
-COMPARISON_FIELDS: tuple[Literal["comparison", "level", "p_value", "difference", "low", "high"], ...] = (
-    "comparison", "level", "p_value", "difference", "low", "high",
-)  # fmt: skip
 
 
 class Decision(TypedDict):
@@ -84,15 +79,19 @@ def promote_best(store: Store, config: Config, versions: Mapping[str, ModelVersi
                 _apply(store, versions[best], champion, decision)
             elif [row["version"] for row in _read_decisions()[-1:]] != [decision["version"]]:
                 _append_decision(decision)  # already champion, but the last row is about another version
-        registry.mark_champion(store, name)
-        saved_view.save_view(store, config)
-        return decision
+        break
+    registry.mark_champion(store, name)
+    saved_view.save_view(store, config)
+    return decision
 
 
-def promote_version(config: Config, alias_or_number: str, reason: str, *, rollback: bool = False) -> Decision:
+def promote_version(
+    store: Store, config: Config, alias_or_number: str, reason: str, *, rollback: bool = False
+) -> Decision:
     """Make a version champion without the gate, and record that as `promote_best` does.
 
     Args:
+        store: the store of the registered model.
         config: names the registered model.
         alias_or_number: the version.
         reason: why, shown by `cxr history`.
@@ -101,11 +100,12 @@ def promote_version(config: Config, alias_or_number: str, reason: str, *, rollba
     Raises:
         UserError: the version does not exist, is already champion, or its files are missing or changed.
     """
-    store, name = connect(config.model_name), config.model_name
+    name = config.model_name
     with store.lock:
         version, champion = registry.get_version(store, name, alias_or_number), registry.get_champion(store, name)
         if _number(champion) == _number(version):
             raise UserError(f"{name}: version {version.version} is already champion; see: cxr history")
+        registry.load_version(version)
         tags = {key: version.tags.get(key, "") for key in ("candidate", "data_md5")}
         fields = {**tags, "version": str(version.version), "promoted": True, "reason": reason}
         decision: Decision = {**dict.fromkeys(Decision.__annotations__), **fields}  # type: ignore[typeddict-item]
@@ -117,7 +117,7 @@ def promote_version(config: Config, alias_or_number: str, reason: str, *, rollba
 
 def user_name() -> str:
     """Return the name of who decides: that of the login at MLflow, or else of git, or else of the operating system."""
-    if name := os.environ.get("MLFLOW_TRACKING_USERNAME"):
+    if name := login()[0]:
         return name
     with suppress(OSError, subprocess.CalledProcessError):  # git is missing, or knows no name
         named = subprocess.run(["git", "config", "user.name"], capture_output=True, text=True, check=True)
@@ -319,26 +319,20 @@ def _apply(
     person: str | None = None,
     rollback: bool = False,
 ) -> None:
-    """Make the version champion if so decided, and record the decision in its tags and on disk.
-
-    The tag `decision` and those of the comparison are about the last decision, see `registry.record_decision` for all.
-    """
+    """Record the decision in the version's tags and on disk, and make the version champion if so decided."""
     version = store.client.get_model_version(version.name, version.version)  # with the tags of `backfill`
     if decision["comparison"] is not None and champion:
         numbers = str(version.version), str(champion.version)
         registry.record_comparison(store, version.name, md5_of_file(SPLIT_FILE), *numbers, decision["comparison"])
-    if decision["promoted"]:
-        registry.set_champion(store, version.name, version, decision["reason"], person=person, rollback=rollback)
-    tags: dict[str, Any] = {
-        "decision": f"{'promoted' if decision['promoted'] else 'not promoted'}: {decision['reason']}",
-        "previous_champion": _number(champion) or "none",
-        **{f"validation_{key}": decision[key] for key in ("f1", "calibration_error") if decision[key] is not None},
-        **{key: decision[key] for key in COMPARISON_FIELDS if decision[key] is not None},
-    }
+    outcome = "promoted" if decision["promoted"] else "not promoted"
+    tags = {"decision": f"{outcome}: {decision['reason']}", "previous_champion": _number(champion) or "none"}
     for key, value in tags.items():
-        store.client.set_model_version_tag(version.name, version.version, key, str(value))
+        store.client.set_model_version_tag(version.name, version.version, key, value)
     known = {key: value for key, value in decision.items() if value is not None}
     registry.record_decision(store, version, {"decided_by": person or registry.GATE, **known})
+    # Last: a version that is champion gets no decision any more.
+    if decision["promoted"]:
+        registry.set_champion(store, version.name, version, decision["reason"], person=person, rollback=rollback)
     _append_decision(decision)
 
 

@@ -17,8 +17,8 @@ def removable_runs(
 ) -> list[Run]:
     """Return this workspace's runs of DVC experiments that no longer exist.
 
-    Runs that are training, that have been champion, that belong to the present candidates, or that trained a member of
-    such a bag are never among them.
+    Runs that are training, that have been champion, that belong to the present candidates, or whose parent is the run
+    of such a bag are never among them.
 
     Args:
         store: the store of the runs.

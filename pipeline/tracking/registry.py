@@ -44,7 +44,8 @@ from pipeline.core.markdown import escape_markdown
 from pipeline.core.memory import is_out_of_memory
 from pipeline.inference import candidate
 from pipeline.tracking import version_card
-from pipeline.tracking.store import Store, software_version_tag
+from pipeline.tracking.runs import next_timestamp
+from pipeline.tracking.store import CONFLICT_DELAYS, Store, retry_conflicts, software_version_tag
 from pipeline.tracking.version_card import RULE
 
 CONTENT_HASH_TAG = "content_hash"
@@ -163,24 +164,25 @@ def complete_logged_models(
     """
     found = mlflow.search_logged_models(experiment_ids=[store.experiment_id], output_format="list")
     models = {model.model_id: model for model in found}
-    runs = _find_runs(store)
     for version in list_versions(store, name):
-        number, model, run = str(version.version), models.get(logged_model_id(version)), runs.get(str(version.run_id))
+        number, run_id, model = str(version.version), str(version.run_id), models.get(logged_model_id(version))
         if model is None:  # deleted, or of another experiment
             continue
         _link_model(store, version, model)
+        if number not in metrics:
+            continue
+        of_run = store.client.get_run(run_id).data.metrics
         logged = sorted(model.metrics or [], key=lambda metric: metric.timestamp)
         of_model = {metric.key: metric.value for metric in logged if metric.dataset_digest == dataset_digest}
-        batch = [
-            Metric(
-                key, value, int(time.time() * 1000), 0, model_id=model.model_id, dataset_name=VALIDATION,
-                dataset_digest=dataset_digest,
-            )
-            for key, value in metrics.get(number, {}).items()
-            if value is not None and run and not value == of_model.get(key) == run.data.metrics.get(key)
-        ]  # fmt: skip
-        if batch:
-            store.client.log_batch(str(version.run_id), metrics=batch)  # MLflow logs a model's metrics to a run too
+        changed = {
+            key: value
+            for key, value in metrics[number].items()
+            if value is not None and not value == of_model.get(key) == of_run.get(key)
+        }
+        if changed:  # MLflow logs a model's metrics to its run too
+            time_ms, of = round(next_timestamp(store.client, run_id) * 1000), (VALIDATION, dataset_digest)
+            batch = [Metric(key, value, time_ms, 0, model.model_id, *of) for key, value in changed.items()]
+            store.client.log_batch(run_id, metrics=batch)
 
 
 def logged_model_id(version: ModelVersion) -> str:
@@ -197,12 +199,13 @@ def _link_model(store: Store, version: ModelVersion, model: LoggedModel) -> None
         store.client.set_logged_model_tags(model.model_id, {MLFLOW_MODEL_VERSIONS: value})
 
 
-def _find_runs(store: Store) -> dict[str, Run]:
+def _runs_by_id(store: Store) -> dict[str, Run]:
     """Return all runs of the experiment that are not deleted, by id."""
     runs = store.client.search_runs([store.experiment_id], max_results=50_000)
     return {str(run.info.run_id): run for run in runs}
 
 
+@retry_conflicts
 def mark_champion(store: Store, name: str) -> None:
     """Say on MLflow's pages which version is champion: on those of runs, of versions and of the registered model.
 
@@ -211,7 +214,7 @@ def mark_champion(store: Store, name: str) -> None:
     one that writes last has read the last entry of the history.
     """
     while True:
-        history, last, runs = champion_history(store, name), _last_record(store, name), _find_runs(store)
+        history, last, runs = champion_history(store, name), _last_record(store, name), _runs_by_id(store)
         champion = last.version if last else None
         model = store.client.get_registered_model(name)
         description = (model.description or "").partition(RULE)[0][:MAX_INTRODUCTION]
@@ -305,8 +308,11 @@ def list_versions(store: Store, name: str) -> list[ModelVersion]:
 
 
 def get_champion(store: Store, name: str) -> ModelVersion | None:
-    aliases = store.client.get_registered_model(name).aliases
-    return store.client.get_model_version(name, aliases[CHAMPION]) if CHAMPION in aliases else None
+    try:
+        return store.client.get_model_version_by_alias(name, CHAMPION)
+    except MlflowException as error:
+        _raise_unless_not_found(error)
+        return None
 
 
 def champion_history(store: Store, name: str) -> list[ChampionRecord]:
@@ -334,7 +340,7 @@ def _parse_record(name: str, tag: str, value: str) -> ChampionRecord:
 def set_champion(
     store: Store, name: str, version: ModelVersion, reason: str, *, person: str | None = None, rollback: bool = False
 ) -> None:
-    """Make a version champion after checking that its files still match their checksums.
+    """Make a version champion; whoever calls this has checked its files with `load_version`.
 
     Args:
         store: the store of the registered model.
@@ -343,11 +349,7 @@ def set_champion(
         reason: why, shown by `cxr history`.
         person: who chose it, if it was not the gate.
         rollback: whether this restores the previous champion.
-
-    Raises:
-        UserError: the files are missing or changed; the champion stays as it was.
     """
-    load_version(version)
     with store.lock:
         newest = max(int(other.version) for other in list_versions(store, name)) if person else 0
         known = version.tags.get("candidate"), version.tags.get(F1_TAG), person or GATE
@@ -388,7 +390,7 @@ def _now() -> str:
 
 def reconcile_alias(store: Store, name: str) -> None:
     """Set the alias to the last entry of the history; retry while another machine changes it."""
-    for delay in (0.1, 0.2, 0.4, 0.8, None):
+    for delay in (*CONFLICT_DELAYS, None):
         last = _last_record(store, name)
         try:
             if last:

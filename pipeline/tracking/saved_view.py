@@ -34,7 +34,7 @@ def save_view(store: Store, config: Config) -> None:
     created = experiment.creation_time  # in milliseconds since 1970; a view needs times, and this one does not change
     view = {"name": NAME, "createdAt": created, "updatedAt": created, "state": json.dumps(_state(config, parents))}
     links = paths(store)
-    if registry.champion_history(store, name) and (champion := registry.get_champion(store, name)):
+    if champion := registry.get_champion(store, name):
         links[f"champion: version {champion.version}"] = f"/models/{name}/versions/{champion.version}"
     if complete := [run for run in parents if REPORT_HASH in run.data.tags]:
         run_id = complete[0].info.run_id
@@ -65,7 +65,7 @@ def format_links(store: Store, server: str | None = None) -> str:
     return "\n".join([*lines, *(["(while `cxr ui` or `make ui` runs)"] if server is None else [])])
 
 
-def varied_columns(parents: list[Run]) -> list[str]:
+def _varied_columns(parents: list[Run]) -> list[str]:
     """Return the columns in which the experiments of these parent runs differ, and F1 over their seeds."""
     params = [run.data.params for run in parents]
     names = {name for one in params for name in one} - NO_EFFECT
@@ -85,7 +85,7 @@ def _state(config: Config, parents: list[Run]) -> dict[str, Any]:
     charts = [_chart("BAR", "summary", metric, [metric]) for metric in METRICS]
     charts += [_chart("LINE", "curves", metric, [f"{prefix}{metric}" for prefix in prefixes]) for metric in CURVES]
     columns = [_column("tags", tag) for tag in ("champion", "version")]
-    columns += [*(_column("metrics", metric) for metric in METRICS), *varied_columns(parents)]
+    columns += [*(_column("metrics", metric) for metric in METRICS), *_varied_columns(parents)]
     widths = {_column("attributes", "Run Name"): 265, **dict.fromkeys(columns, 84)}  # pixels
     return {
         "searchFilter": "",
@@ -125,5 +125,5 @@ def _section(section: str, name: str) -> dict[str, Any]:
 
 def _replace_links(note: str, links: str) -> str:
     """Put the links first in the note in place of the former ones; what people wrote stays."""
-    written = "\n".join(line for line in note.splitlines() if f"viewStateShareKey={KEY}" not in line)
+    written = "\n".join(line for line in note.splitlines() if not line.startswith(f"[{NAME}]("))
     return f"{links}\n\n{written.strip()}".strip()

@@ -93,13 +93,12 @@ def connect(experiment_name: str) -> Store:
 
 def refusal(error: Exception) -> UserError | None:
     """Return the error for the user if MLflow's server refused the credentials, None if `error` is another one."""
-    status, uri, creds = None, tracking_uri(), read_mlflow_creds()
+    status, uri = None, tracking_uri()
     if isinstance(error, MlflowException):
         status = error.get_http_status_code()
     elif isinstance(error, RequestException) and error.response is not None:  # of an upload or download
         status = error.response.status_code
-    user = urlsplit(uri).username or (creds.username if creds.password else None)
-    token = "MLFLOW_TRACKING_TOKEN" in os.environ and not user  # MLflow's order
+    user, token = login()
     if status == 403:
         who = "the owner of MLFLOW_TRACKING_TOKEN" if token else user or "an anonymous user"
         reason = (
@@ -115,6 +114,13 @@ def refusal(error: Exception) -> UserError | None:
     else:
         return None
     return UserError(f"MLflow at {redact_credentials(uri)} cannot be used: {reason}")
+
+
+def login() -> tuple[str | None, str | None]:
+    """Return the user's name at MLflow's server and the token there; MLflow uses a token only without a name."""
+    credentials = read_mlflow_creds()  # environment variables or ~/.mlflow/credentials
+    user = urlsplit(tracking_uri()).username or (credentials.username if credentials.password else None)
+    return user, None if user else os.environ.get("MLFLOW_TRACKING_TOKEN")
 
 
 def retry_conflicts(function: Callable[P, T]) -> Callable[P, T]:
@@ -170,17 +176,14 @@ def _prepare_database(uri: str) -> None:
     migrations = ScriptDirectory(Path(mlflow.__file__).parent / "store/db_migrations")
     if found in (None, migrations.get_current_head()):
         return
-    shown = f"MLflow at {redact_credentials(uri)} cannot be used: its tables are of"
     try:
         migrations.get_revision(found)
+        release, advice = "an older", f"make a backup, then run: mlflow db upgrade {shell_uri()}"
     except CommandError:
-        raise UserError(
-            f"{shown} a newer MLflow than the installed {mlflow.__version__}; install that release, or use a backup or "
-            "another store (MLFLOW_TRACKING_URI)"
-        ) from None
+        release, advice = "a newer", "install that release, or use a backup or another store (MLFLOW_TRACKING_URI)"
     raise UserError(
-        f"{shown} an older MLflow than the installed {mlflow.__version__}; make a backup, then run: mlflow db upgrade "
-        f"{shell_uri()}"
+        f"MLflow at {redact_credentials(uri)} cannot be used: its tables are of {release} MLflow than the installed "
+        f"{mlflow.__version__}; {advice}"
     )
 
 
