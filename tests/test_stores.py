@@ -5,11 +5,9 @@ import multiprocessing
 import os
 import shlex
 import shutil
-import sqlite3
 import subprocess
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +19,7 @@ from conftest import copy_project, error_line_of, error_message, free_port, invo
 from mlflow.cli import cli as mlflow_commands
 from mlflow.server.auth.client import AuthServiceClient
 from mlflow.store.db.utils import _get_alembic_config
+from sqlalchemy import create_engine, text
 from test_interruptions import Proxy
 
 from pipeline.core import config
@@ -307,28 +306,38 @@ def test_simultaneous_seeds_on_a_new_store_create_complete_runs(project, machine
     assert client.search_runs(["0"]) == []
 
 
-def test_a_store_of_another_release_of_mlflow_is_not_changed_but_named(project, empty_store, monkeypatch):
-    path = Path(shutil.copy(empty_store, project / "other.db"))
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_a_store_of_another_release_of_mlflow_is_not_changed_but_named(
+    project, empty_store, kind, request, monkeypatch
+):
+    if kind == "sqlite":
+        uri = f"sqlite:///{shutil.copy(empty_store, project / 'other.db')}"
+    else:
+        uri = request.getfixturevalue("postgresql")("other")
+        mlflow.MlflowClient(uri).search_experiments()  # creates the tables
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    engine = create_engine(uri)
 
     def revision() -> str:
-        with closing(sqlite3.connect(path)) as database:
-            return database.execute("SELECT version_num FROM alembic_version").fetchone()[0]
+        with engine.connect() as connection:
+            return str(connection.execute(text("SELECT version_num FROM alembic_version")).scalar())
 
     present = revision()
-    alembic.command.downgrade(_get_alembic_config(f"sqlite:///{path}"), "-1")
+    alembic.command.downgrade(_get_alembic_config(uri), "-1")
     older = revision()
     assert older != present
     line = error_line_of("cxr history")
-    assert line.startswith(f"Error: MLflow at sqlite:///{path} cannot be used: its tables are of an older MLflow than ")
-    program, *arguments = shlex.split(line.rpartition("run: ")[2])
+    assert line.startswith("Error: MLflow at ")
+    assert " cannot be used: its tables are of an older MLflow than the installed 3." in line
+    program, *arguments = shlex.split(os.path.expandvars(line.rpartition("run: ")[2]))
     assert revision() == older
     assert (program, CliRunner().invoke(mlflow_commands, arguments).exit_code) == ("mlflow", 0)
     assert revision() == present
     assert "has had no champion yet" in output_of("cxr history")
-    with closing(sqlite3.connect(path)) as database, database:
-        database.execute("UPDATE alembic_version SET version_num = 'ffffffffffff'")
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = 'ffffffffffff'"))
     assert "its tables are of a newer MLflow than the installed 3." in error_line_of("cxr history")
+    engine.dispose()
 
 
 @pytest.mark.parametrize("command", ["history", "rollback", "verify", "predict report"])
