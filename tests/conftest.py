@@ -25,6 +25,7 @@ from PIL import Image
 from pipeline.core.errors import UserError
 
 if TYPE_CHECKING:
+    from botocore.client import BaseClient
     from click.testing import Result
     from mlflow import MlflowClient
     from mlflow.entities import Run
@@ -319,6 +320,24 @@ def run_mlflow_server(folder: Path, port: int, *options: str, store: str, **chan
     environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **changes}
     with run_server(folder, *command, *stores, *options, health_url=f"{uri}/health", **environment):
         yield uri
+
+
+@contextmanager
+def run_s3_server() -> Iterator["BaseClient"]:
+    """Run a local S3 server during the block, to which the environment points, and yield a client of it."""
+    moto_server, boto3 = pytest.importorskip("moto.server"), pytest.importorskip("boto3")
+    server = moto_server.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ACCESS_KEY_ID": "AKIAKEY", "AWS_SECRET_ACCESS_KEY": "topsecret", "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        }.items():  # fmt: skip
+            patch.setenv(name, value)
+        yield boto3.client("s3")
+    server.stop()
 
 
 def use_project(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

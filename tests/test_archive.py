@@ -21,7 +21,16 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from click.testing import CliRunner
-from conftest import archive_members, edit_params, error_message, run, use_project, write_files, write_zip
+from conftest import (
+    archive_members,
+    edit_params,
+    error_message,
+    run,
+    run_s3_server,
+    use_project,
+    write_files,
+    write_zip,
+)
 
 from pipeline.core.config import ArchiveParams, DownloadParams, KaggleParams, PrepareParams, TableParams
 from pipeline.core.errors import UserError
@@ -334,27 +343,13 @@ def test_what_a_server_refuses_is_an_error_without_credentials(tmp_path):
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
     """The URL of a bucket of a local S3 server, which holds the archive as a zip and as files."""
-    moto_server = pytest.importorskip("moto.server")
-    boto3 = pytest.importorskip("boto3")
     # s3fs would go on with the port of an earlier server, if tests of other modules ran in between.
     pytest.importorskip("s3fs").S3FileSystem.clear_instance_cache()
-    server = moto_server.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_ACCESS_KEY_ID": "AKIAKEY", "AWS_SECRET_ACCESS_KEY": "topsecret", "AWS_EC2_METADATA_DISABLED": "true",
-            "AWS_CONFIG_FILE": os.devnull,
-            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-        }.items():  # fmt: skip
-            patch.setenv(name, value)
-        client = boto3.client("s3")
+    with run_s3_server() as client:
         client.create_bucket(Bucket="hospital")
         for name, content in MEMBERS.items():
             client.put_object(Bucket="hospital", Key=f"images/{name}", Body=content)
         yield "s3://hospital"
-        server.stop()
 
 
 def put(key: str, body: bytes) -> None:

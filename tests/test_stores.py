@@ -15,7 +15,16 @@ import alembic.command
 import mlflow
 import pytest
 from click.testing import CliRunner
-from conftest import copy_project, error_line_of, error_message, free_port, invoke, output_of, run_mlflow_server
+from conftest import (
+    copy_project,
+    error_line_of,
+    error_message,
+    free_port,
+    invoke,
+    output_of,
+    run_mlflow_server,
+    run_s3_server,
+)
 from mlflow.cli import cli as mlflow_commands
 from mlflow.server.auth.client import AuthServiceClient
 from mlflow.store.db.utils import _get_alembic_config
@@ -76,20 +85,9 @@ def postgresql(tmp_path_factory) -> Iterator[Callable[[str], str]]:
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
     """A bucket of a local S3 server."""
-    moto_server, boto3 = pytest.importorskip("moto.server"), pytest.importorskip("boto3")
-    s3 = moto_server.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    s3.start()
-    host, port = s3.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_ACCESS_KEY_ID": "AKIAKEY", "AWS_SECRET_ACCESS_KEY": "topsecret", "AWS_EC2_METADATA_DISABLED": "true",
-            "AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-        }.items():  # fmt: skip
-            patch.setenv(name, value)
-        boto3.client("s3").create_bucket(Bucket="models")
+    with run_s3_server() as s3:
+        s3.create_bucket(Bucket="models")
         yield "models"
-    s3.stop()
 
 
 @pytest.fixture(scope="module")
