@@ -198,14 +198,14 @@ def calibration_table(results: Results) -> ReportTable:
     keys = ["loss", "brier", "calibration_error"]
     table = ReportTable(["recalibration", "temperature", "bias", "estimate", *(METRIC_LABELS[key] for key in keys)])
     score_type = results.apparent(results.bag, "auroc").estimate_type
-    given = RECALIBRATIONS[results.config.active.evaluate.recalibration]
+    in_use = RECALIBRATIONS[results.config.active.evaluate.recalibration]
     for _, row in calibration[calibration["model"] == results.bag].iterrows():
         reason = "" if pd.isna(row["reason"]) else row["reason"]
         fitted = row["calibration"] != "none"
         parameters = [_without_interval(row[key], reason) if fitted else "" for key in ("temperature", "bias")]
         metrics = [_without_interval(row[key], reason) for key in keys]
         estimate_type = "cross-fitted" if fitted and score_type == "fixed" else score_type
-        label = f"{row['calibration']} (in use)" if row["calibration"] == given else row["calibration"]
+        label = f"{row['calibration']} (in use)" if row["calibration"] == in_use else row["calibration"]
         table.add(label, *parameters, estimate_type, *metrics)
     return table
 

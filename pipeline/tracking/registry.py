@@ -45,7 +45,7 @@ from pipeline.core.memory import is_out_of_memory
 from pipeline.inference import candidate
 from pipeline.tracking import version_card
 from pipeline.tracking.runs import next_timestamp
-from pipeline.tracking.store import CONFLICT_DELAYS, Store, retry_conflicts, software_version_tag
+from pipeline.tracking.store import CONFLICT_DELAYS, Store, ignore_existing, retry_conflicts, software_version_tag
 from pipeline.tracking.version_card import RULE
 
 CONTENT_HASH_TAG = "content_hash"
@@ -122,7 +122,8 @@ def register_candidate(
             store.client.get_registered_model(name)
         except MlflowException as error:
             _raise_unless_not_found(error)
-            _create_registered_model(store, name)
+            with ignore_existing():
+                store.client.create_registered_model(name)
         existing = _find_version(store, name, content_hash)
         if existing:
             return existing
@@ -135,14 +136,6 @@ def register_candidate(
                 store.client.delete_model_version(name, str(created.version))
                 store.client.delete_logged_model(model_id)
         return version
-
-
-def _create_registered_model(store: Store, name: str) -> None:
-    try:
-        store.client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another machine created it meanwhile
-            raise
 
 
 def _find_version(store: Store, name: str, content_hash: str) -> ModelVersion | None:

@@ -4,7 +4,8 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -144,6 +145,16 @@ def retry_conflicts(function: Callable[P, T]) -> Callable[P, T]:
     return call
 
 
+@contextmanager
+def ignore_existing() -> Iterator[None]:
+    """Ignore that another machine has just created what the block creates."""
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
 def software_version_tag() -> dict[str, str]:
     """Return the tag that records the installed version of this package."""
     return {"covid-xray.version": metadata.version("covid-xray")}
@@ -192,9 +203,6 @@ def _find_or_create_experiment(client: MlflowClient, name: str) -> Experiment:
     if experiment:
         return experiment
     artifacts = None if tracking_uri().startswith("http") else (workspace_root() / "mlartifacts").as_uri()
-    try:
+    with ignore_existing():
         client.create_experiment(name, artifacts, EXPERIMENT_TAGS)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another machine created it meanwhile
-            raise
     return cast("Experiment", client.get_experiment_by_name(name))

@@ -67,8 +67,8 @@ def describe_candidate(
     meaning = ESTIMATE_TYPES[by_metric["f1"]["estimate_type"].iloc[-1]].format(
         _number(by_metric["f1"]["value"].iloc[0])
     )
-    given = config.active.train.model_dump(exclude_defaults=True).keys() | PARAMS
-    train = {key: value for key, value in config.active.train.model_dump().items() if key in given}
+    names = config.active.train.model_dump(exclude_defaults=True).keys() | PARAMS
+    train = {key: value for key, value in config.active.train.model_dump().items() if key in names}
     members = {"members": len(config.bag_members), "method": config.active.bag.method}
     seed = {"seed": name.removeprefix("seed-")}
     params = {

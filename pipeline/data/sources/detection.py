@@ -174,9 +174,9 @@ def _guess_columns(file: str, table: pd.DataFrame, images: list[str], parents: s
         section["separator"] = separator
         values = values.str.split(separator).explode()
     counts = values.value_counts()
-    shown = ", ".join(f"{value!r} ({count})" for value, count in counts.head(MAX_VALUES).items())
+    listed = ", ".join(f"{value!r} ({count})" for value, count in counts.head(MAX_VALUES).items())
     more = f" and {len(counts) - MAX_VALUES} more values" if len(counts) > MAX_VALUES else ""
-    return share, (section, f"list these values of {columns['label']} in positive, negative or ignore: {shown}{more}")
+    return share, (section, f"list these values of {columns['label']} in positive, negative or ignore: {listed}{more}")
 
 
 def list_images(folder: SourceFolder) -> list[str]:
