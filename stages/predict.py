@@ -41,11 +41,13 @@ def predict(files: tuple[str, ...], model: str, precision: "Precision", output: 
     import pandas as pd
 
     from pipeline.core import memory
+    from pipeline.core.config import load_config
     from pipeline.core.errors import UserError
     from pipeline.evaluation import ensemble
     from pipeline.inference import candidate
     from pipeline.inference import files as inference_files
     from pipeline.inference.apply_networks import check_precision
+    from pipeline.tracking.model_folder import open_model_folder
     from pipeline.training import determinism
 
     memory.retain_freed_memory()
@@ -56,8 +58,8 @@ def predict(files: tuple[str, ...], model: str, precision: "Precision", output: 
     count = positive = unusable = 0
     tables = []
     with _open_csv(output) as csv:
-        with _candidate_folder(model) as folder:
-            loaded = candidate.load_candidate(folder, device, precision)
+        with open_model_folder(load_config(), model) as found:
+            loaded = candidate.load_candidate(found.folder, device, precision)
         click.echo(ensemble.describe_output(loaded.config, loaded.finding), err=True)
         for table in inference_files.predict_files(loaded, paths):
             if csv and output:
@@ -128,30 +130,6 @@ def _print(predictions: "pd.DataFrame") -> None:
         metrics = ("–", "–") if row["reason"] else (f"{row['probability']:.4f}", str(row["label"]))
         table.add_row(row["file"], *metrics, row["reason"])
     print_table(table)
-
-
-@contextmanager
-def _candidate_folder(model: str) -> Iterator[Path]:
-    """Yield a folder with the candidate; it is deleted afterwards."""
-    import tempfile
-
-    from pipeline.core.config import BAG, load_config
-    from pipeline.evaluation import ensemble
-    from pipeline.inference import candidate
-
-    config = load_config()
-    if model in (*config.model_names, BAG):
-        with tempfile.TemporaryDirectory() as scratch:
-            ensemble_config = ensemble.load_candidate_configs(config)[model]
-            candidate.assemble_candidate(Path(scratch), Path("models"), ensemble_config, config.active.finding)
-            yield Path(scratch)
-    else:
-        from pipeline.tracking import registry
-        from pipeline.tracking.store import connect
-
-        version = registry.get_version(connect(config.model_name), config.model_name, model)
-        with registry.download_version(version) as folder:
-            yield folder
 
 
 if __name__ == "__main__":

@@ -74,10 +74,22 @@ def decode_radiograph(data: bytes, size: int, resize: Resize) -> tuple[np.ndarra
         UnusableError: the file is empty, broken, not an image, too small, too large, too narrow, blank or nearly
             blank, a color photograph, or a DICOM with several frames or of another modality.
     """
+    gray = decode_gray(data)
+    return resize_to_square(gray, size, resize), (gray.shape[1], gray.shape[0])
+
+
+def decode_gray(data: bytes) -> np.ndarray:
+    """Decode a radiograph as `decode_radiograph` does, at its own size.
+
+    Returns:
+        Integers from 0 to 255, (H, W).
+
+    Raises:
+        UnusableError: see `decode_radiograph`; a narrow or blank image is rejected only by `resize_to_square`.
+    """
     if not data:
         raise UnusableError("empty file")
-    gray = decode_dicom(data) if is_dicom(data) else _decode_image(data)
-    return resize_to_square(gray, size, resize), (gray.shape[1], gray.shape[0])
+    return decode_dicom(data) if is_dicom(data) else _decode_image(data)
 
 
 def resize_to_square(gray: np.ndarray, size: int, resize: Resize) -> np.ndarray:

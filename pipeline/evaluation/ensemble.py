@@ -49,6 +49,11 @@ class EnsembleConfig:
         """The map from scores to probabilities."""
         return Recalibrator(self.temperature, self.bias)
 
+    @property
+    def threshold_probability(self) -> float:
+        """The recalibrated threshold: the label is positive where the probability is at least this."""
+        return float(self.recalibrate(np.array([self.threshold]))[0])
+
 
 def fit_ensemble(
     labels: np.ndarray, members: pd.DataFrame, groups: np.ndarray, method: Method, tie: Tie, params: EvaluateParams
@@ -119,7 +124,7 @@ def predict(predictions: pd.DataFrame, config: EnsembleConfig) -> pd.DataFrame:
 
 def describe_output(config: EnsembleConfig, finding: FindingParams) -> str:
     """Say what the probability is of, where the label is 1, and for which share of positives it is calibrated."""
-    threshold = config.recalibrate(np.array([config.threshold]))[0]
+    threshold = config.threshold_probability
     calibration = (
         "probabilities are not calibrated"
         if config.prevalence is None

@@ -38,6 +38,21 @@ def metrics_at_prevalence(
         return {"accuracy": tp + tn, "ppv": tp / (tp + fp), "npv": tn / (tn + fn)}
 
 
+def change_prevalence(probabilities: np.ndarray, prior: float, prevalence: float) -> np.ndarray:
+    """Convert probabilities that are calibrated for one prevalence to another by Bayes' rule, under label shift.
+
+    Args:
+        probabilities: (N,), P(positive).
+        prior: the prevalence for which they are calibrated, in (0, 1).
+        prevalence: the new one, in [0, 1].
+
+    Returns:
+        (N,), P(positive).
+    """
+    positive, negative = probabilities * prevalence / prior, (1 - probabilities) * (1 - prevalence) / (1 - prior)
+    return np.asarray(positive / (positive + negative))
+
+
 class LabelShift(TypedDict):
     prevalence: float
     probabilities: np.ndarray
@@ -60,8 +75,7 @@ def adapt_label_shift(probabilities: np.ndarray, prior: float) -> LabelShift:
     prevalence = prior
     posterior = calibrated
     for _ in range(MAX_ITERATIONS):
-        positive, negative = calibrated * prevalence / prior, (1 - calibrated) * (1 - prevalence) / (1 - prior)
-        posterior = positive / (positive + negative)
+        posterior = change_prevalence(calibrated, prior, prevalence)
         change = float(posterior.mean()) - prevalence
         prevalence += change
         if abs(change) < TOLERANCE:

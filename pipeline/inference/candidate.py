@@ -42,8 +42,8 @@ class Candidate:
         """Classify gray images (N, packed_size, packed_size), uint8.
 
         Returns:
-            A row per image: `score`, `probability` of the finding and `label`, 0 or 1, of all members combined; see
-            `ensemble.predict`.
+            A row per image: `score`, `probability` of the finding and `label`, 0 or 1, of all members combined, see
+            `ensemble.predict`; and P(positive) of each member, by its name.
         """
         return pd.concat(self.predict_batches(pixels.split(self.batch_size)), ignore_index=True)
 
@@ -51,7 +51,8 @@ class Candidate:
         """Classify batches of `batch_size` images as `predict` does; some batches are read ahead."""
         methods = [network.predict_proba for network in self.members.values()]
         for probabilities in apply_networks(methods, batches, self.device, self.precision):
-            yield ensemble.predict(pd.DataFrame(probabilities.numpy(), columns=list(self.members)), self.config)
+            members = pd.DataFrame(probabilities.numpy(), columns=list(self.members))
+            yield pd.concat([ensemble.predict(members, self.config), members], axis="columns")
 
 
 def assemble_candidate(

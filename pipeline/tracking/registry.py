@@ -62,7 +62,8 @@ LABELED_IMAGES = "labeled_images.csv"  # in that folder, see `ValidationPredicti
 ARTIFACT = "candidate"  # name of the candidate's folder among the model's artifacts
 OLD_CONTENT_HASH_TAG = "identity"  # release 0.1
 OLD_RECORD_FIELDS = {"why": "reason", "over": "overruled_up_to"}  # release 0.1
-NOT_SERVED = ["kaggle", "report", "sources", "tracking", "training", "__pycache__"]  # packages that no prediction needs
+# Packages that no prediction needs.
+NOT_SERVED = ["kaggle", "report", "serving", "sources", "tracking", "training", "__pycache__"]
 REQUIREMENTS = [
     "imagecodecs", "mlflow", "numpy", "pandas", "pillow", "pydicom", "safetensors", "scikit-learn", "simplejpeg",
     "timm", "torch", "torchvision",

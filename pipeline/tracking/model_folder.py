@@ -1,0 +1,53 @@
+"""Models by the name that people type: a version of the registry, or a candidate from `models/`."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.core.config import BAG, Config
+from pipeline.evaluation import ensemble
+from pipeline.evaluation.ensemble import EnsembleConfig
+from pipeline.inference import candidate
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A candidate's folder, for `candidate.load_candidate`, and what names the model in outputs.
+
+    `model` is the registered model, or `models/` for one that is not from the registry; `version` is the number of the
+    registered version, or the name of the candidate.
+    """
+
+    folder: Path
+    model: str
+    version: str
+    content_hash: str
+
+
+@contextmanager
+def open_model_folder(config: Config, name: str) -> Iterator[ModelFolder]:
+    """Yield the folder of a model, which is deleted afterwards.
+
+    Args:
+        config: names the seeds and the registered model.
+        name: an alias or number of a registered version, or `seed-K` or `bag` from `models/`.
+
+    Raises:
+        UserError: there is no such model, or its files are damaged.
+    """
+    if name in (*config.model_names, BAG):
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            ensemble_config: EnsembleConfig = ensemble.load_candidate_configs(config)[name]
+            candidate.assemble_candidate(folder, Path("models"), ensemble_config, config.active.finding)
+            yield ModelFolder(folder, "models/", name, candidate.content_hash(folder))
+    else:
+        from pipeline.tracking import registry
+        from pipeline.tracking.store import connect
+
+        version = registry.get_version(connect(config.model_name), config.model_name, name)
+        with registry.download_version(version) as folder:
+            content_hash = version.tags[registry.CONTENT_HASH_TAG]
+            yield ModelFolder(folder, version.name, str(version.version), content_hash)
