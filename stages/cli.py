@@ -9,7 +9,7 @@ from stages.common import CONTEXT_SETTINGS
 STAGES = ["download", "weights", "prepare", "split", "train", "evaluate", "bag", "report", "promote", "submit"]
 COMMANDS = [
     "data", "train-all", "tune", "external-validation", "compare", "predict", "score", "sync", "history", "rollback",
-    "ui", "verify",
+    "export", "serve", "monitor", "ui", "verify",
 ]  # fmt: skip
 EPILOG = """\b
 Enable shell completion in bash (likewise: zsh_source, fish_source) with:

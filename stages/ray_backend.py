@@ -73,6 +73,8 @@ def open_cluster(
         UserError: the cluster cannot be reached or is too small, there is no DVC remote, or a change is not committed
             or not pushed.
     """
+    if address == "local":
+        raise UserError("--ray local: only cxr predict takes it; leave --ray out to train on this machine")
     if not _output("dvc", "config", "core.remote"):
         raise UserError("no default DVC remote; run: dvc remote add -d NAME URL, and commit .dvc/config")
     _run(Path(), "dvc", "push", "--run-cache", "weights", "prepare", "split")
@@ -81,13 +83,7 @@ def open_cluster(
         raise UserError(f"{changes.split()[-1]} is not committed, so other machines cannot get it; commit it")
     if _output("git", "remote") and not _output("git", "branch", "--remotes", "--contains", "HEAD"):
         raise UserError("the current commit is on no git remote, so other machines cannot get it; run: git push")
-    try:
-        if address != "auto":  # fail at once; Ray would retry for minutes
-            host, _, port = address.rpartition("/")[2].rpartition(":")
-            socket.create_connection((host, int(port)), timeout=10).close()
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, ValueError, OverflowError, RuntimeError, RayError) as error:
-        raise UserError(f"no Ray cluster at {address}: {first_line(error)}; start it, or correct the address") from None
+    connect(address)
     cores = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
     if cores < config.active.train.cpu_threads:
         raise UserError(
@@ -103,6 +99,25 @@ def open_cluster(
     tracking = {key: value for key, value in os.environ.items() if key.startswith("MLFLOW_TRACKING_")}
     commit = _output("git", "rev-parse", "HEAD")
     return lambda seed, options=(): task.remote(seed, source, commit, tracking, options)
+
+
+def connect(address: str) -> None:
+    """Connect to a Ray cluster.
+
+    Args:
+        address: of the cluster's head node, as `ray start` prints it, or `auto`; or `local` for a new cluster on this
+            machine, which ends with this process.
+
+    Raises:
+        UserError: the cluster cannot be reached.
+    """
+    try:
+        if address not in ("auto", "local"):  # fail at once; Ray would retry for minutes
+            host, _, port = address.rpartition("/")[2].rpartition(":")
+            socket.create_connection((host, int(port)), timeout=10).close()
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+    except (OSError, ValueError, OverflowError, RuntimeError, RayError) as error:
+        raise UserError(f"no Ray cluster at {address}: {first_line(error)}; start it, or correct the address") from None
 
 
 def _reason(error: Exception) -> str:

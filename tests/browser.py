@@ -1,7 +1,8 @@
-"""Open the MLflow UI and the report in headless Chromium and take screenshots.
+"""Open the MLflow UI, the report and the page of `cxr serve` in headless Chromium and take screenshots.
 
 python tests/browser.py docs LINK LINK    # of the demo, as `cxr ui` prints them
 python tests/browser.py report/index.html docs
+python tests/browser.py http://127.0.0.1:8000 RADIOGRAPHS docs    # a folder of radiographs
 """
 
 import json
@@ -87,6 +88,30 @@ def capture_report(report: Path, folder: Path, chromium: str = "/usr/bin/chromiu
         browser.close()
 
 
+def capture_serving(url: str, radiographs: Path, folder: Path, chromium: str = "/usr/bin/chromium") -> None:
+    """Save screenshots of the page of `cxr serve`: of results, on a phone too, and of a heat map in dark colors."""
+    views = [("serve", 1300, 1250, "light"), ("serve-phone", 390, 844, "light"), ("serve-dark", 1300, 960, "dark")]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=OPTIONS)
+        for name, width, height, scheme in views:
+            page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+            page.goto(url)
+            page.wait_for_selector("#card-details", state="attached")
+            page.set_input_files("#folder", radiographs)
+            page.wait_for_selector("#stop", state="visible")
+            page.wait_for_selector("#stop", state="hidden")
+            page.get_by_label("Sort by").select_option("uncertain")
+            wait_for_text(page)
+            if name == "serve-phone":
+                page.evaluate("document.querySelector('#results').scrollIntoView()")
+            if name == "serve-dark":
+                page.locator("#rows tr:has(.label.positive) button").first.click()
+                page.wait_for_selector("#heatmap")
+                wait_for_text(page)
+            page.screenshot(path=folder / f"{name}.png")
+        browser.close()
+
+
 def wait_for_text(page: Page) -> str:
     """Return the text of the page when it no longer changes."""
     text = ""
@@ -97,7 +122,9 @@ def wait_for_text(page: Page) -> str:
 
 
 if __name__ == "__main__":
-    if sys.argv[2].startswith("http"):
+    if sys.argv[1].startswith("http"):
+        capture_serving(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
+    elif sys.argv[2].startswith("http"):
         capture_mlflow(sys.argv[2].partition("/#")[0], sys.argv[2:], Path(sys.argv[1]))
     else:
         capture_report(Path(sys.argv[1]), Path(sys.argv[2]))

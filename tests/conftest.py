@@ -282,7 +282,9 @@ def make_prepared_project(demo_project, empty_store, tmp_path_factory) -> Callab
 
 
 @contextmanager
-def run_in_background(project: Path, *command: str, is_ready: Callable[[str], bool], **changes: str) -> Iterator[None]:
+def run_in_background(
+    project: Path, *command: str, is_ready: Callable[[str], bool], stop_signal: str = "TERM", **changes: str
+) -> Iterator[None]:
     """Run a command in the background during the block, which starts when `is_ready` accepts the command's output."""
     log = project / f"{command[0]}-{time.monotonic_ns()}.log"
     with log.open("w") as out:
@@ -295,8 +297,8 @@ def run_in_background(project: Path, *command: str, is_ready: Callable[[str], bo
             time.sleep(0.3)
         yield
     finally:
-        subprocess.run(["pkill", "-TERM", "-s", str(process.pid)], check=False)
-        process.wait(90)  # a Ray node takes half a minute to stop
+        subprocess.run(["pkill", f"-{stop_signal}", "-s", str(process.pid)], check=False)
+        process.wait(90)
 
 
 def run_server(project: Path, *command: str, health_url: str, **changes: str) -> AbstractContextManager[None]:

@@ -211,7 +211,7 @@ def test_every_stage_has_a_module_of_its_name_and_is_a_command():
 
 def test_every_command_is_a_stage_of_the_pipeline_or_typed_by_hand():
     assert cli.cxr.list_commands(None) == [*STAGES, *cli.COMMANDS]
-    shared = {"__init__", "cli", "common", "fork_server", "ray_backend", "tuner"}
+    shared = {"__init__", "cli", "common", "fork_server", "ray_backend", "ray_predict", "tuner"}
     modules = {path.stem for path in (ROOT / "stages").glob("*.py")} - shared
     assert modules == {name.replace("-", "_") for name in cli.cxr.list_commands(None)}
 

@@ -191,7 +191,7 @@ def test_the_champion_gives_the_predictions_of_evaluate_for_bytes_base64_and_pat
     for encoded in (
         images,
         [base64.b64encode(i).decode() for i in images],
-        [str(tmp_path / n) for n in expected["file"]],
+        [tmp_path / n for n in expected["file"]],
     ):
         predictions = model.predict(pd.DataFrame({"image": encoded}))
         assert predictions["probability"].to_numpy() == pytest.approx(expected["probability"].to_numpy(), abs=1e-6)

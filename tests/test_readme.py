@@ -5,7 +5,6 @@ import re
 import shlex
 import shutil
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -223,22 +222,35 @@ def test_the_other_profiles_run_every_stage_also_in_a_temporary_workspace(demo_p
     assert client.get_model_version_by_alias(f"covid-xray-{profile}", "champion")
 
 
-def test_batch_inference_with_ray_data_gives_the_same_predictions_as_cxr_predict(demo_project, tmp_path, monkeypatch):
-    reader = copy_project(demo_project, tmp_path / "project")
-    (script,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/registry.md").read_text(), re.DOTALL)
-    run_documented(reader, "python -m zipfile -e data/raw.zip radiographs")
-    (reader / "batch_inference.py").write_text(
-        script.replace("http://127.0.0.1:5000", f"sqlite:///{reader / 'mlflow.db'}")
-    )
-    with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # apart from other Ray clusters on this machine
-        completed = run(reader, "python", "batch_inference.py", RAY_TMPDIR=folder)
-    assert completed.returncode == 0, completed.stderr
-    predicted = pd.concat(map(pd.read_csv, (reader / "predicted").iterdir()))
-    predicted["file"] = predicted["file"].map(lambda path: Path(path).name)
+def test_a_radiograph_is_classified_on_the_command_line_over_http_and_in_the_log(reader, port, monkeypatch):
     use_project(reader, monkeypatch)
-    assert "predicted.csv: 8 files" in output_of("cxr predict radiographs/test --csv predicted.csv")
-    expected = pd.read_csv(reader / "predicted.csv")
-    expected["file"] = expected["file"].map(lambda path: Path(path).name)
-    both = predicted.merge(expected, on="file", suffixes=("", "_by_predict"), validate="one_to_one")
-    assert len(both) == len(expected) == 8
-    assert both["probability"].to_numpy() == pytest.approx(both["probability_by_predict"].to_numpy(), abs=1e-6)
+    run_documented(reader, "python -m zipfile -e data/raw.zip radiographs")
+    image, *others = sorted(map(str, Path("radiographs/test/test").iterdir()))
+
+    def use_image(command: str) -> str:
+        assert command in COMMANDS
+        return command.replace("radiographs/test/test/cxr-00833.jpg", image).replace(":8000", f":{port}")
+
+    assert image in output_of(use_image("cxr predict radiographs/test/test/cxr-00833.jpg"))
+    assert f"{1 + len(others)} files" in output_of("cxr predict radiographs/test --csv predicted.csv")
+    assert "cxr predict radiographs/test --log predictions.jsonl" in COMMANDS
+    output_of("cxr predict radiographs/test --log predictions.jsonl")
+    assert len(Path("predictions.jsonl").read_text().splitlines()) == 1 + len(others)
+
+    expected = pd.read_csv("predicted.csv").set_index("file").loc[image]
+    assert "cxr serve" in COMMANDS
+    with run_server(reader, "cxr", "serve", "--port", str(port), health_url=f"http://127.0.0.1:{port}/ready"):
+        answers = [
+            json.loads(run(reader, *shlex.split(use_image(command))).stdout)
+            for command in (
+                "curl --data-binary @radiographs/test/test/cxr-00833.jpg 127.0.0.1:8000/v1/predict",
+                "curl --data-binary @radiographs/test/test/cxr-00833.jpg '127.0.0.1:8000/v1/predict?prevalence=0.01'",
+            )
+        ]
+        metrics = run(reader, *shlex.split(use_image("curl 127.0.0.1:8000/metrics"))).stdout
+    (prediction,), (at_low_prevalence,) = (answer["predictions"] for answer in answers)
+    assert prediction["probability"] == pytest.approx(expected["probability"], abs=1e-4)
+    assert prediction["label"] == at_low_prevalence["label"] == expected["label"]
+    assert answers[0]["version"] == str(expected["version"])
+    assert [answer["prevalence"] for answer in answers] == [pytest.approx(expected["prevalence"]), 0.01]
+    assert re.search(r'cxr_images_total\{outcome="classified"\} 2', metrics)

@@ -609,7 +609,7 @@ def test_predict_takes_patterns_and_names_unusable_files(radiographs):
     assert "not an image in a known format" in line
     assert result.stderr.strip().endswith("1 of 9 files are not usable radiographs; the table has the reasons")
     assert error_line_of("cxr predict 'nowhere/*.png'") == (
-        "Error: nowhere/*.png: no files found; give radiographs, folders or patterns"
+        "Error: nowhere/*.png: no files found; give radiographs, folders, patterns, zips or tars"
     )
 
 

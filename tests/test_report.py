@@ -19,7 +19,7 @@ from pipeline.core import config
 from pipeline.core.files import write_csv, write_json
 from pipeline.data.outliers import write_contact_sheet
 from pipeline.evaluation.test_scores import FORETOLD, METRICS
-from pipeline.models import classifier
+from pipeline.models import classifier, heatmaps
 from pipeline.models.classifier import Architecture, Classifier
 from pipeline.report import data_card, gradcam, page, reporting_checklist, summary_text, tables
 from pipeline.report.results import Estimate, Results
@@ -454,10 +454,10 @@ def test_every_backbone_has_heatmaps_of_the_size_of_its_input(name, one_thread):
     torch.manual_seed(0)
     network = Classifier(Architecture(name, [], 0.0, 128, "none", 128, "stretch")).eval()
     pixels = torch.zeros(2, 128, 128, dtype=torch.uint8)
-    heatmaps = gradcam.compute_heatmaps(network, pixels, [0, 1])
-    assert heatmaps.shape == (2, 128, 128)
-    assert heatmaps.min() >= 0
-    assert heatmaps.max() <= 1
+    maps = heatmaps.compute_heatmaps(network, pixels, [0, 1])
+    assert maps.shape == (2, 128, 128)
+    assert maps.min() >= 0
+    assert maps.max() <= 1
 
 
 def test_mean_border_share_has_an_interval_over_patients():

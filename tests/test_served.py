@@ -1,27 +1,36 @@
 """Evaluation, prediction of files and the served model give the same probability for the same file."""
 
 import base64
+import json
+import threading
+import time
 import zipfile
+from collections.abc import Iterator
 from types import SimpleNamespace
 
+import mlflow
+import numpy as np
 import pandas as pd
 import pytest
+import requests
 import torch
-from conftest import write_zip
+import uvicorn
+from conftest import free_port, write_zip
 from odd_files import chest, encode, formats
 from PIL import Image
 from scipy.special import expit, logit
 
 from pipeline.core.config import FindingParams, PrepareParams
-from pipeline.data import manifest, packing
+from pipeline.data import image_checks, manifest, packing
 from pipeline.data.dataset import PackedImages
 from pipeline.evaluation import ensemble
 from pipeline.evaluation.ensemble import EnsembleConfig
-from pipeline.inference import apply_networks, candidate
+from pipeline.inference import apply_networks, candidate, image_files, pyfunc_model
 from pipeline.inference import files as inference_files
 from pipeline.inference.dataset import probability_table
 from pipeline.models import classifier
 from pipeline.models.classifier import Architecture, Classifier
+from pipeline.tracking.registry import SIGNATURE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -30,8 +39,6 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("resize", ["stretch", "pad"])
 def test_evaluation_files_and_the_served_model_give_the_same_probabilities(tmp_path, resize):
-    from pipeline.inference.pyfunc_model import ServedModel
-
     wide = {
         "wide.png": encode(Image.fromarray(chest(90)[:50])),
         "tall.jpg": encode(Image.fromarray(chest(90)[:, :40]), "JPEG"),
@@ -60,16 +67,18 @@ def test_evaluation_files_and_the_served_model_give_the_same_probabilities(tmp_p
 
     with zipfile.ZipFile(raw) as archive:
         archive.extractall(tmp_path)
-    paths = inference_files.ImageFiles([str(tmp_path / "test" / name) for name in files])
+    paths = image_files.ImageFiles([str(tmp_path / "test" / name) for name in files])
     predictions = pd.concat(inference_files.predict_files(candidate.load_candidate(tmp_path / "candidate", CPU), paths))
     assert list(predictions["probability"]) == list(expected)
 
-    served = ServedModel()
+    served = pyfunc_model.ServedModel()
     served.load_context(SimpleNamespace(artifacts={"candidate": str(tmp_path / "candidate")}))
     for inputs in (
         list(files.values()),
+        list(map(bytearray, files.values())),
+        list(map(memoryview, files.values())),
         [base64.b64encode(data).decode() for data in files.values()],
-        list(map(str, paths)),
+        [tmp_path / "test" / name for name in files],
     ):
         response = served.predict(None, pd.DataFrame({"image": inputs}))
         assert list(response["probability"]) == list(expected)
@@ -121,10 +130,106 @@ def test_an_unusable_file_changes_no_other_probability(tmp_path):
     files = [tmp_path / f"{index}.png" for index in range(5)]
     for index, file in enumerate(files):
         file.write_bytes(encode(Image.fromarray(chest(90 + index))))
-    paths, model = inference_files.ImageFiles(list(map(str, files))), make_candidate(1)
+    paths, model = image_files.ImageFiles(list(map(str, files))), make_candidate(1)
     (expected,) = inference_files.predict_files(model, paths)
     files[2].write_bytes(b"")
     (predicted,) = inference_files.predict_files(model, paths)
     pd.testing.assert_frame_equal(predicted.drop(2), expected.drop(2), check_exact=True)
     assert predicted.loc[2, ["probability", "label"]].isna().all()
     assert predicted.loc[2, "reason"]
+
+
+@pytest.fixture(scope="module")
+def saved_model(tmp_path_factory) -> mlflow.pyfunc.PyFuncModel:
+    """A small model, saved and loaded as those of the registry."""
+    folder = tmp_path_factory.mktemp("model")
+    model = make_candidate(2)
+    for name, network in model.members.items():
+        classifier.save_weights([network], folder / name)
+        classifier.save_description(network, folder / name, {})
+    candidate.assemble_candidate(folder / "candidate", folder, model.config)
+    mlflow.pyfunc.save_model(
+        folder / "saved",
+        python_model=pyfunc_model.__file__,
+        artifacts={"candidate": str(folder / "candidate")},
+        signature=SIGNATURE,
+        pip_requirements=[],
+    )
+    return mlflow.pyfunc.load_model(str(folder / "saved"))
+
+
+@pytest.fixture(scope="module")
+def url(saved_model) -> Iterator[str]:
+    """The address of MLflow's scoring server."""
+    from mlflow.pyfunc import scoring_server
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("_MLFLOW_IS_IN_SERVING_ENVIRONMENT", "true")  # as the server sets it, without an end
+        port = free_port()
+        server = uvicorn.Server(uvicorn.Config(scoring_server.init(saved_model), port=port, log_level="warning"))
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{port}/invocations"
+        server.should_exit = True
+        thread.join()
+
+
+def post(url: str, *images: object) -> requests.Response:
+    return requests.post(url, json={"dataframe_records": [{"image": image} for image in images]}, timeout=60)
+
+
+def refusal(response: requests.Response) -> str:
+    """Return the reason of an answer that must be HTTP 400; it has no trace."""
+    assert response.status_code == 400, response.text
+    body = json.loads(response.text)
+    assert "stack_trace" not in body
+    assert ".py" not in body["message"]
+    return body["message"].partition("Error: ")[2]  # MLflow repeats the request before it
+
+
+def test_a_client_opens_no_file_and_does_not_learn_which_exist(url, tmp_path):
+    existing = tmp_path / "radiograph.png"
+    existing.write_bytes(encode(Image.fromarray(chest(90))))
+    names = ["/etc/passwd", str(existing), str(tmp_path / "absent.png"), existing.as_uri(), "~", "."]
+    reasons = {refusal(post(url, name)) for name in names}
+    assert reasons == {
+        "image 1: not a usable radiograph: text that is not base64; send a file's content (in Python, a pathlib.Path)"
+    }
+    for table in (pd.DataFrame({"image": names[1:2]}), pd.DataFrame({"image": [{"path": names[1]}]})):
+        stream = table.to_parquet()
+        assert refusal(requests.post(url, stream, headers={"Content-Type": "application/vnd.apache.parquet"}))
+
+
+def test_a_server_answers_as_predict_does_and_refuses_what_is_no_radiograph(url, saved_model, monkeypatch, tmp_path):
+    files = [tmp_path / f"{index}.png" for index in range(3)]
+    for index, file in enumerate(files):
+        file.write_bytes(encode(Image.fromarray(chest(90 + index))))
+    model = make_candidate(2)
+    (expected,) = inference_files.predict_files(model, image_files.ImageFiles(list(map(str, files))))
+    answer = post(url, *(base64.b64encode(file.read_bytes()).decode() for file in files)).json()
+    assert [one["probability"] for one in answer["predictions"]] == list(expected["probability"])
+    in_process = saved_model.predict(pd.DataFrame({"image": files}))  # as paths, which MLflow's schema lets through
+    assert list(in_process["probability"]) == list(expected["probability"])
+    pixels = PIXELS[0].tolist()
+    (one,) = post(url, pixels).json()["predictions"]
+    assert one["probability"] == model.predict(PIXELS[:1])["probability"].item()
+    assert saved_model.predict(pd.DataFrame({"image": np.empty(0, object)})).empty
+
+    row = [0] * 40
+    for image in (
+        None, 5, 1.5, True, {}, {"bytes": "x"}, "", "AAAA", "é", [], [[]], [1, 2], row, [row, [1]], [row] * 8,
+        [row] * 40, [["9" * 100_000, *row]] * 40, [[0.5] * 40] * 40, [[300] * 40] * 40, [[-1] * 40] * 40,
+        [[[1]] * 40] * 40,
+    ):  # fmt: skip
+        assert refusal(post(url, image)).startswith("image 1: not a usable radiograph: ")
+    assert refusal(post(url, pixels, [[]])).startswith("image 2: ")
+    assert refusal(post(url, *[""] * 257)) == "257 images: more than the 256 of a call; split them"
+    monkeypatch.setattr(image_checks, "MAX_BYTES", 2999)
+    monkeypatch.setattr(image_checks, "MAX_PIXELS", 1599)
+    assert refusal(post(url, "A" * 4000)).endswith("too large: more than 2999 bytes")
+    assert refusal(post(url, [row] * 40)).endswith("too large: 40×40 pixels")
+    monkeypatch.setattr(pyfunc_model.candidate.Candidate, "predict", None)
+    broken = post(url, [row[:32]] * 31 + [[255] * 32])
+    assert (broken.status_code, "stack_trace" in broken.text) == (500, False)

@@ -11,14 +11,16 @@ import io
 import json
 import logging
 import lzma
+import os
 import re
 import shutil
 import struct
+import tempfile
 import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,6 +36,8 @@ SEPARATORS = ",;\t|"  # of a table's fields
 BEFORE_HEADER = re.compile(r'(?:[^\S\n]*\n)*(?:"?sep=[^\n]{0,9}\n)?')  # blank lines, and the line that Excel writes
 EXCEL_TEXT = re.compile(r'^="(.*)"$', re.DOTALL)  # how Excel is told to keep the zeros of ="001"
 MAX_QUOTED = 80  # characters of a line in a message
+MAX_LINKS = 40  # as Linux follows
+DESCRIPTORS = re.compile(r"/dev/fd|/proc/.+/fd")  # folders of open files, to which /dev/stdout is a link
 
 
 @contextmanager
@@ -46,6 +50,56 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def resolve_target(path: Path) -> Path:
+    """Return the path that is written to, behind symbolic links, of which the last may lead to nothing yet.
+
+    Raises:
+        UserError: they lead in a circle.
+    """
+    target = path
+    for _ in range(MAX_LINKS):
+        if _is_descriptor(target) or not target.is_symlink():
+            return target
+        target = target.parent / target.readlink()
+    raise UserError(f"{path}: symbolic links that lead in a circle; give another name")
+
+
+def is_regular(path: Path) -> bool:
+    """Return whether a path leads to a file, or to nothing yet: to no folder, pipe or device, and not to /dev/stdout.
+
+    Raises:
+        UserError: see `resolve_target`.
+    """
+    target = resolve_target(path)
+    return not _is_descriptor(target) and (target.is_file() or not target.exists())
+
+
+def _is_descriptor(path: Path) -> bool:
+    return DESCRIPTORS.fullmatch(os.path.realpath(path.parent)) is not None
+
+
+@contextmanager
+def make_folder(folder: Path) -> Iterator[None]:
+    """Create a folder with its parents, for files of the block; those that are new and empty at its end are removed.
+
+    Raises:
+        UserError: no file can be created there, as in /proc.
+        OSError: the folder cannot be written to.
+    """
+    new = [one for one in (folder, *folder.parents) if not one.exists()]
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except FileNotFoundError:
+            raise UserError(f"{folder}: no file can be created there; give another name") from None
+        yield
+    finally:
+        with suppress(OSError):  # not empty
+            for one in new:
+                one.rmdir()
 
 
 def check_disk_space(folder: Path, needed: int) -> None:

@@ -10,6 +10,7 @@ from PIL import Image
 
 MIN_EDGE = 32  # pixels; smaller images show no lung detail
 MAX_PIXELS = 40_000_000  # decoding needs up to 1.5 GB; the detectors with the highest resolution have half as many
+MAX_BYTES = 256 << 20  # of a file that is given to a model; MAX_PIXELS of 16 bits have 76 MiB
 MAX_ASPECT_RATIO = 10  # longer edge by shorter edge
 MAX_SCANS = 200  # of a progressive JPEG; usual are about ten, and each takes a pass over the whole image
 MIN_CONTRAST = 10  # gray levels between the 1st and 99th percentile; the lowest value seen in a radiograph is 60
@@ -22,6 +23,11 @@ OBJECT_REPRESENTATION = re.compile(r"<[^<>]* at 0x[0-9a-fA-F]+>|0x[0-9a-fA-F]{7,
 
 class UnusableError(Exception):
     """A file is not a usable radiograph; the message is the reason, as listed in quarantine.csv."""
+
+
+def check_bytes(count: int) -> None:
+    if count > MAX_BYTES:
+        raise UnusableError(f"too large: more than {MAX_BYTES:,} bytes")
 
 
 def check_shape(width: int, height: int) -> None:

@@ -175,7 +175,10 @@ def _decode_image(data: bytes) -> np.ndarray:
 
 def _open(data: bytes) -> Image.Image:
     if not HEIC_START.match(data) or b"avif" in data[:64]:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
+        try:
+            return Image.open(io.BytesIO(data), formats=FORMATS)
+        except ValueError:  # a text that begins like a PPM, whose numbers are words
+            raise UnidentifiedImageError from None
     try:
         import pi_heif
     except ImportError:

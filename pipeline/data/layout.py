@@ -92,13 +92,13 @@ def open_zip(path: Path) -> zipfile.ZipFile:
         raise UserError(f"{path}: damaged zip ({error}); download or copy it again") from None
     names, size = Counter(archive.namelist()), path.stat().st_size
     for member in archive.infolist():
-        problem = "occurs twice" if names[member.filename] > 1 else _find_problem(member, size)
+        problem = "occurs twice" if names[member.filename] > 1 else find_problem(member, size)
         if problem:
             raise UserError(f"{path}: {member.filename!r} {problem}; create the zip again without it")
     return archive
 
 
-def _find_problem(member: zipfile.ZipInfo, archive_size: int) -> str:
+def find_problem(member: zipfile.ZipInfo, archive_size: int) -> str:
     """Return why the member makes an archive of `archive_size` bytes unsafe, or an empty string."""
     name, compressed, size = PureWindowsPath(member.filename), member.compress_size, member.file_size
     checks = {

@@ -41,8 +41,8 @@ def redact_url(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
-def open_file_system(url: str) -> "tuple[fsspec.AbstractFileSystem, str]":
-    """Return the file system of a URL, and the path in it."""
+def open_file_system(url: str, setting: str) -> "tuple[fsspec.AbstractFileSystem, str]":
+    """Return the file system of a URL that the user wrote in `setting`, and the path in it."""
     import fsspec
 
     options: dict[str, Any] = {}
@@ -52,14 +52,14 @@ def open_file_system(url: str) -> "tuple[fsspec.AbstractFileSystem, str]":
         timeout = ClientTimeout(total=None, sock_connect=30, sock_read=60)  # seconds; no limit of the whole download
         client = {"timeout": timeout, "trust_env": True, "headers": {"Accept-Encoding": "identity"}}
         options = {"client_kwargs": client, "encoded": "%" in url}
-    with report_errors(url):
+    with report_errors(url, setting):
         file_system, path = fsspec.url_to_fs(url, **options)
     return file_system, path
 
 
 @contextmanager
-def report_errors(url: str) -> Iterator[None]:
-    """Raise errors of file systems as those that users see.
+def report_errors(url: str, setting: str) -> Iterator[None]:
+    """Raise errors of file systems as those that users see, who wrote the URL in `setting`.
 
     Raises:
         UnreachableError: the network or the server fails; it may work later.
@@ -72,13 +72,12 @@ def report_errors(url: str) -> Iterator[None]:
     except Exception as error:
         # fsspec reports every error of HTTP's HEAD and GET as a file that is not found.
         cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
-        raise _explain(redact_url(url), cause) from error
+        raise _explain(redact_url(url), cause, f"correct {setting}") from error
 
 
-def _explain(url: str, error: BaseException) -> BaseException:
+def _explain(url: str, error: BaseException, correct: str) -> BaseException:
     """Return the UserError that stands for an error; the error itself if it is of this program or of this disk."""
     name, status, text = type(error).__name__, getattr(error, "status", 0), first_line(error)
-    correct = "correct download.path in params.yaml"
     reason = f"the server answers {status}" if status else text
     is_remote = isinstance(error, OSError) or type(error).__module__.startswith(("aiohttp", "aiobotocore", "botocore"))
     replacement: BaseException = error
@@ -101,8 +100,10 @@ def _explain(url: str, error: BaseException) -> BaseException:
     return replacement
 
 
-def download_file(url: str, folder: Path) -> Path:
-    """Download a file into the folder; a call after an interruption resumes, if the file is still the same.
+def download_file(url: str, setting: str, folder: Path) -> Path:
+    """Download a file whose URL the user wrote in `setting` into the folder.
+
+    A call after an interruption resumes, if the file is still the same.
 
     Returns:
         The file, whose hidden name is that of the URL and the file's version.
@@ -112,7 +113,7 @@ def download_file(url: str, folder: Path) -> Path:
     """
     for attempt in range(MAX_ATTEMPTS):
         try:
-            return _resume(url, folder)
+            return _resume(url, setting, folder)
         except UnreachableError:
             if attempt == MAX_ATTEMPTS - 1:
                 raise
@@ -126,9 +127,9 @@ def remove_downloads(folder: Path) -> None:
         file.unlink()
 
 
-def _resume(url: str, folder: Path) -> Path:
-    redacted_url, (file_system, path) = redact_url(url), open_file_system(url)
-    with report_errors(url):
+def _resume(url: str, setting: str, folder: Path) -> Path:
+    redacted_url, (file_system, path) = redact_url(url), open_file_system(url, setting)
+    with report_errors(url, setting):
         info = file_system.info(path)
     versions = [str(info[key]) for key in VERSION_KEYS if info.get(key)]
     size: int | None = info.get("size")
@@ -138,8 +139,8 @@ def _resume(url: str, folder: Path) -> Path:
     if size is not None:
         check_disk_space(folder, size - done)
     if size is None or done < size:
-        with report_errors(url):
-            source, done = _open_at(file_system, path, done)
+        with report_errors(url, setting):
+            source, done = open_at(file_system, path, done)
             with source, partial.open("r+b" if done else "wb") as out:
                 out.seek(done)
                 out.truncate()
@@ -154,7 +155,7 @@ def _resume(url: str, folder: Path) -> Path:
     return partial
 
 
-def _open_at(file_system: "fsspec.AbstractFileSystem", path: str, start: int) -> tuple[Any, int]:
+def open_at(file_system: "fsspec.AbstractFileSystem", path: str, start: int) -> tuple[Any, int]:
     """Open a remote file for reading, from `start` if the server can; also return where it begins."""
     if not is_http(path):
         source = file_system.open(path, "rb", block_size=BLOCK_SIZE)

@@ -12,6 +12,8 @@ from pipeline.core.errors import UserError
 from pipeline.core.files import escape_undecodable, unescape_undecodable
 from pipeline.data import layout, remote
 
+SETTING = "download.path in params.yaml"  # in errors
+
 
 class SourceFolder(ABC):
     """A folder and its files.
@@ -66,20 +68,20 @@ class LocalFolder(SourceFolder):
 class RemoteFolder(SourceFolder):
     def __init__(self, url: str) -> None:
         self.root = remote.redact_url(url).rstrip("/")
-        self._file_system, path = remote.open_file_system(url)
+        self._file_system, path = remote.open_file_system(url, SETTING)
         self._path = path.rstrip("/")
 
     def exists(self) -> bool:
-        with remote.report_errors(self.root):
+        with remote.report_errors(self.root, SETTING):
             return bool(self._file_system.exists(self._path))
 
     def _list_files(self) -> Iterator[str]:
-        with remote.report_errors(self.root):
+        with remote.report_errors(self.root, SETTING):
             for path in self._file_system.find(self._path):
                 yield path.removeprefix(self._path).lstrip("/")
 
     def read_bytes(self, file: str) -> bytes:
-        with remote.report_errors(self.root):
+        with remote.report_errors(self.root, SETTING):
             try:
                 content: bytes = self._file_system.cat_file(f"{self._path}/{file}")
             except FileNotFoundError as error:
@@ -139,7 +141,7 @@ def open_source_folder(path: str | Path | list[str] | None, content: str) -> Sou
     if local.is_dir():
         return LocalFolder(str(local))
     if not local.exists():
-        raise UserError(f"{local}: no such folder; set download.path in params.yaml to {content}")
+        raise UserError(f"{local}: no such folder; set {SETTING} to {content}")
     if not zipfile.is_zipfile(local):
         raise UserError(
             f"{local}: neither a folder nor a zip; unpack it if it is an archive, and set download.path to {content}"
@@ -155,7 +157,7 @@ def _open_remote_folder(url: str, content: str) -> RemoteFolder:
         )
     folder = RemoteFolder(url)
     if not folder.exists():
-        raise UserError(f"{folder.root}: no such folder, or empty; set download.path in params.yaml to {content}")
+        raise UserError(f"{folder.root}: no such folder, or empty; set {SETTING} to {content}")
     return folder
 
 

@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import minimize_scalar
 from scipy.special import expit, logit
-from scipy.stats import beta
 
 from pipeline.core.config import Recalibration
 from pipeline.evaluation.metrics import CONFIDENCE_LEVEL, bin_indices, compute_metrics, has_single_class
@@ -67,6 +66,8 @@ def reliability_curve(labels: np.ndarray, probabilities: np.ndarray, groups: np.
     )
     successes = bins["positives"] * bins["groups"]
     failures = bins["groups"] - successes
+    from scipy.stats import beta
+
     # By convention, the interval of no (or only) positives reaches to 0 (or 1).
     low, high = beta.interval(CONFIDENCE_LEVEL, successes + 0.5, failures + 0.5)
     bins = bins.assign(low=np.where(successes == 0, 0, low), high=np.where(failures == 0, 1, high))

@@ -7,7 +7,6 @@ Obuchowski (1997). The numbers of positive and negative images are taken as fixe
 """
 
 import numpy as np
-from scipy.stats import rankdata
 
 from pipeline.evaluation.metrics import EPS, metrics_of_counts
 
@@ -51,6 +50,8 @@ def confusion_cells(labels: np.ndarray, predicted: np.ndarray) -> np.ndarray:
 
 def auroc_influence(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """Return the influence of every image on the AUROC, (N,): its placement among the other class; both must occur."""
+    from scipy.stats import rankdata
+
     is_positive, ranks = labels == 1, rankdata(scores)
     influence = np.empty(len(labels))
     for of_class, sign in ((is_positive, 1), (~is_positive, -1)):

@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import brentq
 from scipy.special import expit, gammaincinv, logit, ndtr, ndtri, owens_t, stdtr, stdtrit
-from scipy.stats import qmc
 
 from pipeline.evaluation import influence
 from pipeline.evaluation.calibration_regression import fit_calibration
@@ -257,6 +256,8 @@ class Interval(NamedTuple):
 @cache
 def _normal_draws() -> np.ndarray:
     """Return evenly spread draws (D, 2) of two independent standard normal variables (Sobol 1967)."""
+    from scipy.stats import qmc
+
     return np.asarray(ndtri(qmc.Sobol(2, rng=0).random_base2(LOG2_DRAWS)))
 
 

@@ -4,7 +4,6 @@ from math import ceil, log
 
 import numpy as np
 from scipy.special import betainc, expit
-from scipy.stats import nct, norm
 
 from pipeline.core.config import EvaluateParams
 from pipeline.evaluation.calibration import log_odds
@@ -84,6 +83,8 @@ def sensitivity_limits(
 
     needs_normal = ~is_allowed.any(axis=1) & (counts >= 2) & (min_sensitivity < 1)
     if needs_normal.any():
+        from scipy.stats import nct, norm
+
         logits, counts, total = log_odds(scores), counts[needs_normal], total[needs_normal]
         share = weights[needs_normal] / total[:, None]
         mean = share @ logits

@@ -55,6 +55,12 @@ class Candidate:
             yield pd.concat([ensemble.predict(members, self.config), members], axis="columns")
 
 
+def agreement(predictions: pd.DataFrame, config: EnsembleConfig) -> pd.Series:
+    """Return the share of the members whose own label is that of all combined, (N,), from `Candidate.predict`."""
+    own_labels = predictions[config.members] >= config.threshold
+    return own_labels.eq(predictions["label"] == 1, axis="index").mean(axis="columns")
+
+
 def assemble_candidate(
     folder: Path, models: Path, config: EnsembleConfig, finding: FindingParams | None = None
 ) -> None:
@@ -66,17 +72,29 @@ def assemble_candidate(
         (folder / name).mkdir(parents=True)
         for file in (WEIGHTS_FILE, DESCRIPTION_FILE):
             shutil.copyfile(models / name / file, folder / name / file)
+    write_json(folder / "candidate.json", candidate_fields(config, finding))
+
+
+def candidate_fields(config: EnsembleConfig, finding: FindingParams | None = None) -> dict[str, Any]:
+    """Return the content of candidate.json."""
     words = finding.model_dump(exclude_defaults=True, exclude={"model_name"}) if finding else {}
-    write_json(folder / "candidate.json", asdict(config) | ({"finding": words} if words else {}))
+    return asdict(config) | ({"finding": words} if words else {})
 
 
 def content_hash(folder: Path) -> str:
     """Return the SHA-256 of a candidate's models and configuration, as 64 hexadecimal digits."""
-    config = read_json(folder / "candidate.json")
-    descriptions = [read_json(folder / name / DESCRIPTION_FILE) for name in config.pop("members")]
-    models = [{key: one[key] for key in (*Architecture.__dataclass_fields__, "weights_sha256")} for one in descriptions]
-    models.sort(key=lambda model: str(model["weights_sha256"]))
-    return hashlib.sha256(json.dumps([models, config], sort_keys=True).encode()).hexdigest()
+    return hash_candidate(read_json(folder / "candidate.json"), folder)
+
+
+def hash_candidate(fields: Mapping[str, Any], models: Path) -> str:
+    """Return the `content_hash` of the candidate with this candidate.json and the members in the folder `models`."""
+    descriptions = [read_json(models / name / DESCRIPTION_FILE) for name in fields["members"]]
+    members = [
+        {key: one[key] for key in (*Architecture.__dataclass_fields__, "weights_sha256")} for one in descriptions
+    ]
+    members.sort(key=lambda member: str(member["weights_sha256"]))
+    config = {key: value for key, value in fields.items() if key != "members"}
+    return hashlib.sha256(json.dumps([members, config], sort_keys=True).encode()).hexdigest()
 
 
 def is_of_earlier_release(fields: Mapping[str, object]) -> bool:

@@ -1,114 +1,236 @@
-"""Classifies image files with a candidate; each file is decoded once."""
+"""Classifies image files with a candidate; each file is read and decoded once."""
 
-import glob
-import os
-from collections.abc import Iterator, Sequence
-from itertools import chain, islice, tee
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import islice, tee
 from pathlib import Path
+from threading import BoundedSemaphore
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
 from joblib import cpu_count
+from PIL import Image
 
 from pipeline.core.config import Resize
-from pipeline.core.errors import UserError
-from pipeline.core.files import escape_undecodable
+from pipeline.core.errors import UnreachableError, UserError
+from pipeline.core.files import atomic_path, escape_undecodable
 from pipeline.core.parallel import map_in_threads
-from pipeline.core.progress import track_progress
 from pipeline.data import images
+from pipeline.data.dicom import NO_IMAGE
+from pipeline.data.file_names import IMAGE_ENDING
 from pipeline.data.image_checks import UnusableError
-from pipeline.inference.candidate import Candidate
+from pipeline.data.sources.image_paths import is_image
+from pipeline.evaluation.ensemble import EnsembleConfig
+from pipeline.evaluation.prevalence import change_prevalence
+from pipeline.inference.candidate import Candidate, agreement
+from pipeline.inference.image_files import ImageFile
+from pipeline.inference.prediction_table import COLUMNS, REQUIRED
+
+if TYPE_CHECKING:
+    from pipeline.inference.prediction_log import PredictionLog
+
+DICOMDIR = "dicomdir"  # the list of a folder of DICOM files, which is one without pixels
+NOT_TEXT = re.compile(rb"[\0-\x08\x0e-\x1a\x1c-\x1f\x7f]")
+MAX_PREVIEW = 1024  # pixels, longer edge of an overlay
 
 
-class ImageFiles:
-    """Files, folders (recursively) and patterns such as `x/*.png`, expanded each time that they are iterated over.
+@dataclass(frozen=True)
+class DecodedFile:
+    """What is known of a file: of a usable one its pixels (S, S), and what `decode_file` was asked for.
 
-    Of a single folder, only the names in one folder at a time are in memory, so it may hold millions of files.
+    `reason` says why it is not usable. It `is_skipped` if it is plainly no image: neither its content nor its name is
+    one's, and the user did not name it.
     """
 
-    def __init__(self, names: Sequence[str], excluded: Path | None = None) -> None:
-        """Check the names; `excluded` is a file in one of the folders that is none of the images.
-
-        Raises:
-            UserError: a name matches no file.
-        """
-        self.names, self.excluded = names, excluded
-        for name in names:
-            if next(_expand(name), None) is None:
-                raise UserError(f"{escape_undecodable(name)}: no files found; give radiographs, folders or patterns")
-
-    def __iter__(self) -> Iterator[Path]:
-        """Yield every file once, those of a folder in the order of their paths."""
-        files: Iterator[Path] = chain.from_iterable(map(_expand, self.names))
-        if len(self.names) > 1 or not Path(self.names[0]).is_dir():  # names and patterns may overlap
-            files = iter(dict.fromkeys(files))
-        return (file for file in files if not self._is_excluded(file))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-    def _is_excluded(self, file: Path) -> bool:
-        return self.excluded is not None and file.name == self.excluded.name and file.samefile(self.excluded)
+    file: ImageFile
+    pixels: np.ndarray | None = None
+    reason: str = ""
+    is_skipped: bool = False
+    preview: np.ndarray | None = None
+    description: dict[str, Any] = field(default_factory=dict)
 
 
-def _expand(name: str) -> Iterator[Path]:
-    path = Path(name)
-    if path.is_dir():
-        yield from _walk(path)
-    elif path.exists():
-        yield path
-    else:
-        matches = map(Path, glob.iglob(name, recursive=True))  # noqa: PTH207  # Path.glob takes no absolute pattern
-        yield from sorted(file for file in matches if file.is_file() and not file.name.startswith("."))
+def decode_file(
+    file: ImageFile, size: int, resize: Resize, *, preview: bool = False, describe: bool = False
+) -> DecodedFile:
+    """Read and decode a file.
+
+    Args:
+        file: the file.
+        size: edge of the pixels.
+        resize: how the image becomes square.
+        preview: keep the upright image, with a longer edge of at most `MAX_PREVIEW` pixels.
+        describe: describe it for the log of predictions.
+
+    Raises:
+        UnreachableError: a server does not answer.
+    """
+    data = b""
+    try:
+        data, file = file.read(), replace(file, content=None)  # which may wait long for the rest of its batch
+        gray = images.decode_gray(data)
+        pixels = images.resize_to_square(gray, size, resize)
+    except UnreachableError:
+        raise
+    except (UnusableError, UserError, OSError) as error:
+        reason = str(error)
+        return DecodedFile(file, reason=reason, is_skipped=_is_plainly_no_image(file, data, reason))
+    description = {}
+    if describe:
+        from pipeline.inference.prediction_log import describe_image
+
+        description = describe_image(data, (gray.shape[0], gray.shape[1]), pixels)
+    return DecodedFile(file, pixels, preview=_shrink(gray) if preview else None, description=description)
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    with os.scandir(folder) as entries:
-        children = sorted(entries, key=lambda entry: entry.name)
-    for child in children:
-        if child.is_dir(follow_symlinks=False):
-            yield from _walk(Path(child.path))
-        elif child.is_file() and not child.name.startswith("."):
-            yield Path(child.path)
+def _is_plainly_no_image(file: ImageFile, data: bytes, reason: str) -> bool:
+    if file.is_named or (file.problem and not file.member):
+        return False
+    name = (file.member or file.path).lower()
+    is_of_known_format = bool(data) and not reason.startswith(NO_IMAGE)
+    if is_of_known_format and not name.endswith(DICOMDIR):
+        return False
+    is_text = reason == NO_IMAGE and not NOT_TEXT.search(data[:4096]) and not IMAGE_ENDING.search(name)
+    return is_text or not is_image(name)
 
 
-def predict_files(candidate: Candidate, paths: ImageFiles) -> Iterator[pd.DataFrame]:
+def _shrink(gray: np.ndarray) -> np.ndarray:
+    image = Image.fromarray(gray.astype(np.uint8, copy=False))
+    image.thumbnail((MAX_PREVIEW, MAX_PREVIEW), Image.Resampling.BILINEAR)
+    return np.asarray(image)
+
+
+def predict_files(
+    candidate: Candidate,
+    files: Iterable[ImageFile],
+    *,
+    model: str = "",
+    version: str = "",
+    prevalence: float | None = None,
+    heatmaps: Path | None = None,
+    log: "PredictionLog | None" = None,
+    skip: Callable[[ImageFile], object] | None = None,
+) -> Iterator[pd.DataFrame]:
     """Classify image files; memory does not grow with their number.
 
+    Args:
+        candidate: the model.
+        files: the files.
+        model: its name, for the table.
+        version: its version, for the table.
+        prevalence: to which the probabilities are converted, see `change_prevalence`; the candidate must be calibrated.
+        heatmaps: an existing folder, to which an overlay of each usable radiograph and its heatmap is written as PNG.
+        log: to which the usable radiographs are appended.
+        skip: called with each file that is plainly no image, which the tables do not have.
+
     Yields:
-        Tables with a row per file: `file`, `probability` and `label` as of `Candidate.predict`, and `reason`: empty, or
-        why a file is not a usable radiograph, whose probability and label are missing. Bytes of a file name that are no
-        UTF-8, and carriage returns, are escaped.
+        Tables with a row per file, or one without rows: `file`, without bytes that are no UTF-8 and carriage returns,
+        which are escaped; `probability` and `label` as of `Candidate.predict`; `reason`: empty, or why a file is not a
+        usable radiograph, whose probability, label and agreement are missing; `agreement`: the share of the members
+        whose own label is that of all together; `model` and `version`; `threshold`: the probability from which the
+        label is 1; `prevalence`, for which the probability is calibrated, missing if it is not; and `heatmap`, the name
+        of the overlay, if they are written.
+
+    Raises:
+        UnreachableError: a server does not answer.
     """
-
-    def decode(path: Path) -> tuple[Path, np.ndarray | str]:
-        return path, _decode(path, candidate.packed_size, candidate.resize)
-
-    # Decode ahead of the networks, but not the whole folder.
-    remaining = track_progress(paths, "predicting", len(paths))
-    decoded = map_in_threads(decode, remaining, cpu_count(), max(2 * candidate.batch_size, cpu_count()))
+    decoded = _decode_files(files, candidate, skip, preview=heatmaps is not None, describe=log is not None)
     batches, to_predict = tee(iter(lambda: list(islice(decoded, candidate.batch_size)), []))
     # An unusable image keeps its place, as a black one: the last bits of a probability depend on the batch.
     black = np.zeros((candidate.packed_size,) * 2, np.uint8)
-    pixels = (torch.from_numpy(np.stack([black if isinstance(one, str) else one for _, one in b])) for b in to_predict)
+    pixels = (_stack(batch, black) for batch in to_predict)
+    columns, is_empty = [*REQUIRED, *(["heatmap"] if heatmaps else [])], True
     for batch, predicted in zip(batches, candidate.predict_batches(pixels), strict=True):
-        yield _tabulate(batch, predicted)
+        table = _tabulate(batch, predicted, candidate.config, prevalence).assign(model=model, version=version)
+        rows = [row for row, one in enumerate(batch) if one.pixels is not None]
+        usable, of_usable = [batch[row] for row in rows], predicted.iloc[rows]
+        if log and rows:
+            log.append([one.description for one in usable], _stack(usable, black), of_usable)
+        if heatmaps:
+            names = _write_heatmaps(heatmaps, candidate, usable, of_usable["label"]) if rows else []
+            table["heatmap"] = pd.Series(names, rows, dtype="str").reindex(table.index, fill_value="")
+        is_empty = False
+        yield table[columns]
+    if is_empty:
+        yield pd.DataFrame(columns=columns).astype({name: COLUMNS[name] for name in columns})
 
 
-def _tabulate(batch: list[tuple[Path, np.ndarray | str]], predicted: pd.DataFrame) -> pd.DataFrame:
-    # Readers of CSV take a carriage return, which a Mac's `Icon\r` has, for the end of a row.
-    files = [escape_undecodable(str(path)).replace("\r", r"\r") for path, _ in batch]
-    reasons = [result if isinstance(result, str) else "" for _, result in batch]
-    table = predicted[["probability", "label"]].astype({"label": "Int64"}).assign(reason=reasons)
-    table.loc[table["reason"] != "", ["probability", "label"]] = pd.NA
-    table.insert(0, "file", files)
-    return table
+def _decode_files(
+    files: Iterable[ImageFile],
+    candidate: Candidate,
+    skip: Callable[[ImageFile], object] | None,
+    *,
+    preview: bool,
+    describe: bool,
+) -> Iterator[DecodedFile]:
+    """Decode ahead of the networks, but not the whole folder; leave out what is plainly no image."""
+    contents = BoundedSemaphore(2 * cpu_count())  # that wait to be decoded; other files are read when they are
+
+    def limit_contents() -> Iterator[ImageFile]:
+        for file in files:
+            if file.content is not None:
+                contents.acquire()
+            yield file
+
+    def decode(file: ImageFile) -> DecodedFile:
+        try:
+            return decode_file(file, candidate.packed_size, candidate.resize, preview=preview, describe=describe)
+        finally:
+            if file.content is not None:
+                contents.release()
+
+    for decoded in map_in_threads(decode, limit_contents(), cpu_count(), max(2 * candidate.batch_size, cpu_count())):
+        if not decoded.is_skipped:
+            yield decoded
+        elif skip:
+            skip(decoded.file)
 
 
-def _decode(path: Path, size: int, resize: Resize) -> np.ndarray | str:
-    """Return the pixels, or why the file is not usable."""
-    try:
-        return images.decode_radiograph(path.read_bytes(), size, resize)[0]
-    except (UnusableError, OSError) as reason:
-        return str(reason)
+def _stack(batch: list[DecodedFile], black: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.stack([black if one.pixels is None else one.pixels for one in batch]))
+
+
+def _tabulate(
+    batch: list[DecodedFile], predicted: pd.DataFrame, config: EnsembleConfig, prevalence: float | None
+) -> pd.DataFrame:
+    probabilities = np.append(predicted["probability"], config.threshold_probability)
+    if prevalence is not None and config.prevalence is not None:
+        probabilities = change_prevalence(probabilities, config.prevalence, prevalence)
+    table = pd.DataFrame({
+        # Readers of CSV take a carriage return, which a Mac's `Icon\r` has, for the end of a row.
+        "file": [escape_undecodable(one.file.name).replace("\r", r"\r") for one in batch],
+        "probability": probabilities[:-1],
+        "label": predicted["label"].astype("Int64"),
+        "reason": [one.reason for one in batch],
+        "agreement": agreement(predicted, config),
+        "threshold": probabilities[-1],
+        "prevalence": config.prevalence if prevalence is None else prevalence,
+    })  # fmt: skip
+    table.loc[table["reason"] != "", ["probability", "label", "agreement"]] = pd.NA
+    return table.astype({"prevalence": float})
+
+
+def _write_heatmaps(folder: Path, candidate: Candidate, batch: list[DecodedFile], labels: pd.Series) -> list[str]:
+    """Write overlays of the predicted class, and return their names."""
+    from pipeline.inference.explain import explain, overlay
+
+    names = [_heatmap_name(one.file) for one in batch]
+    pixels = torch.from_numpy(np.stack([one.pixels for one in batch if one.pixels is not None]))
+    for name, one, heatmap in zip(names, batch, explain(candidate, pixels, labels.tolist()), strict=True):
+        assert one.preview is not None  # noqa: S101  # it was asked for
+        with atomic_path(folder / name) as temporary:
+            overlay(one.preview, heatmap, candidate.resize).save(temporary, "PNG")
+    return names
+
+
+def _heatmap_name(file: ImageFile) -> str:
+    """Return the file's name without its folders, and what distinguishes it from files of the same name elsewhere."""
+    stem = re.sub(r"[^\w.-]+", "_", Path(file.name).stem, flags=re.ASCII)[:100]
+    digest = hashlib.sha256(
+        f"{file.path}\0{file.member}\0{file.offset or ''}".encode(errors="surrogateescape")
+    ).hexdigest()
+    return f"{stem}-{digest[:16]}.png"

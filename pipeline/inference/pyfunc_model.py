@@ -4,7 +4,7 @@ MLflow executes this file when it loads the model (models from code), so no pick
 """
 
 import base64
-import os
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,16 @@ import torch
 import yaml
 from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
-from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
-from pipeline.core.config import Resize
 from pipeline.data import image_checks, images
+from pipeline.data.image_checks import UnusableError
 from pipeline.inference import candidate
+
+log = logging.getLogger(__name__)
+
+MAX_IMAGES = 256  # per call
 
 
 class ServedModel(PythonModel):
@@ -40,8 +44,8 @@ class ServedModel(PythonModel):
 
         Args:
             context: unused.
-            model_input: a column `image`, each value an encoded image (bytes or base64), the path of one, or gray
-                pixels (H, W) from 0 to 255.
+            model_input: a column `image`, each value an encoded image as bytes or base64, gray pixels (H, W) from 0 to
+                255, or the `pathlib.Path` of a file, which no client of a server can send; at most `MAX_IMAGES`.
             params: unused.
 
         Returns:
@@ -50,30 +54,72 @@ class ServedModel(PythonModel):
             is not; and `version`, the registered version, or empty if the model was not loaded from the registry.
 
         Raises:
-            MlflowException: an image is not usable; a server answers with HTTP 400.
+            MlflowException: an image is not usable, or there are too many; a server answers with HTTP 400.
         """
-        size, resize = self._candidate.packed_size, self._candidate.resize
-        pixels = torch.from_numpy(np.stack([_decode(image, size, resize) for image in model_input["image"]]))
-        predictions = self._candidate.predict(pixels)[["probability", "label"]]
+        values = list(model_input["image"])
+        if len(values) > MAX_IMAGES:
+            raise _bad_request(f"{len(values)} images: more than the {MAX_IMAGES} of a call; split them")
+        try:
+            pixels = [self._decode(value, f"image {number}") for number, value in enumerate(values, start=1)]
+            size = self._candidate.packed_size
+            stacked = np.stack(pixels) if pixels else np.empty((0, size, size), np.uint8)
+            predictions = self._candidate.predict(torch.from_numpy(stacked))[["probability", "label"]]
+        except MlflowException:
+            raise
+        except Exception as error:
+            log.exception("unexpected error")
+            # MLflow would send the trace to the client.
+            raise MlflowException("unexpected error, which is in the server's log", INTERNAL_ERROR) from error
         return predictions.assign(prevalence=self._candidate.config.prevalence, version=self._version)
 
+    def _decode(self, value: Any, name: str) -> np.ndarray:
+        size, resize = self._candidate.packed_size, self._candidate.resize
+        try:
+            if isinstance(value, np.ndarray | list):
+                return images.resize_to_square(_gray_pixels(value), size, resize)
+            return images.decode_radiograph(_encoded_image(value), size, resize)[0]
+        except (UnusableError, OSError) as reason:
+            raise _bad_request(f"{name}: not a usable radiograph: {reason}") from None
 
-def _decode(image: Any, size: int, resize: Resize) -> np.ndarray:
+
+def _bad_request(message: str) -> MlflowException:
+    return MlflowException(message, INVALID_PARAMETER_VALUE)
+
+
+def _gray_pixels(value: np.ndarray | list[Any]) -> np.ndarray:
+    """Return pixels as an array (H, W); the lists of JSON are checked before they are converted."""
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        return value
+    rows = [row.tolist() if isinstance(row, np.ndarray) else row for row in value]
+    if not rows or not all(isinstance(row, list) and len(row) == len(rows[0]) for row in rows):
+        return np.empty(0)  # no gray image
+    image_checks.check_shape(len(rows[0]), len(rows))
     try:
-        if isinstance(image, np.ndarray | list):
-            return images.resize_to_square(np.asarray(image), size, resize)
-        return images.decode_radiograph(image if isinstance(image, bytes) else _read_bytes(image), size, resize)[0]
-    except (image_checks.UnusableError, OSError, TypeError, ValueError) as reason:
-        raise MlflowException(f"not a usable radiograph: {reason}", INVALID_PARAMETER_VALUE) from None
+        return np.frombuffer(b"".join(map(bytes, rows)), np.uint8).reshape(len(rows), -1)
+    except (TypeError, ValueError):  # not integers from 0 to 255
+        return np.empty(0)
 
 
-def _read_bytes(path_or_base64: str) -> bytes:
-    if os.path.isfile(path_or_base64):  # noqa: PTH113 - Path.is_file raises when base64 is too long for a file name
-        return Path(path_or_base64).read_bytes()
-    try:
-        return base64.b64decode("".join(path_or_base64.split()), validate=True)
-    except (ValueError, AttributeError):
-        raise image_checks.UnusableError("neither base64 nor the path of a file") from None
+def _encoded_image(value: Any) -> bytes:
+    if isinstance(value, Path):
+        with value.open("rb") as stream:
+            value = stream.read(image_checks.MAX_BYTES + 1)
+    if isinstance(value, str):
+        _check_size(len(value) * 3 // 4)
+        try:
+            value = base64.b64decode("".join(value.split()), validate=True)
+        except ValueError:
+            raise UnusableError("text that is not base64; send a file's content (in Python, a pathlib.Path)") from None
+    if not isinstance(value, bytes | bytearray | memoryview):
+        raise UnusableError("neither bytes, base64 nor gray pixels")
+    data = bytes(value)
+    _check_size(len(data))
+    return data
+
+
+def _check_size(count: int) -> None:
+    if count > image_checks.MAX_BYTES:
+        raise UnusableError(f"too large: more than {image_checks.MAX_BYTES} bytes")
 
 
 set_model(ServedModel())

@@ -1,8 +1,12 @@
 """Backbones by name, from torchvision and timm, without their classifier."""
 
 import difflib
+import importlib
+import sys
 import warnings
-from typing import TYPE_CHECKING
+from threading import Lock
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,6 +16,8 @@ from pipeline.models.pooling import replace_adaptive_pooling
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+IMPORT_LOCK = Lock()
 
 
 def build_network(name: str) -> nn.Module:
@@ -23,14 +29,13 @@ def build_network(name: str) -> nn.Module:
     Raises:
         UserError: the backbone does not exist; the message lists similar names.
     """
+    models = _import_without_compiler("torchvision.models")
     if name.startswith("timm/"):
-        import timm
-
+        timm = _import_without_compiler("timm")
         if name.removeprefix("timm/") not in timm.list_models():
             raise _unknown_backbone_error(name, [f"timm/{known}" for known in timm.list_models()])
-        return timm.create_model(name.removeprefix("timm/"))
-    from torchvision import models
-
+        timm_network: nn.Module = timm.create_model(name.removeprefix("timm/"))
+        return timm_network
     if name not in models.list_models(module=models):
         raise _unknown_backbone_error(name, models.list_models(module=models))
     with warnings.catch_warnings():
@@ -38,6 +43,26 @@ def build_network(name: str) -> nn.Module:
         warnings.simplefilter("ignore", FutureWarning)
         network: nn.Module = models.get_model(name, weights=None)
     return network
+
+
+def _import_without_compiler(module: str) -> Any:
+    """Import a module of torchvision or timm without torch's compiler, which takes a second and no classifier needs.
+
+    They import it for an operation of object detection, and to exclude a function from compilation.
+    """
+    compiler, disable = "torch._dynamo.utils", torch.compiler.disable
+    with IMPORT_LOCK:
+        if module not in sys.modules and compiler not in sys.modules:
+            sys.modules[compiler] = SimpleNamespace(is_compile_supported=lambda _: False)  # type: ignore[assignment]
+            torch.compiler.disable = lambda function=None, **_: function or (lambda one: one)
+            try:
+                return importlib.import_module(module)
+            except ImportError:  # of a release that needs more of it
+                pass
+            finally:
+                del sys.modules[compiler]
+                torch.compiler.disable = disable
+    return importlib.import_module(module)
 
 
 def build_backbone(name: str) -> nn.Module:

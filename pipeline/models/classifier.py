@@ -53,6 +53,11 @@ class Classifier(nn.Module):
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("shift", -255 * scale * torch.tensor(mean).view(3, 1, 1), persistent=False)
 
+    @property
+    def networks(self) -> Sequence["Classifier"]:
+        """Itself, as the only one; see `FoldEnsemble`."""
+        return [self]
+
     def resize(self, pixels: Tensor) -> Tensor:
         """Resize gray images (B, H, W), uint8, to the backbone's input size: (B, 1, size, size), 0 to 255.
 

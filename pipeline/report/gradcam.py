@@ -1,17 +1,13 @@
-"""Grad-CAM heatmaps (Selvaraju et al. 2017, arXiv:1610.02391) and their share in the image border."""
+"""Which images the report explains with heatmaps, and the share of heatmaps in the image border."""
 
 import numpy as np
 import pandas as pd
-import torch
 from scipy.stats import t
-from torch import Tensor, nn
 
 from pipeline.evaluation.intervals import QUANTILES, design_effect
 from pipeline.evaluation.metrics import apply_threshold
 from pipeline.evaluation.shortcuts import BORDER_WIDTH, THUMBNAIL_SIZE
-from pipeline.models.classifier import Classifier
 
-MIN_MAP_SIZE = 4  # edge of the feature map: a coarser one cannot separate the center from the border
 MARGIN = (
     BORDER_WIDTH / THUMBNAIL_SIZE
 )  # width of the border, as a share of the edge; as for the shortcut baseline `border`
@@ -49,42 +45,6 @@ def most_and_least_confident(
         [pd.DataFrame({"kind": kind, "row": images.index}) for kind, images in zip(KINDS, selected, strict=True)]
     )
     return rows.drop_duplicates("row").reset_index(drop=True)
-
-
-def compute_heatmaps(network: Classifier, pixels: Tensor, classes: list[int]) -> np.ndarray:
-    """Compute Grad-CAM heatmaps of the regions that contribute to the score of a class.
-
-    Args:
-        network: on the CPU, where the maps are deterministic.
-        pixels: gray images (N, S, S), uint8.
-        classes: the class to explain, 0 or 1, for each image.
-
-    Returns:
-        Heatmaps, float32 (N, size, size) at the input size of the network, in [0, 1]; all 0 if no region contributes.
-    """
-    from pytorch_grad_cam import GradCAM
-    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-
-    inputs = network.normalize(network.resize(pixels))
-    with GradCAM(network, [target_layer(network)]) as cam:
-        return np.asarray(cam(inputs, [ClassifierOutputTarget(label) for label in classes]))
-
-
-def target_layer(network: Classifier) -> nn.Module:
-    """Return the last layer of the backbone whose output is a feature map with edges of at least `MIN_MAP_SIZE`."""
-    layers: list[nn.Module] = []
-
-    def record_layer(module: nn.Module, _: object, output: object) -> None:
-        if isinstance(output, Tensor) and output.ndim == 4 and output.shape[-1] == output.shape[-2] >= MIN_MAP_SIZE:
-            layers.append(module)
-
-    hooks = [module.register_forward_hook(record_layer) for module in network.backbone.modules()]
-    size = network.architecture.size
-    with torch.no_grad():
-        network(network.normalize(torch.zeros(1, 1, size, size)))
-    for hook in hooks:
-        hook.remove()
-    return layers[-1]
 
 
 def border_share(maps: np.ndarray) -> np.ndarray:

@@ -7,6 +7,8 @@ import numpy as np
 from matplotlib import colormaps
 from PIL import Image
 
+from pipeline.models.heatmaps import COLORMAP, OPACITY
+
 MAX_EDGE = 192  # pixels
 
 
@@ -25,8 +27,8 @@ def heatmap_data_uri(pixels: np.ndarray, heatmap: np.ndarray) -> str:
     size = (min(MAX_EDGE, pixels.shape[-1]),) * 2
     gray = np.asarray(Image.fromarray(pixels).resize(size), dtype=float)[..., None]
     heat = np.asarray(Image.fromarray(np.float32(heatmap)).resize(size, Image.Resampling.BILINEAR))
-    color = 255 * colormaps["inferno"](heat)[..., :3]
-    opacity = 0.65 * heat[..., None]
+    color = 255 * colormaps[COLORMAP](heat)[..., :3]
+    opacity = OPACITY * heat[..., None]
     return _jpeg_data_uri(Image.fromarray(np.uint8(np.clip((1 - opacity) * gray + opacity * color, 0, 255))))
 
 

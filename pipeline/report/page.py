@@ -15,7 +15,7 @@ from pipeline.core.config import Profile
 from pipeline.core.files import atomic_path, md5_of_file, read_csv, read_json
 from pipeline.core.markdown import escape_markdown
 from pipeline.evaluation.metrics import CALIBRATION_METRICS, METRIC_LABELS, has_single_class
-from pipeline.models import classifier
+from pipeline.models import classifier, heatmaps
 from pipeline.models.classifier import Classifier
 from pipeline.report import charts, data_card, gradcam, image_encoding, reporting_checklist, summary_text, tables
 from pipeline.report.results import Estimate, Results, as_estimate
@@ -42,8 +42,8 @@ class ExampleImage:
     kind: str = ""  # one of `gradcam.KINDS`
 
 
-def write_report(folder: Path, results: Results) -> None:
-    """Write `index.html`, which embeds everything it needs, and `model-card.md`."""
+def template_environment() -> jinja2.Environment:
+    """Return the environment of the templates in this folder, with the formats of numbers and the macro of tables."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=jinja2.select_autoescape(["html"]),
@@ -54,6 +54,13 @@ def write_report(folder: Path, results: Results) -> None:
     formats = (tables.format_percent, tables.format_number, tables.format_interval, tables.format_estimate)
     for function in (*formats, tables.format_markdown, tables.counts_table, escape_markdown):
         environment.filters[function.__name__] = function
+    environment.globals["grid"] = vars(environment.get_template("table.html").module)["grid"]
+    return environment
+
+
+def write_report(folder: Path, results: Results) -> None:
+    """Write `index.html`, which embeds everything it needs, and `model-card.md`."""
+    environment = template_environment()
     context = _template_context(results) | {"style": environment.get_template("style.css").render()}
     for name in ("index.html", "model-card.md"):
         with atomic_path(folder / name) as temporary:
@@ -105,13 +112,13 @@ def compute_heatmaps(results: Results, networks: Networks, rows: np.ndarray, mem
     files, predicted = results.validation["file"].iloc[rows], results.bag_predictions["predicted"].iloc[rows]
     folds = results.table.set_index("file")["fold"].loc[files].to_numpy(int)
     radiographs = np.stack([_radiograph(results, file) for file in files])
-    keys, heatmaps = list(zip(members, folds, strict=True)), dict[int, np.ndarray]()
+    keys, by_position = list(zip(members, folds, strict=True)), dict[int, np.ndarray]()
     for member, fold in dict.fromkeys(keys):
         positions = [position for position, key in enumerate(keys) if key == (member, fold)]
         pixels, classes = torch.from_numpy(radiographs[positions]), predicted.iloc[positions].astype(int).tolist()
-        maps = gradcam.compute_heatmaps(networks[member][fold], pixels, classes)
-        heatmaps |= dict(zip(positions, maps, strict=True))
-    return np.stack([heatmaps[position] for position in range(len(rows))])
+        maps = heatmaps.compute_heatmaps(networks[member][fold], pixels, classes)
+        by_position |= dict(zip(positions, maps, strict=True))
+    return np.stack([by_position[position] for position in range(len(rows))])
 
 
 def disagreement_examples(results: Results) -> list[ExampleImage]:

@@ -1,5 +1,6 @@
 """Models by the name that people type: a version of the registry, or a candidate from `models/`."""
 
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,19 +12,29 @@ from pipeline.evaluation import ensemble
 from pipeline.evaluation.ensemble import EnsembleConfig
 from pipeline.inference import candidate
 
+MODEL_CARD = Path("report/model-card.md")
+NO_CARD = "No evaluation is known for this model."
+
 
 @dataclass(frozen=True)
 class ModelFolder:
     """A candidate's folder, for `candidate.load_candidate`, and what names the model in outputs.
 
     `model` is the registered model, or `models/` for one that is not from the registry; `version` is the number of the
-    registered version, or the name of the candidate.
+    registered version, or the name of the candidate. `card` is Markdown: the description of the version, or the model
+    card of the report if that evaluates this candidate, or `NO_CARD`.
     """
 
     folder: Path
     model: str
     version: str
     content_hash: str
+    card: str
+
+    @property
+    def title(self) -> str:
+        """The model in messages: `models/seed-0`, or `NAME version 3`."""
+        return f"{self.model}{self.version}" if self.model == "models/" else f"{self.model} version {self.version}"
 
 
 @contextmanager
@@ -42,7 +53,7 @@ def open_model_folder(config: Config, name: str) -> Iterator[ModelFolder]:
             folder = Path(scratch)
             ensemble_config: EnsembleConfig = ensemble.load_candidate_configs(config)[name]
             candidate.assemble_candidate(folder, Path("models"), ensemble_config, config.active.finding)
-            yield ModelFolder(folder, "models/", name, candidate.content_hash(folder))
+            yield ModelFolder(folder, "models/", name, candidate.content_hash(folder), _read_card(name))
     else:
         from pipeline.tracking import registry
         from pipeline.tracking.store import connect
@@ -50,4 +61,10 @@ def open_model_folder(config: Config, name: str) -> Iterator[ModelFolder]:
         version = registry.get_version(connect(config.model_name), config.model_name, name)
         with registry.download_version(version) as folder:
             content_hash = version.tags[registry.CONTENT_HASH_TAG]
-            yield ModelFolder(folder, version.name, str(version.version), content_hash)
+            yield ModelFolder(folder, version.name, str(version.version), content_hash, version.description or NO_CARD)
+
+
+def _read_card(name: str) -> str:
+    """Return the report's model card if its table of metrics is of this candidate."""
+    card = MODEL_CARD.read_text(encoding="utf-8") if MODEL_CARD.is_file() else ""
+    return card if re.search(rf"^\| \| {name} ", card, re.MULTILINE) else NO_CARD

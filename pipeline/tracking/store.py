@@ -13,9 +13,6 @@ from typing import ParamSpec, TypeVar, cast
 from urllib.parse import urlsplit
 
 import mlflow
-from alembic.migration import MigrationContext
-from alembic.script import ScriptDirectory
-from alembic.util import CommandError
 from filelock import FileLock
 from mlflow import MlflowClient, set_tracking_uri
 from mlflow.entities import Experiment
@@ -176,6 +173,10 @@ def _prepare_database(uri: str) -> None:
     Raises:
         UserError: they are of another release.
     """
+    from alembic.migration import MigrationContext  # slow, and not needed for a server
+    from alembic.script import ScriptDirectory
+    from alembic.util import CommandError
+
     engine = create_engine(uri)
     with engine.begin() as connection:
         if engine.dialect.name == "postgresql":  # of two machines that create the tables at once, one would fail

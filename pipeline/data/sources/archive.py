@@ -17,7 +17,7 @@ from pipeline.core.files import DamagedFileError, check_zip, detect_damage, esca
 from pipeline.core.parallel import map_in_threads
 from pipeline.core.progress import track_progress, track_reading
 from pipeline.data import layout, remote
-from pipeline.data.source_folder import LocalFolder, SourceFolder, ZipFolder, open_source_folder
+from pipeline.data.source_folder import SETTING, LocalFolder, SourceFolder, ZipFolder, open_source_folder
 from pipeline.data.sources.archive_writer import ZIP_TIMESTAMP, find_references, write_references
 
 CONTENT = "a zip, tar or folder in the competition's layout (docs/data.md)"
@@ -48,7 +48,7 @@ def write_source(params: ArchiveParams, target: Path) -> None:
             _check_folder(Path(folder.root), target)
         _write_folder(folder, target, copy_images=params.copy_images)
     elif params.copy_images:
-        downloads = {path: remote.download_file(path, target.parent) for path in paths if remote.is_url(path)}
+        downloads = {path: remote.download_file(path, SETTING, target.parent) for path in paths if remote.is_url(path)}
         with rename_in_errors({str(file): remote.redact_url(url) for url, file in downloads.items()}):
             try:
                 files = [downloads.get(path) or _find_file(path) for path in paths]
@@ -79,7 +79,7 @@ def is_folder(path: str) -> bool:
 def _find_file(path: str) -> Path:
     file = Path(path).expanduser()
     if not file.exists():
-        raise UserError(f"{file}: not found; correct download.path in params.yaml")
+        raise UserError(f"{file}: not found; correct {SETTING}")
     if not file.is_file():
         raise UserError(f"{file}: not a file; of several paths, each must be a zip or tar")
     return file
@@ -192,8 +192,8 @@ def _read_members(raw: BinaryIO, path: Path) -> Iterator[tuple[str, bytes]]:
     head = raw.read(6)
     raw.seek(0)
     decompress = next((function for magic, function in DECOMPRESSORS.items() if head.startswith(magic)), None)
-    stream = _BoundedStream(raw, decompress(raw) if decompress else raw)
-    with tarfile.open(fileobj=stream, mode="r|", tarinfo=_StrictTarInfo) as archive:  # type: ignore[call-overload]
+    stream = BoundedStream(raw, decompress(raw) if decompress else raw)
+    with tarfile.open(fileobj=stream, mode="r|", tarinfo=StrictTarInfo) as archive:  # type: ignore[call-overload]
         while (member := archive.next()) is not None:
             archive.members.clear()  # or memory grows with their number
             name = member.name.removeprefix("./")
@@ -214,7 +214,7 @@ def _read_members(raw: BinaryIO, path: Path) -> Iterator[tuple[str, bytes]]:
                 raise DamagedFileError("it goes on after its end")
 
 
-class _BoundedStream:
+class BoundedStream:
     """What a compressed file decompresses to, until that is more than any radiograph would."""
 
     def __init__(self, raw: BinaryIO, stream: IO[bytes]) -> None:
@@ -228,11 +228,11 @@ class _BoundedStream:
         return data
 
 
-class _StrictTarInfo(tarfile.TarInfo):
+class StrictTarInfo(tarfile.TarInfo):
     """A header of a tar; tarfile takes a damaged one, or none, for the end, and so loses what follows."""
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_StrictTarInfo":
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "StrictTarInfo":
         try:
             return super().frombuf(buf, encoding, errors)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]

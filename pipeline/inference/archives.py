@@ -1,0 +1,201 @@
+"""Members of zips and tars, here or behind URLs, read without unpacking them."""
+
+import functools
+import os
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Self, cast
+
+from pipeline.core.errors import UserError, first_line
+from pipeline.core.files import DamagedFileError, detect_damage
+from pipeline.data import layout, remote
+from pipeline.data.image_checks import MAX_BYTES, UnusableError
+from pipeline.data.sources.archive import DECOMPRESSORS, ENDINGS, BoundedStream, StrictTarInfo
+
+SETTING = "the URL"  # in errors
+MAX_HEADER = 2**20  # bytes of a tar's extended header, which is read as a whole
+HEADER_TYPES = (
+    tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
+)  # fmt: skip
+
+
+class Member(NamedTuple):
+    """A file in an archive.
+
+    In a tar, `offset` says where its content is. `content` is it, where it is read as the archive is, which is so in a
+    tar that is compressed or behind a URL. `problem` says why it cannot be read; it is the archive's own if `name` is
+    empty.
+    """
+
+    name: str
+    size: int = 0  # bytes
+    offset: int | None = None
+    content: bytes | None = None
+    problem: str = ""
+
+
+def is_archive(path: str) -> bool:
+    """Return whether the ending of a path is that of a zip or tar."""
+    return _name(path).endswith(ENDINGS)
+
+
+def is_tar(path: str) -> bool:
+    """Return whether the ending of a path is that of a tar, which may be compressed."""
+    return _name(path).endswith(tuple(ending for ending in ENDINGS if ending != ".zip"))
+
+
+def iterate_members(path: str) -> Iterator[Member]:
+    """Yield the files in a zip or tar in their order; a damaged archive ends with a member that says so.
+
+    Of a zip, the names of all members are in memory, of a tar nothing but the member.
+
+    Raises:
+        OSError: it cannot be read.
+        UserError: its URL cannot be read.
+    """
+    try:
+        with detect_damage():
+            for member in _iterate_tar(path) if is_tar(path) else _iterate_zip(path):
+                if not _is_ignored(member.name):
+                    yield member
+    except (DamagedFileError, tarfile.TarError) as error:
+        yield Member("", problem=f"damaged {'tar' if is_tar(path) else 'zip'}: {first_line(error)}")
+
+
+def _name(path: str) -> str:
+    return (remote.redact_url(path) if remote.is_url(path) else path).lower()  # without the query of a URL
+
+
+def read_zip_member(path: str, name: str) -> bytes:
+    """Read a member of a zip, which stays open for the next one.
+
+    Raises:
+        DamagedFileError: the member is damaged.
+        OSError: the zip cannot be read.
+        UnusableError: the zip was replaced by another one.
+        UserError: its URL cannot be read.
+    """
+    try:
+        return layout.read_member(_open_zip(path, _modification_time(path)), name)
+    except KeyError:
+        raise UnusableError("no longer in the zip") from None
+
+
+def _is_ignored(name: str) -> bool:
+    clean_name = layout.clean_name(name)
+    return name != "" and (layout.is_ignored(clean_name) or clean_name.rpartition("/")[2].startswith("."))
+
+
+def _iterate_zip(path: str) -> Iterator[Member]:
+    archive: Any = _open_zip(path, _modification_time(path))
+    size = archive.fp.seek(0, os.SEEK_END)
+    for member in archive.infolist():
+        is_last = archive.NameToInfo[member.filename] is member  # which is read by its name
+        problem = layout.find_problem(member, size) if is_last else "occurs twice"
+        yield Member(member.filename, member.file_size, problem=problem)
+
+
+def _modification_time(path: str) -> float:
+    return 0.0 if remote.is_url(path) else Path(path).stat().st_mtime
+
+
+@functools.lru_cache(maxsize=4)
+def _open_zip(path: str, modification_time: float) -> zipfile.ZipFile:  # noqa: ARG001  # a file that changed is another
+    """Open a zip, from which several threads can read."""
+    return zipfile.ZipFile(_RemoteFile(path, is_sequential=False) if remote.is_url(path) else path)
+
+
+def _iterate_tar(path: str) -> Iterator[Member]:
+    is_remote = remote.is_url(path)
+    with _RemoteFile(path, is_sequential=True) if is_remote else Path(path).open("rb") as raw:
+        start = raw.read(max(map(len, DECOMPRESSORS)))
+        decompress = next((function for magic, function in DECOMPRESSORS.items() if start.startswith(magic)), None)
+        stream: Any = raw
+        is_stream = bool(decompress or is_remote)
+        if is_stream:
+            source: Any = _Source(start, raw)
+            stream = BoundedStream(source, decompress(source) if decompress else source)
+        else:
+            raw.seek(0)
+        mode = "r|" if is_stream else "r:"
+        with tarfile.open(fileobj=stream, mode=mode, tarinfo=_BoundedTarInfo) as archive:  # type: ignore[call-overload]
+            yield from _iterate_tar_members(archive, reads_content=is_stream)
+            while rest := archive.fileobj.read(2**20):
+                if rest.strip(b"\0"):
+                    raise DamagedFileError("it goes on after its end")
+
+
+def _iterate_tar_members(archive: Any, *, reads_content: bool) -> Iterator[Member]:
+    position = -1
+    while (member := archive.next()) is not None:
+        if archive.offset <= position:  # a negative size
+            raise DamagedFileError("invalid header")
+        position = archive.offset
+        archive.members.clear()  # or memory grows with their number
+        if member.isdir():
+            continue
+        is_link = member.islnk() or member.issym()
+        problems = {
+            "is a link": is_link,
+            "is not a regular file": not (member.isreg() or is_link) or member.issparse(),
+            f"is too large ({member.size} bytes)": member.size > MAX_BYTES,
+        }
+        problem = next((text for text, is_present in problems.items() if is_present), "")
+        content = archive.extractfile(member).read() if reads_content and not problem else None
+        yield Member(member.name, member.size, member.offset_data, content, problem)
+
+
+class _RemoteFile:
+    """A file behind a URL, whose errors are those that users see, so that none is taken for a damaged archive."""
+
+    def __init__(self, url: str, *, is_sequential: bool) -> None:
+        self._url, (file_system, path) = url, remote.open_file_system(url, SETTING)
+        with remote.report_errors(url, SETTING):
+            self._file = remote.open_at(file_system, path, 0)[0] if is_sequential else file_system.open(path, "rb")
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            with remote.report_errors(self._url, SETTING):
+                data: bytes = self._file.read(size)
+        except ValueError:  # of fsspec: the server does not support range requests
+            url = remote.redact_url(self._url)
+            raise UserError(f"{url}: the server sends no parts of a file, which a zip needs; download it") from None
+        return data
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+class _Source:
+    """A stream with what was already read of it, that counts its bytes."""
+
+    def __init__(self, start: bytes, raw: Any) -> None:
+        self._start, self._raw, self._position = start, raw, 0
+
+    def read(self, size: int) -> bytes:
+        data, self._start = self._start[:size], self._start[size:]
+        data = data or self._raw.read(size)
+        self._position += len(data)
+        return data
+
+    def tell(self) -> int:
+        return self._position
+
+
+class _BoundedTarInfo(StrictTarInfo):
+    """A header of a tar, whose extended headers, which tarfile reads as a whole, are not too large."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        header = cast(Self, super().frombuf(buf, encoding, errors))
+        if header.size < 0 or (header.type in HEADER_TYPES and header.size > MAX_HEADER):
+            raise DamagedFileError("invalid header")
+        return header

@@ -1,0 +1,59 @@
+"""Grad-CAM heatmaps of the regions that contribute to a score (Selvaraju et al. 2017, arXiv:1610.02391)."""
+
+import copy
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.models.classifier import Classifier
+
+MIN_MAP_SIZE = 4  # edge of the feature map: a coarser one cannot separate the center from the border
+COLORMAP, OPACITY = "inferno", 0.65  # of heatmaps over radiographs; the opacity is that of the highest value
+
+
+def compute_heatmaps(network: Classifier, pixels: Tensor, classes: Sequence[int]) -> np.ndarray:
+    """Compute heatmaps for a class of each image; other threads may use the network at the same time.
+
+    Args:
+        network: on any device; the maps are computed on the CPU, where they are deterministic.
+        pixels: gray images (N, S, S), uint8.
+        classes: the class to explain, 0 or 1, for each image.
+
+    Returns:
+        Heatmaps, float32 (N, size, size) at the input size of the network, in [0, 1]; all 0 if no region contributes.
+    """
+    from pytorch_grad_cam import GradCAM
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+    with torch.inference_mode(False), torch.enable_grad():
+        network = _copy_without_gradients(network)
+        pixels = pixels.cpu().clone()  # a tensor of inference mode has no gradients
+        inputs = network.normalize(network.resize(pixels)).requires_grad_()
+        with GradCAM(network, [target_layer(network)]) as cam:
+            return np.asarray(cam(inputs, [ClassifierOutputTarget(label) for label in classes]))
+
+
+def target_layer(network: Classifier) -> nn.Module:
+    """Return the last layer of the backbone whose output is a feature map with edges of at least `MIN_MAP_SIZE`."""
+    layers: list[nn.Module] = []
+
+    def record_layer(module: nn.Module, _: object, output: object) -> None:
+        if isinstance(output, Tensor) and output.ndim == 4 and output.shape[-1] == output.shape[-2] >= MIN_MAP_SIZE:
+            layers.append(module)
+
+    hooks = [module.register_forward_hook(record_layer) for module in network.backbone.modules()]
+    size = network.architecture.size
+    with torch.no_grad():
+        network(network.normalize(torch.zeros(1, 1, size, size)))
+    for hook in hooks:
+        hook.remove()
+    return layers[-1]
+
+
+def _copy_without_gradients(network: Classifier) -> Classifier:
+    """Copy the modules, which get hooks, to the CPU; tensors that are there are not copied, and get no gradients."""
+    shared = {id(one): one for one in network.buffers()}
+    shared |= {id(one): nn.Parameter(one.detach(), requires_grad=False) for one in network.parameters()}
+    return copy.deepcopy(network, shared).cpu()
