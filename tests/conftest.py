@@ -330,6 +330,7 @@ def run_s3_server() -> Iterator["BaseClient"]:
     moto_server, boto3 = pytest.importorskip("moto.server"), pytest.importorskip("boto3")
     server = moto_server.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
+    pytest.importorskip("s3fs").S3FileSystem.clear_instance_cache()  # of clients of an earlier server
     host, port = server.get_host_and_port()
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {

@@ -15,7 +15,7 @@ from pipeline.core.config import load_config
 from pipeline.data.dataset import PackedImages
 from pipeline.data.manifest import read_split
 from pipeline.evaluation import ensemble, shortcuts
-from pipeline.inference import candidate, dataset, files
+from pipeline.inference import candidate, dataset, files, image_files
 from pipeline.models import classifier, soup
 from pipeline.models.classifier import Architecture, Classifier
 from pipeline.tracking import registry
@@ -171,7 +171,7 @@ def test_a_registered_candidate_predicts_files_as_the_mean_of_its_folds(trained,
     config, test = load_config(), pd.read_csv("predictions/test.csv")
     with zipfile.ZipFile("data/raw.zip") as archive:
         archive.extractall(tmp_path)
-    paths = files.ImageFiles([str(tmp_path / "test/test" / name) for name in test["file"]])
+    paths = image_files.ImageFiles([str(tmp_path / "test/test" / name) for name in test["file"]])
     version = registry.get_version(connect(config.model_name), config.model_name, "champion")
     with registry.download_version(version) as folder:
         predictions = pd.concat(files.predict_files(candidate.load_candidate(folder, CPU), paths))

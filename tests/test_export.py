@@ -53,7 +53,8 @@ def random_pixels(count: int, size: int) -> torch.Tensor:
     return torch.randint(0, 256, (count, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def test_onnx_runtime_gives_the_probabilities_of_predict_for_any_number_of_images(tmp_path):
+def test_onnx_runtime_gives_the_probabilities_of_predict_for_any_number_of_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")  # as every training and prediction does
     # AlexNet pools to 6 × 6.
     architecture = Architecture("alexnet", [8], 0.5, 80, "imagenet", 96, "pad")
     fields = {"threshold": 0.51, "temperature": 1.5, "bias": -0.25, "prevalence": 0.125}

@@ -3,9 +3,11 @@
 import json
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,7 +88,7 @@ def write_onnx(candidate: Candidate, path: Path, origin: Mapping[str, str]) -> N
             "single members, such as seed-0"
         )
     with make_folder(path.parent), atomic_path(path) as temporary:  # first, since the export takes minutes
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _default_convolution_precision():
             warnings.simplefilter("ignore")  # of torch about its own code
             logging.getLogger("torch.onnx").setLevel(logging.ERROR)
             program = torch.onnx.export(
@@ -133,6 +135,17 @@ def _check_predictions(candidate: Candidate, content: bytes, path: Path) -> None
             f"{path}: ONNX Runtime predicts otherwise (probabilities differ by up to {difference:.1g}); nothing is "
             "written; try other versions of torch and onnxscript"
         )
+
+
+@contextmanager
+def _default_convolution_precision() -> Iterator[None]:
+    """Set cuDNN's precision to torch's default in the block: torch.export fails with any other, also on a CPU."""
+    cudnn: Any = torch.backends.cudnn
+    precision, cudnn.conv.fp32_precision = cudnn.conv.fp32_precision, "tf32"
+    try:
+        yield
+    finally:
+        cudnn.conv.fp32_precision = precision
 
 
 class CandidateGraph(nn.Module):
