@@ -31,7 +31,6 @@ def check_results(results: list[dict], lines: int) -> None:
         ("python bench/busy.py", ["1", "0.05", "alexnet-predict", "0"], 3),
         ("python bench/predict.py", ["1", "squeezenet1_1", "64"], 1),
         ("python bench/coverage.py", ["2", "1"], 2088),
-        ("python bench/serving.py", ["0.3", "1", "serve"], 1),
     ],
 )
 def test_a_benchmark_that_needs_a_process_of_its_own_prints_its_results(command, arguments, lines):
@@ -75,10 +74,6 @@ def run_here(monkeypatch, capsys) -> Callable[..., list[dict]]:
 def test_the_benchmark_of_the_startup_time_prints_its_result(demo_project):
     (line,) = run_benchmark("python bench/startup.py", str(demo_project), "1")
     assert line["seconds"] > 0
-
-
-def test_the_benchmark_of_ray_prints_its_result(demo_project):
-    check_results(run_benchmark("python bench/ray_predict.py", str(demo_project), "8", "champion", "1"), 1)
 
 
 def copy_with_changed_predictions(

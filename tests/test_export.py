@@ -53,8 +53,8 @@ def random_pixels(count: int, size: int) -> torch.Tensor:
     return torch.randint(0, 256, (count, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def test_onnx_runtime_gives_the_probabilities_of_predict_for_any_number_of_images(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")  # as every training and prediction does
+def test_onnx_runtime_gives_the_probabilities_of_predict_for_any_number_of_images(tmp_path):
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # as every training and prediction sets it
     # AlexNet pools to 6 × 6.
     architecture = Architecture("alexnet", [8], 0.5, 80, "imagenet", 96, "pad")
     fields = {"threshold": 0.51, "temperature": 1.5, "bias": -0.25, "prevalence": 0.125}
@@ -111,7 +111,8 @@ def test_every_combination_of_members_is_the_same_in_onnx(tmp_path):
     probabilities[:4] = np.eye(4)
     probabilities[4] = 0.3  # in float32 it is the threshold, in float64 below it
     example, path = (torch.from_numpy(probabilities[:2]),), tmp_path / "all.onnx"
-    torch.onnx.export(All().eval(), example, path, dynamic_shapes=({0: torch.export.Dim("N")},), verbose=False)
+    with export_onnx.default_convolution_precision():
+        torch.onnx.export(All().eval(), example, path, dynamic_shapes=({0: torch.export.Dim("N")},), verbose=False)
     session = onnxruntime.InferenceSession(path)
     outputs = session.run(None, {session.get_inputs()[0].name: probabilities})
     for number, config in enumerate(configs):

@@ -88,7 +88,7 @@ def write_onnx(candidate: Candidate, path: Path, origin: Mapping[str, str]) -> N
             "single members, such as seed-0"
         )
     with make_folder(path.parent), atomic_path(path) as temporary:  # first, since the export takes minutes
-        with warnings.catch_warnings(), _default_convolution_precision():
+        with warnings.catch_warnings(), default_convolution_precision():
             warnings.simplefilter("ignore")  # of torch about its own code
             logging.getLogger("torch.onnx").setLevel(logging.ERROR)
             program = torch.onnx.export(
@@ -138,7 +138,7 @@ def _check_predictions(candidate: Candidate, content: bytes, path: Path) -> None
 
 
 @contextmanager
-def _default_convolution_precision() -> Iterator[None]:
+def default_convolution_precision() -> Iterator[None]:
     """Set cuDNN's precision to torch's default in the block: torch.export fails with any other, also on a CPU."""
     cudnn: Any = torch.backends.cudnn
     precision, cudnn.conv.fp32_precision = cudnn.conv.fp32_precision, "tf32"
