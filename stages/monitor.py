@@ -114,10 +114,10 @@ def _check_page(out: Path) -> None:
 
 def _content_hash(config: "Config", model: str) -> str:
     """Return the content hash of a registered version or of a candidate in `models/`."""
-    from pipeline.core.config import BAG
     from pipeline.inference.reference import hash_of_candidate
+    from pipeline.tracking.model_folder import is_in_models
 
-    if model in (*config.model_names, BAG):
+    if is_in_models(config, model):
         return hash_of_candidate(config, model)
     from pipeline.tracking import registry
     from pipeline.tracking.store import connect

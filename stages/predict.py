@@ -14,6 +14,8 @@ import click
 from stages.common import stage
 
 if TYPE_CHECKING:
+    import torch
+
     from pipeline.inference.apply_networks import Precision
     from pipeline.inference.candidate import Candidate
 
@@ -86,22 +88,15 @@ def predict(
 
     import pandas as pd
 
-    from pipeline.core import memory
     from pipeline.core.config import load_config
-    from pipeline.core.errors import UserError
     from pipeline.core.files import make_folder
     from pipeline.core.progress import track_progress
     from pipeline.inference import candidate, image_files
-    from pipeline.inference.apply_networks import check_precision
     from pipeline.inference.files import predict_files
     from pipeline.inference.prediction_table import STDOUT, is_stream, mark_referred, open_table
     from pipeline.tracking.model_folder import open_model_folder
-    from pipeline.training import determinism
 
-    memory.retain_freed_memory()
-    determinism.make_deterministic(cpu_threads=1)  # as evaluate does
-    device = determinism.select_device()
-    check_precision(precision, device)
+    device = prepare_device(precision)
     outputs = {name: path for name, path in formats.items() if path} or {"text": STDOUT}
     prints_rows = any(map(is_stream, outputs.values()))
     images = image_files.ImageFiles(files, [path for path in (*outputs.values(), heatmaps, log) if path])
@@ -137,10 +132,32 @@ def predict(
     written = ", ".join(str(path) for path in outputs.values() if path != STDOUT)
     files_word = "file" if counts["files"] == 1 else "files"
     click.echo(f"{written or 'all'}: {counts['files']} {files_word}, {counts['positive']} positive", err=prints_rows)
-    if counts["unusable"]:
-        raise UserError(
-            f"{counts['unusable']} of {counts['files']} files are not usable radiographs; the table has the reasons"
-        )
+    check_usable(counts["unusable"], counts["files"])
+
+
+def prepare_device(precision: "Precision") -> "torch.device":
+    """Set this process up to predict as the stage evaluate does, and return the device.
+
+    Raises:
+        UserError: the device does not compute with this precision.
+    """
+    from pipeline.core import memory
+    from pipeline.inference.apply_networks import check_precision
+    from pipeline.training import determinism
+
+    memory.retain_freed_memory()
+    determinism.make_deterministic(cpu_threads=1)
+    device = determinism.select_device()
+    check_precision(precision, device)
+    return device
+
+
+def check_usable(unusable: int, count: int) -> None:
+    """Raise UserError if any of the files is not usable, so that a script notices."""
+    from pipeline.core.errors import UserError
+
+    if unusable:
+        raise UserError(f"{unusable} of {count} files are not usable radiographs; the table has the reasons")
 
 
 def _predict_on_cluster(

@@ -27,6 +27,7 @@ from pipeline.core.errors import UserError, first_line
 from pipeline.core.progress import track_progress
 from pipeline.core.threads import limit_spinning
 from pipeline.data.remote import is_url
+from stages.predict import check_usable, prepare_device
 from stages.ray_backend import connect
 
 if TYPE_CHECKING:
@@ -99,10 +100,7 @@ def predict(address: str, names: Sequence[str], output: str, model: str, precisi
         reason = failures[0] if failures else "their workers were lost"
         are = "partition is" if missing == 1 else "partitions are"
         raise UserError(f"{missing} {are} missing: {reason}; the same command again predicts only what is missing")
-    if counts.unusable:
-        raise UserError(
-            f"{counts.unusable} of {counts.files} files are not usable radiographs; the table has the reasons"
-        )
+    check_usable(counts.unusable, counts.files)
 
 
 def _make_absolute(name: str) -> str:
@@ -244,15 +242,9 @@ class PartitionPredictor:
 
     @cached_property
     def _candidate(self) -> "Candidate":
-        from pipeline.core import memory
         from pipeline.inference import candidate
-        from pipeline.inference.apply_networks import check_precision
-        from pipeline.training import determinism
 
-        memory.retain_freed_memory()
-        determinism.make_deterministic(cpu_threads=1)  # as evaluate does
-        device = determinism.select_device()
-        check_precision(self.precision, device)
+        device = prepare_device(self.precision)
         with tempfile.TemporaryDirectory() as name:
             for path, content in ray.get(self.model_files).items():
                 Path(name, path).parent.mkdir(parents=True, exist_ok=True)

@@ -94,8 +94,12 @@ def _is_plainly_no_image(file: ImageFile, data: bytes, reason: str) -> bool:
     is_of_known_format = bool(data) and not reason.startswith(NO_IMAGE)
     if is_of_known_format and not name.endswith(DICOMDIR):
         return False
-    is_text = reason == NO_IMAGE and not NOT_TEXT.search(data[:4096]) and not IMAGE_ENDING.search(name)
-    return is_text or not is_image(name)
+    return (is_text(data, reason) and not IMAGE_ENDING.search(name)) or not is_image(name)
+
+
+def is_text(data: bytes | bytearray, reason: str) -> bool:
+    """Return whether a file that is not usable for this reason is a text; an empty file is none."""
+    return reason == NO_IMAGE and not NOT_TEXT.search(data[:4096])
 
 
 def _shrink(gray: np.ndarray) -> np.ndarray:

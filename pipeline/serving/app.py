@@ -21,7 +21,7 @@ from pipeline.data.dicom import NO_IMAGE
 from pipeline.data.image_checks import UnusableError
 from pipeline.evaluation.prevalence import change_prevalence
 from pipeline.inference import explain
-from pipeline.inference.files import NOT_TEXT
+from pipeline.inference.files import is_text
 from pipeline.serving.decoders import DecodedImage, DecoderError, DecoderPool
 from pipeline.serving.guard import VERSION_HEADER, Guard
 from pipeline.serving.limits import (
@@ -377,8 +377,7 @@ async def _while_connected(request: Request, work: Awaitable[Result]) -> Result:
 def _unusable_image(reason: str, data: bytes | bytearray) -> UnusableImage:
     if data and not reason.startswith(NO_IMAGE):
         return UnusableImage(error=reason)
-    is_text = reason == NO_IMAGE and not NOT_TEXT.search(data[:4096])
-    return UnusableImage(error=reason, content="text" if is_text else "unknown")
+    return UnusableImage(error=reason, content="text" if is_text(data, reason) else "unknown")
 
 
 def _prediction(model: ServedModel, image: DecodedImage, row: dict[Any, Any], prevalence: float | None) -> Prediction:

@@ -11,12 +11,12 @@ import torch
 from markdown_it import MarkdownIt
 from prometheus_client import Counter
 
-from pipeline.core.config import BAG, Config
+from pipeline.core.config import Config
 from pipeline.core.errors import UserError, first_line
 from pipeline.inference import candidate
 from pipeline.inference.candidate import Candidate
 from pipeline.inference.prediction_log import PredictionLog
-from pipeline.tracking.model_folder import open_model_folder
+from pipeline.tracking.model_folder import NO_CARD, is_in_models, open_model_folder
 
 log = logging.getLogger(__name__)
 
@@ -88,8 +88,7 @@ class ModelFollower:
         self._config, self._name, self._device, self._log_file = config, name, device, log_file
         self.poll_seconds = poll_seconds
         self.current = load_model(config, name, device, log_file)
-        is_fixed = name.isdecimal() or name in (*config.model_names, BAG)
-        self.alias = None if is_fixed else name
+        self.alias = None if name.isdecimal() or is_in_models(config, name) else name
         self.error = ""
         self.changes = Counter("cxr_model_changes", "How often another version took over.", registry=None)
         self.failures = Counter(
@@ -123,7 +122,7 @@ class ModelFollower:
             found = registry.get_version(self._store, self._config.model_name, self._name)
             version = str(found.version)
             if version == self.current.version:
-                card = render_card(found.description or "")  # it changes when the champion does
+                card = render_card(found.description or NO_CARD)  # it changes when the champion does
                 self.current = replace(self.current, card_html=card)
             elif version != self._failed_version or time.monotonic() > self._retry_at:
                 self.current = load_model(self._config, self._name, self._device, self._log_file)

@@ -37,6 +37,11 @@ class ModelFolder:
         return f"{self.model}{self.version}" if self.model == "models/" else f"{self.model} version {self.version}"
 
 
+def is_in_models(config: Config, name: str) -> bool:
+    """Return whether a name is that of a candidate from `models/`, not of a version or alias of the registry."""
+    return name in (*config.model_names, BAG)
+
+
 @contextmanager
 def open_model_folder(config: Config, name: str) -> Iterator[ModelFolder]:
     """Yield the folder of a model, which is deleted afterwards.
@@ -48,7 +53,7 @@ def open_model_folder(config: Config, name: str) -> Iterator[ModelFolder]:
     Raises:
         UserError: there is no such model, or its files are damaged.
     """
-    if name in (*config.model_names, BAG):
+    if is_in_models(config, name):
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             ensemble_config: EnsembleConfig = ensemble.load_candidate_configs(config)[name]
