@@ -67,13 +67,13 @@ def _write_comparison(
         temporary.touch()  # before the work, which takes longer
         config = load_config()
         content_hash = _content_hash(config, model) if model else None
-        images, left_out = read_log(log, content_hash, since and since.replace(tzinfo=UTC))
-        notes = [f"{label}: {value}" for label, value in left_out.items() if value]
+        images, lines = read_log(log, content_hash, since and since.replace(tzinfo=UTC))
+        left_out = {label: str(count) for label, count in lines.items() if count}
         if len(images) < monitoring.MIN_IMAGES:
             options = f"{f' of model {content_hash[:12]}' if content_hash else ''}{f' since {since}' if since else ''}"
             raise UserError(
                 f"{log}: too few to tell: {len(images)} images{options}, of at least {monitoring.MIN_IMAGES}"
-                + "".join(f"; {note}" for note in notes)
+                + "".join(f"; {label}: {count}" for label, count in left_out.items())
             )
         content_hash = images["content_hash"].iloc[-1]
         name = find_candidate(config, content_hash)
@@ -86,7 +86,7 @@ def _write_comparison(
             "model": f"{config.model_name}, version {version} (candidate {name}, {content_hash[:12]})",
             "time (UTC)": f"{images['time'].min():%Y-%m-%d %H:%M} to {images['time'].max():%Y-%m-%d %H:%M}",
             "images": str(len(images)),
-            **{label: str(value) for label, value in left_out.items() if value},
+            **left_out,
         }
         temporary.write_text(
             render_page(comparison, f"{config.model_name} version {version}", counts), encoding="utf-8"
@@ -100,9 +100,9 @@ def _write_comparison(
 def _check_page(out: Path) -> None:
     """Refuse to replace what is no page, such as the log, before the work, which takes longer."""
     from pipeline.core.errors import UserError
-    from pipeline.core.files import is_regular
+    from pipeline.inference.prediction_table import is_stream
 
-    if str(out) == "-" or not is_regular(out):
+    if is_stream(out):
         raise UserError(f"{out}: a page needs a file; give --out its name")
     if not out.parent.is_dir():
         raise UserError(f"{out.parent}: no folder; create it, or give --out another name")

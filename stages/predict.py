@@ -93,7 +93,7 @@ def predict(
     from pipeline.core.progress import track_progress
     from pipeline.inference import candidate, image_files
     from pipeline.inference.files import predict_files
-    from pipeline.inference.prediction_table import STDOUT, is_stream, mark_referred, open_table
+    from pipeline.inference.prediction_table import STDOUT, count_rows, is_stream, mark_referred, open_table
     from pipeline.tracking.model_folder import open_model_folder
 
     device = prepare_device(precision)
@@ -124,8 +124,7 @@ def predict(
         for table in tables:
             for write in writers:
                 write(table)
-            unusable = table["reason"] != ""
-            counts.update(files=len(table), positive=int(table["label"].sum()), unusable=int(unusable.sum()))
+            counts += count_rows(table)
     if skipped:
         endings = ", ".join(f"{number} × {ending or 'no ending'}" for ending, number in skipped.most_common(3))
         click.echo(f"{skipped.total()} skipped: no image ({endings})", err=True)
@@ -201,15 +200,14 @@ def _describe(loaded: "Candidate", prevalence: float | None) -> str:
 
     from pipeline.core.errors import UserError
     from pipeline.evaluation import ensemble
-    from pipeline.evaluation.prevalence import change_prevalence
+    from pipeline.inference.files import convert_to_prevalence
 
-    config = loaded.config
-    description = ensemble.describe_output(config, loaded.finding)
+    config, description = loaded.config, ensemble.describe_output(loaded.config, loaded.finding)
     if prevalence is None:
         return description
     if config.prevalence is None:
         raise UserError("--prevalence: the probabilities of this model are not calibrated; leave the option out")
-    (threshold,) = change_prevalence(np.array([config.threshold_probability]), config.prevalence, prevalence)
+    (threshold,) = convert_to_prevalence(np.array([config.threshold_probability]), config, prevalence)
     return f"{description}, and converted to {prevalence:.1%} positives, where the label is 1 from {threshold:.3f}"
 
 

@@ -72,7 +72,8 @@ def predict(address: str, names: Sequence[str], output: str, model: str, precisi
     folder, files = PartitionFolder(_make_absolute(output)), ImageFiles(names)
     with open_model_folder(load_config(), model) as found:
         loaded = candidate.load_candidate(found.folder, torch.device("cpu"))
-        model_files = _read_files(found.folder)
+        paths = [path for path in found.folder.rglob("*") if path.is_file()]
+        model_files = {str(path.relative_to(found.folder)): np.fromfile(path, np.uint8) for path in paths}
     click.echo(f"{found.title}: {ensemble.describe_output(loaded.config, loaded.finding)}", err=True)
     model_settings = {"model": found.model, "version": found.version, "content hash": found.content_hash}
     settings = model_settings | {"precision": precision, "input": names}
@@ -86,21 +87,21 @@ def predict(address: str, names: Sequence[str], output: str, model: str, precisi
             folder.start(settings, files)
             start, stored = time.perf_counter(), ray.put(model_files)
             failures = _predict_missing(folder, stored, found.model, found.version, precision)
-            rate = f"{(folder.count().files - before.files) / (time.perf_counter() - start):.1f} images/s"
+            rate = f"{(folder.count()['files'] - before['files']) / (time.perf_counter() - start):.1f} images/s"
         except RayError as error:
-            raise UserError(f"Ray failed: {_reason(error)}; the same command again predicts what is missing") from None
+            reason = first_line(getattr(error, "cause", None) or error)
+            raise UserError(f"Ray failed: {reason}; the same command again predicts what is missing") from None
         finally:
             ray.shutdown()
     counts, missing = folder.count(), sum(1 for _ in folder.missing())
-    skipped = f", {counts.skipped} skipped that are no images" * (counts.skipped > 0)
-    click.echo(
-        f"{output}: {counts.files} files, {counts.positive} positive, {counts.unusable} unusable{skipped}; {rate}"
-    )
+    skipped = f", {counts['skipped']} skipped that are no images" if counts["skipped"] else ""
+    predicted = f"{counts['files']} files, {counts['positive']} positive, {counts['unusable']} unusable"
+    click.echo(f"{output}: {predicted}{skipped}; {rate}")
     if missing:
         reason = failures[0] if failures else "their workers were lost"
         are = "partition is" if missing == 1 else "partitions are"
         raise UserError(f"{missing} {are} missing: {reason}; the same command again predicts only what is missing")
-    check_usable(counts.unusable, counts.files)
+    check_usable(counts["unusable"], counts["files"])
 
 
 def _make_absolute(name: str) -> str:
@@ -122,36 +123,23 @@ def _silence_ray() -> Iterator[None]:
         os.close(stderr)
 
 
-def _reason(error: RayError) -> str:
-    return first_line(getattr(error, "cause", None) or error)
-
-
-def _read_files(folder: Path) -> ModelFiles:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): np.fromfile(path, np.uint8) for path in files}
-
-
-def _predict_missing(folder: "PartitionFolder", *worker_arguments: Any) -> list[str]:
+def _predict_missing(folder: "PartitionFolder", *model: Any) -> list[str]:
     """Predict the missing partitions, and again those whose workers were lost; return why some are still missing."""
     failures, missing = list[str](), list(folder.missing())
     for _ in range(MAX_ROUNDS):
         if missing:
-            failures = _predict_partitions(folder, missing, *worker_arguments)
+            failures = _predict_partitions(folder, missing, *model)
             before, missing = missing, list(folder.missing())
             if missing == before:
                 break
     return failures
 
 
-def _predict_partitions(
-    folder: "PartitionFolder",
-    missing: "list[Partition]",
-    model_files: "ray.ObjectRef[ModelFiles]",
-    model: str,
-    version: str,
-    precision: "Precision",
-) -> list[str]:
-    """Predict partitions; return why some could not be, except those whose workers were lost."""
+def _predict_partitions(folder: "PartitionFolder", missing: "list[Partition]", *model: Any) -> list[str]:
+    """Predict partitions; return why some could not be, except those whose workers were lost.
+
+    `model` is what `PartitionPredictor` takes of it: files, name, version and precision.
+    """
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
@@ -161,7 +149,7 @@ def _predict_partitions(
     with warnings.catch_warnings(category=RayDeprecationWarning, action="ignore"):  # max_task_retries has no successor
         results = partitions.map_batches(
             PartitionPredictor,
-            fn_constructor_args=(folder.name, model_files, model, version, precision, cores, _hash_code()),
+            fn_constructor_args=(folder.name, *model, cores, _hash_code()),
             batch_size=1,
             concurrency=min(workers, len(missing)),
             num_cpus=cores,

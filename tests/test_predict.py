@@ -525,7 +525,8 @@ def test_hostile_archives_harm_nothing(use_candidate, tmp_path):
 def test_contents_are_released_when_they_are_decoded(use_candidate):
     write_archives(Path("x"), {"a.png": b"a", "broken.png": b""})
     files = list(ImageFiles(["x/c.tar.gz"]))
-    decoded = list(inference_files._decode_files(files, FakeCandidate(), None, preview=False, describe=False))
+    options = {"with_preview": False, "with_description": False}
+    decoded = list(inference_files._decode_files(files, FakeCandidate(), None, **options))
     assert [file.content for file in files] == [b"a", b""]
     assert [one.file.content for one in decoded] == [None, None]
 

@@ -228,7 +228,7 @@ def test_a_server_answers_as_predict_does_and_refuses_what_is_no_radiograph(url,
     assert refusal(post(url, *[""] * 257)) == "257 images: more than the 256 of a call; split them"
     monkeypatch.setattr(image_checks, "MAX_BYTES", 2999)
     monkeypatch.setattr(image_checks, "MAX_PIXELS", 1599)
-    assert refusal(post(url, "A" * 4000)).endswith("too large: more than 2999 bytes")
+    assert refusal(post(url, "A" * 4000)).endswith("too large: more than 2,999 bytes")
     assert refusal(post(url, [row] * 40)).endswith("too large: 40×40 pixels")
     monkeypatch.setattr(pyfunc_model.candidate.Candidate, "predict", None)
     broken = post(url, [row[:32]] * 31 + [[255] * 32])

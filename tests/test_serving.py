@@ -32,6 +32,7 @@ import psutil
 import pytest
 import uvicorn
 from conftest import (
+    ROOT,
     clean_environment,
     copy_project,
     error_line_of,
@@ -41,6 +42,7 @@ from conftest import (
     use_project,
     write_files,
 )
+from fastapi import HTTPException
 from fuzzing import damage
 from odd_files import chest, dicom, encode, formats
 from PIL import Image
@@ -50,7 +52,7 @@ from pipeline.data.image_checks import MAX_PIXELS, UnusableError
 from pipeline.evaluation.prevalence import change_prevalence
 from pipeline.serving import server as server_module
 from pipeline.serving.decoders import WORKER_MEMORY, DecoderError, DecoderPool
-from pipeline.serving.limits import Limits, RequestError, parse_images
+from pipeline.serving.limits import Limits, parse_images
 from pipeline.serving.served_model import render_card
 
 TIMEOUT, MAX_MEBIBYTES, POLL_SECONDS = 3, 4, 0.5
@@ -168,6 +170,17 @@ def test_answers_are_those_of_cxr_predict(server, radiographs, tmp_path, monkeyp
         assert one["label"] == (one["probability"] >= model["threshold"])
     with Image.open(io.BytesIO(next(iter(radiographs.values())))) as first:
         assert (together["predictions"][0]["width"], together["predictions"][0]["height"]) == first.size
+
+
+def test_the_benchmark_counts_the_answers_of_a_server(server, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    import serving
+
+    classified = 'cxr_images_total{outcome="classified"}'
+    before = server.metric(classified)
+    (measured,) = serving.measure("serve", [1], 0.3, server.port)
+    assert 0 < measured["p50_ms"] <= measured["p99_ms"]
+    assert 0 < measured["per_second"] * 0.3 < server.metric(classified) - before
 
 
 def test_a_log_that_cannot_be_written_costs_no_answer(server, radiographs):
@@ -786,9 +799,9 @@ def test_a_decoder_that_takes_too_long_or_crashes_costs_one_image(slow_image):
     ["é", '{"images": ["\\u20ac"]}', "[" * 10**6, '{"images": ' + "9" * 10**6, '{"images": ["a", NaN', '["a"]', "null"],
 )
 def test_a_hostile_json_text_is_refused(text):
-    with pytest.raises(RequestError) as error:
+    with pytest.raises(HTTPException) as error:
         parse_images(bytearray(text.encode()), Limits().images)
-    assert error.value.status == 400
+    assert error.value.status_code == 400
 
 
 def test_escaped_base64_is_read():

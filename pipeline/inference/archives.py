@@ -1,17 +1,18 @@
-"""Members of zips and tars, here or behind URLs, read without unpacking them."""
+"""Image files, here or behind URLs, and those in zips and tars, which are read without unpacking them."""
 
 import functools
 import os
 import tarfile
 import zipfile
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, Self, cast
 
 from pipeline.core.errors import UserError, first_line
 from pipeline.core.files import DamagedFileError, detect_damage
-from pipeline.data import layout, remote
-from pipeline.data.image_checks import MAX_BYTES, UnusableError
+from pipeline.data import image_checks, layout, remote
+from pipeline.data.image_checks import UnusableError, check_bytes
 from pipeline.data.sources.archive import DECOMPRESSORS, ENDINGS, BoundedStream, StrictTarInfo
 
 SETTING = "the URL"  # in errors
@@ -21,19 +22,82 @@ HEADER_TYPES = (
 )  # fmt: skip
 
 
-class Member(NamedTuple):
-    """A file in an archive.
+@dataclass(frozen=True)
+class ImageFile:
+    """A file that may be a radiograph, here, behind a URL, or in a zip or tar.
 
-    In a tar, `offset` says where its content is. `content` is it, where it is read as the archive is, which is so in a
-    tar that is compressed or behind a URL. `problem` says why it cannot be read; it is the archive's own if `name` is
-    empty.
+    Attributes:
+        path: the file or archive, a path or a URL.
+        member: the file's name in the archive; empty outside of one.
+        is_named: the user typed its name; it was not found in a folder, by a pattern or in an archive.
+        size: bytes, if known.
+        offset: where its content is in an uncompressed tar.
+        content: of a member of a tar that can only be read from its start to its end.
+        problem: why it cannot be read.
     """
 
-    name: str
-    size: int = 0  # bytes
+    path: str
+    member: str = ""
+    is_named: bool = False
+    size: int | None = None
     offset: int | None = None
-    content: bytes | None = None
+    content: bytes | None = field(default=None, repr=False)
     problem: str = ""
+
+    @property
+    def name(self) -> str:
+        """What the user calls it: its path or URL without credentials, and its name in an archive."""
+        path = remote.redact_url(self.path) if remote.is_url(self.path) else self.path
+        return f"{path}/{layout.clean_name(self.member)}" if self.member else path
+
+    def read(self) -> bytes:
+        """Return the content.
+
+        Raises:
+            UnusableError: it is too large, damaged in its archive, or one that has to be left there, such as a link.
+            OSError: the file cannot be read.
+            UserError: the URL cannot be read; UnreachableError, if it may work later.
+        """
+        if self.problem:
+            raise UnusableError(self.problem)
+        check_bytes(self.size or 0)
+        if self.content is not None:
+            return self.content
+        if self.member and self.offset is None:
+            return self._read_from_zip()
+        return self._read_url() if remote.is_url(self.path) else self._read_local()
+
+    def _read_from_zip(self) -> bytes:
+        try:
+            return layout.read_member(_open_zip(self.path, _modification_time(self.path)), self.member)
+        except KeyError:
+            raise UnusableError("no longer in the zip") from None
+        except DamagedFileError as error:
+            raise UnusableError(f"damaged in the zip: {error}") from None
+
+    def _read_local(self) -> bytes:
+        with Path(self.path).open("rb") as stream:
+            stat = os.fstat(stream.fileno())
+            if self.offset is not None:
+                stream.seek(self.offset)
+                return stream.read(self.size)
+            check_bytes(stat.st_size)
+            data = stream.read() if stat.st_size else stream.read(image_checks.MAX_BYTES + 1)  # of a pipe
+        check_bytes(len(data))
+        return data
+
+    def _read_url(self) -> bytes:
+        file_system, path = remote.open_file_system(self.path, SETTING)
+        with remote.report_errors(self.path, SETTING):
+            if self.size is not None:
+                data: bytes = file_system.cat_file(path)
+                return data
+            content = bytearray()
+            with remote.open_at(file_system, path, 0)[0] as stream:
+                while part := stream.read(2**20):
+                    content += part
+                    check_bytes(len(content))
+            return bytes(content)
 
 
 def is_archive(path: str) -> bool:
@@ -43,13 +107,14 @@ def is_archive(path: str) -> bool:
 
 def is_tar(path: str) -> bool:
     """Return whether the ending of a path is that of a tar, which may be compressed."""
-    return _name(path).endswith(tuple(ending for ending in ENDINGS if ending != ".zip"))
+    return is_archive(path) and not _name(path).endswith(".zip")
 
 
-def iterate_members(path: str) -> Iterator[Member]:
-    """Yield the files in a zip or tar in their order; a damaged archive ends with a member that says so.
+def iterate_members(path: str) -> Iterator[ImageFile]:
+    """Yield the files in a zip or tar in their order; a damaged archive ends with a file without a name that says so.
 
-    Of a zip, the names of all members are in memory, of a tar nothing but the member.
+    Of a zip, the names of all members are in memory, of a tar nothing but the member. Those of a tar that is compressed
+    or behind a URL have their content.
 
     Raises:
         OSError: it cannot be read.
@@ -57,30 +122,15 @@ def iterate_members(path: str) -> Iterator[Member]:
     """
     try:
         with detect_damage():
-            for member in _iterate_tar(path) if is_tar(path) else _iterate_zip(path):
-                if not _is_ignored(member.name):
-                    yield member
+            for file in _iterate_tar(path) if is_tar(path) else _iterate_zip(path):
+                if not _is_ignored(file.member):
+                    yield file
     except (DamagedFileError, tarfile.TarError) as error:
-        yield Member("", problem=f"damaged {'tar' if is_tar(path) else 'zip'}: {first_line(error)}")
+        yield ImageFile(path, problem=f"damaged {'tar' if is_tar(path) else 'zip'}: {first_line(error)}")
 
 
 def _name(path: str) -> str:
     return (remote.redact_url(path) if remote.is_url(path) else path).lower()  # without the query of a URL
-
-
-def read_zip_member(path: str, name: str) -> bytes:
-    """Read a member of a zip, which stays open for the next one.
-
-    Raises:
-        DamagedFileError: the member is damaged.
-        OSError: the zip cannot be read.
-        UnusableError: the zip was replaced by another one.
-        UserError: its URL cannot be read.
-    """
-    try:
-        return layout.read_member(_open_zip(path, _modification_time(path)), name)
-    except KeyError:
-        raise UnusableError("no longer in the zip") from None
 
 
 def _is_ignored(name: str) -> bool:
@@ -88,13 +138,13 @@ def _is_ignored(name: str) -> bool:
     return name != "" and (layout.is_ignored(clean_name) or clean_name.rpartition("/")[2].startswith("."))
 
 
-def _iterate_zip(path: str) -> Iterator[Member]:
+def _iterate_zip(path: str) -> Iterator[ImageFile]:
     archive: Any = _open_zip(path, _modification_time(path))
     size = archive.fp.seek(0, os.SEEK_END)
     for member in archive.infolist():
         is_last = archive.NameToInfo[member.filename] is member  # which is read by its name
         problem = layout.find_problem(member, size) if is_last else "occurs twice"
-        yield Member(member.filename, member.file_size, problem=problem)
+        yield ImageFile(path, member.filename, size=member.file_size, problem=problem)
 
 
 def _modification_time(path: str) -> float:
@@ -107,7 +157,7 @@ def _open_zip(path: str, modification_time: float) -> zipfile.ZipFile:  # noqa: 
     return zipfile.ZipFile(_RemoteFile(path, is_sequential=False) if remote.is_url(path) else path)
 
 
-def _iterate_tar(path: str) -> Iterator[Member]:
+def _iterate_tar(path: str) -> Iterator[ImageFile]:
     is_remote = remote.is_url(path)
     with _RemoteFile(path, is_sequential=True) if is_remote else Path(path).open("rb") as raw:
         start = raw.read(max(map(len, DECOMPRESSORS)))
@@ -121,13 +171,13 @@ def _iterate_tar(path: str) -> Iterator[Member]:
             raw.seek(0)
         mode = "r|" if is_stream else "r:"
         with tarfile.open(fileobj=stream, mode=mode, tarinfo=_BoundedTarInfo) as archive:  # type: ignore[call-overload]
-            yield from _iterate_tar_members(archive, reads_content=is_stream)
+            yield from _iterate_tar_members(path, archive, reads_content=is_stream)
             while rest := archive.fileobj.read(2**20):
                 if rest.strip(b"\0"):
                     raise DamagedFileError("it goes on after its end")
 
 
-def _iterate_tar_members(archive: Any, *, reads_content: bool) -> Iterator[Member]:
+def _iterate_tar_members(path: str, archive: Any, *, reads_content: bool) -> Iterator[ImageFile]:
     position = -1
     while (member := archive.next()) is not None:
         if archive.offset <= position:  # a negative size
@@ -140,11 +190,11 @@ def _iterate_tar_members(archive: Any, *, reads_content: bool) -> Iterator[Membe
         problems = {
             "is a link": is_link,
             "is not a regular file": not (member.isreg() or is_link) or member.issparse(),
-            f"is too large ({member.size} bytes)": member.size > MAX_BYTES,
+            f"is too large ({member.size} bytes)": member.size > image_checks.MAX_BYTES,
         }
         problem = next((text for text, is_present in problems.items() if is_present), "")
         content = archive.extractfile(member).read() if reads_content and not problem else None
-        yield Member(member.name, member.size, member.offset_data, content, problem)
+        yield ImageFile(path, member.name, False, member.size, member.offset_data, content, problem)
 
 
 class _RemoteFile:

@@ -2,32 +2,30 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice, tee
 from pathlib import Path
 from threading import BoundedSemaphore
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import torch
 from joblib import cpu_count
-from PIL import Image
 
-from pipeline.core.config import Resize
 from pipeline.core.errors import UnreachableError, UserError
 from pipeline.core.files import atomic_path, escape_undecodable
 from pipeline.core.parallel import map_in_threads
-from pipeline.data import images
 from pipeline.data.dicom import NO_IMAGE
 from pipeline.data.file_names import IMAGE_ENDING
 from pipeline.data.image_checks import UnusableError
 from pipeline.data.sources.image_paths import is_image
 from pipeline.evaluation.ensemble import EnsembleConfig
 from pipeline.evaluation.prevalence import change_prevalence
+from pipeline.inference.archives import ImageFile
 from pipeline.inference.candidate import Candidate, agreement
-from pipeline.inference.image_files import ImageFile
+from pipeline.inference.decoding import DecodedImage, decode_image
 from pipeline.inference.prediction_table import COLUMNS, REQUIRED
 
 if TYPE_CHECKING:
@@ -35,56 +33,19 @@ if TYPE_CHECKING:
 
 DICOMDIR = "dicomdir"  # the list of a folder of DICOM files, which is one without pixels
 NOT_TEXT = re.compile(rb"[\0-\x08\x0e-\x1a\x1c-\x1f\x7f]")
-MAX_PREVIEW = 1024  # pixels, longer edge of an overlay
 
 
 @dataclass(frozen=True)
 class DecodedFile:
-    """What is known of a file: of a usable one its pixels (S, S), and what `decode_file` was asked for.
+    """A file and its radiograph, or a black one and the `reason` why it is not usable.
 
-    `reason` says why it is not usable. It `is_skipped` if it is plainly no image: neither its content nor its name is
-    one's, and the user did not name it.
+    It `is_skipped` if it is plainly no image: neither its content nor its name is one's, and the user did not name it.
     """
 
     file: ImageFile
-    pixels: np.ndarray | None = None
+    image: DecodedImage
     reason: str = ""
     is_skipped: bool = False
-    preview: np.ndarray | None = None
-    description: dict[str, Any] = field(default_factory=dict)
-
-
-def decode_file(
-    file: ImageFile, size: int, resize: Resize, *, preview: bool = False, describe: bool = False
-) -> DecodedFile:
-    """Read and decode a file.
-
-    Args:
-        file: the file.
-        size: edge of the pixels.
-        resize: how the image becomes square.
-        preview: keep the upright image, with a longer edge of at most `MAX_PREVIEW` pixels.
-        describe: describe it for the log of predictions.
-
-    Raises:
-        UnreachableError: a server does not answer.
-    """
-    data = b""
-    try:
-        data, file = file.read(), replace(file, content=None)  # which may wait long for the rest of its batch
-        gray = images.decode_gray(data)
-        pixels = images.resize_to_square(gray, size, resize)
-    except UnreachableError:
-        raise
-    except (UnusableError, UserError, OSError) as error:
-        reason = str(error)
-        return DecodedFile(file, reason=reason, is_skipped=_is_plainly_no_image(file, data, reason))
-    description = {}
-    if describe:
-        from pipeline.inference.prediction_log import describe_image
-
-        description = describe_image(data, (gray.shape[0], gray.shape[1]), pixels)
-    return DecodedFile(file, pixels, preview=_shrink(gray) if preview else None, description=description)
 
 
 def _is_plainly_no_image(file: ImageFile, data: bytes, reason: str) -> bool:
@@ -102,10 +63,11 @@ def is_text(data: bytes | bytearray, reason: str) -> bool:
     return reason == NO_IMAGE and not NOT_TEXT.search(data[:4096])
 
 
-def _shrink(gray: np.ndarray) -> np.ndarray:
-    image = Image.fromarray(gray.astype(np.uint8, copy=False))
-    image.thumbnail((MAX_PREVIEW, MAX_PREVIEW), Image.Resampling.BILINEAR)
-    return np.asarray(image)
+def convert_to_prevalence(probabilities: np.ndarray, config: EnsembleConfig, prevalence: float | None) -> np.ndarray:
+    """Convert probabilities of a calibrated candidate, see `change_prevalence`; without a prevalence they stay."""
+    if prevalence is None or config.prevalence is None:
+        return probabilities
+    return change_prevalence(probabilities, config.prevalence, prevalence)
 
 
 def predict_files(
@@ -142,18 +104,15 @@ def predict_files(
     Raises:
         UnreachableError: a server does not answer.
     """
-    decoded = _decode_files(files, candidate, skip, preview=heatmaps is not None, describe=log is not None)
+    decoded = _decode_files(files, candidate, skip, with_preview=heatmaps is not None, with_description=log is not None)
     batches, to_predict = tee(iter(lambda: list(islice(decoded, candidate.batch_size)), []))
-    # An unusable image keeps its place, as a black one: the last bits of a probability depend on the batch.
-    black = np.zeros((candidate.packed_size,) * 2, np.uint8)
-    pixels = (_stack(batch, black) for batch in to_predict)
     columns, is_empty = [*REQUIRED, *(["heatmap"] if heatmaps else [])], True
-    for batch, predicted in zip(batches, candidate.predict_batches(pixels), strict=True):
+    for batch, predicted in zip(batches, candidate.predict_batches(map(_stack, to_predict)), strict=True):
         table = _tabulate(batch, predicted, candidate.config, prevalence).assign(model=model, version=version)
-        rows = [row for row, one in enumerate(batch) if one.pixels is not None]
+        rows = [row for row, one in enumerate(batch) if not one.reason]
         usable, of_usable = [batch[row] for row in rows], predicted.iloc[rows]
         if log and rows:
-            log.append([one.description for one in usable], _stack(usable, black), of_usable)
+            log.append([one.image.description for one in usable], _stack(usable), of_usable)
         if heatmaps:
             names = _write_heatmaps(heatmaps, candidate, usable, of_usable["label"]) if rows else []
             table["heatmap"] = pd.Series(names, rows, dtype="str").reindex(table.index, fill_value="")
@@ -168,8 +127,8 @@ def _decode_files(
     candidate: Candidate,
     skip: Callable[[ImageFile], object] | None,
     *,
-    preview: bool,
-    describe: bool,
+    with_preview: bool,
+    with_description: bool,
 ) -> Iterator[DecodedFile]:
     """Decode ahead of the networks, but not the whole folder; leave out what is plainly no image."""
     contents = BoundedSemaphore(2 * cpu_count())  # that wait to be decoded; other files are read when they are
@@ -182,7 +141,7 @@ def _decode_files(
 
     def decode(file: ImageFile) -> DecodedFile:
         try:
-            return decode_file(file, candidate.packed_size, candidate.resize, preview=preview, describe=describe)
+            return _decode_file(file, candidate, with_preview=with_preview, with_description=with_description)
         finally:
             if file.content is not None:
                 contents.release()
@@ -194,16 +153,31 @@ def _decode_files(
             skip(decoded.file)
 
 
-def _stack(batch: list[DecodedFile], black: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.stack([black if one.pixels is None else one.pixels for one in batch]))
+def _decode_file(file: ImageFile, candidate: Candidate, *, with_preview: bool, with_description: bool) -> DecodedFile:
+    data, size, resize = b"", candidate.packed_size, candidate.resize
+    try:
+        data, file = file.read(), replace(file, content=None)  # which may wait long for the rest of its batch
+        image = decode_image(data, size, resize, with_preview=with_preview, with_description=with_description)
+    except UnreachableError:
+        raise
+    except (UnusableError, UserError, OSError) as error:
+        reason = str(error) or repr(error)
+        # It keeps its place in the batch, on which the last bits of a probability depend.
+        black = DecodedImage(np.zeros((size, size), np.uint8), np.empty((0, 0), np.uint8), 0, 0, {})
+        return DecodedFile(file, black, reason, _is_plainly_no_image(file, data, reason))
+    return DecodedFile(file, image)
+
+
+def _stack(batch: Sequence[DecodedFile]) -> torch.Tensor:
+    """Stack the pixels, uint8 (N, S, S)."""
+    return torch.from_numpy(np.stack([one.image.pixels for one in batch]))
 
 
 def _tabulate(
     batch: list[DecodedFile], predicted: pd.DataFrame, config: EnsembleConfig, prevalence: float | None
 ) -> pd.DataFrame:
     probabilities = np.append(predicted["probability"], config.threshold_probability)
-    if prevalence is not None and config.prevalence is not None:
-        probabilities = change_prevalence(probabilities, config.prevalence, prevalence)
+    probabilities = convert_to_prevalence(probabilities, config, prevalence)
     table = pd.DataFrame({
         # Readers of CSV take a carriage return, which a Mac's `Icon\r` has, for the end of a row.
         "file": [escape_undecodable(one.file.name).replace("\r", r"\r") for one in batch],
@@ -223,11 +197,9 @@ def _write_heatmaps(folder: Path, candidate: Candidate, batch: list[DecodedFile]
     from pipeline.inference.explain import explain, overlay
 
     names = [_heatmap_name(one.file) for one in batch]
-    pixels = torch.from_numpy(np.stack([one.pixels for one in batch if one.pixels is not None]))
-    for name, one, heatmap in zip(names, batch, explain(candidate, pixels, labels.tolist()), strict=True):
-        assert one.preview is not None  # noqa: S101  # it was asked for
+    for name, one, heatmap in zip(names, batch, explain(candidate, _stack(batch), labels.tolist()), strict=True):
         with atomic_path(folder / name) as temporary:
-            overlay(one.preview, heatmap, candidate.resize).save(temporary, "PNG")
+            overlay(one.image.preview, heatmap, candidate.resize).save(temporary, "PNG")
     return names
 
 

@@ -4,92 +4,18 @@ import glob
 import os
 import re
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import UserError
-from pipeline.core.files import DamagedFileError, escape_undecodable
-from pipeline.data import image_checks, layout, remote
-from pipeline.data.image_checks import UnusableError, check_bytes
+from pipeline.core.files import escape_undecodable
+from pipeline.data import remote
 from pipeline.inference import archives
-from pipeline.inference.archives import SETTING
+from pipeline.inference.archives import SETTING, ImageFile
 
 PATTERN = re.compile(r"[*?\[]")
-
-
-@dataclass(frozen=True)
-class ImageFile:
-    """A file that may be a radiograph, here, behind a URL, or in a zip or tar.
-
-    Attributes:
-        path: the file or archive, a path or a URL.
-        member: the file's name in the archive; empty outside of one.
-        is_named: the user typed its name; it was not found in a folder, by a pattern or in an archive.
-        size: bytes, if known.
-        offset: where its content is in an uncompressed tar.
-        content: of a member of a tar that can only be read from its start to its end.
-        problem: why it cannot be read.
-    """
-
-    path: str
-    member: str = ""
-    is_named: bool = False
-    size: int | None = None
-    offset: int | None = None
-    content: bytes | None = field(default=None, repr=False)
-    problem: str = ""
-
-    @property
-    def name(self) -> str:
-        """What the user calls it: its path or URL without credentials, and its name in an archive."""
-        path = remote.redact_url(self.path) if remote.is_url(self.path) else self.path
-        return f"{path}/{layout.clean_name(self.member)}" if self.member else path
-
-    def read(self) -> bytes:
-        """Return the content.
-
-        Raises:
-            UnusableError: it is too large, damaged in its archive, or one that has to be left there, such as a link.
-            OSError: the file cannot be read.
-            UserError: the URL cannot be read; UnreachableError, if it may work later.
-        """
-        if self.problem:
-            raise UnusableError(self.problem)
-        check_bytes(self.size or 0)
-        if self.content is not None:
-            return self.content
-        if self.member and self.offset is None:
-            try:
-                return archives.read_zip_member(self.path, self.member)
-            except DamagedFileError as error:
-                raise UnusableError(f"damaged in the zip: {error}") from None
-        return self._read_url() if remote.is_url(self.path) else self._read_local()
-
-    def _read_local(self) -> bytes:
-        with Path(self.path).open("rb") as stream:
-            stat = os.fstat(stream.fileno())
-            if self.offset is not None:
-                stream.seek(self.offset)
-                return stream.read(self.size)
-            check_bytes(stat.st_size)
-            data = stream.read() if stat.st_size else stream.read(image_checks.MAX_BYTES + 1)  # of a pipe
-        check_bytes(len(data))
-        return data
-
-    def _read_url(self) -> bytes:
-        file_system, path = remote.open_file_system(self.path, SETTING)
-        with remote.report_errors(self.path, SETTING):
-            if self.size is not None:
-                data: bytes = file_system.cat_file(path)
-                return data
-            content = bytearray()
-            with remote.open_at(file_system, path, 0)[0] as stream:
-                while part := stream.read(2**20):
-                    content += part
-                    check_bytes(len(content))
-            return bytes(content)
 
 
 class ImageFiles:
@@ -194,8 +120,7 @@ def expand_archive(file: ImageFile) -> Iterator[ImageFile]:
         yield file
         return
     try:
-        for member in archives.iterate_members(file.path):
-            yield ImageFile(file.path, member.name, False, *member[1:])
+        yield from archives.iterate_members(file.path)
     except OSError as error:
         yield ImageFile(file.path, problem=str(error))
 
@@ -213,11 +138,10 @@ def _expand_url(url: str) -> Iterator[ImageFile]:
         )
     file_system, path = remote.open_file_system(url, SETTING)
     with remote.report_errors(url, SETTING):
-        if remote.is_http(url):  # it lists no files
-            yield ImageFile(url, is_named=True, size=file_system.info(path).get("size"))
-        elif file_system.isdir(path):
+        is_http = remote.is_http(url)  # which lists no files
+        if not is_http and file_system.isdir(path):
             yield from _walk_url(file_system, path)
-        elif file_system.exists(path):
+        elif is_http or file_system.exists(path):
             yield ImageFile(url, is_named=True, size=file_system.info(path).get("size"))
         elif PATTERN.search(path):
             for info in sorted(file_system.glob(path, detail=True).values(), key=lambda info: str(info["name"])):

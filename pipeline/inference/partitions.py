@@ -9,6 +9,7 @@ import json
 import os
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -26,9 +27,9 @@ from fsspec.implementations.local import LocalFileSystem
 from pipeline.core.errors import UnreachableError, UserError, redact_credentials
 from pipeline.core.parallel import map_in_threads
 from pipeline.data.remote import is_http, is_url, open_file_system, redact_url, report_errors
-from pipeline.inference.archives import is_tar, iterate_members
-from pipeline.inference.image_files import ImageFile, ImageFiles, expand_archive
-from pipeline.inference.prediction_table import make_schema
+from pipeline.inference.archives import ImageFile, is_tar, iterate_members
+from pipeline.inference.image_files import ImageFiles, expand_archive
+from pipeline.inference.prediction_table import count_rows, make_schema
 
 SETTING = "the output"  # in errors
 LIST_FILE = "_partitions.jsonl"  # readers of Parquet folders skip names with `_` or `.` in front
@@ -44,17 +45,6 @@ class Partition:
     index: int
     offset: int  # bytes
     length: int
-
-
-@dataclass(frozen=True)
-class Counts:
-    files: int = 0
-    positive: int = 0
-    unusable: int = 0
-    skipped: int = 0  # plainly no images, of which there are no rows
-
-    def __add__(self, other: "Counts") -> "Counts":
-        return Counts(*map(sum, zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
 def split_into_partitions(files: ImageFiles) -> Iterator[list[ImageFile]]:
@@ -206,7 +196,7 @@ class PartitionFolder:
             file = ListedFile(*fields)
             if is_tar(file.path) and not file.problem:
                 for member in iterate_members(file.path):
-                    yield ListedFile(file.path, member.name, False, *member[1:])
+                    yield ListedFile(**vars(member))
             else:
                 yield file
 
@@ -230,9 +220,9 @@ class PartitionFolder:
     def write_predictions(self, partition: Partition, table: pd.DataFrame, skipped: int) -> None:
         """Write the predictions of a partition, in which so many files were skipped as plainly no images."""
         stream, path = io.BytesIO(), f"{self._path}/{_part_file(partition.index)}"
-        counts = Counts(len(table), int(table["label"].sum()), int(table["reason"].ne("").sum()), skipped)
+        counts = count_rows(table) + Counter(skipped=skipped)
         rows = pa.Table.from_pandas(table, make_schema(table), preserve_index=False)
-        pq.write_table(rows.replace_schema_metadata({COUNTS: json.dumps(vars(counts))}), stream)
+        pq.write_table(rows.replace_schema_metadata({COUNTS: json.dumps(counts)}), stream)
         if self._is_local:
             with self._write_aside() as temporary:
                 temporary.write_bytes(stream.getvalue())
@@ -241,13 +231,13 @@ class PartitionFolder:
             with self._report_errors():
                 self._file_system.pipe_file(path, stream.getvalue())
 
-    def count(self) -> Counts:
-        """Count the rows of all predictions that are there."""
-        return sum(map_in_threads(self._count, sorted(self._finished())), Counts())
+    def count(self) -> Counter[str]:
+        """Count the `files`, and of them the `positive` and `unusable`, and those `skipped`, of which are no rows."""
+        return sum(map_in_threads(self._count, sorted(self._finished())), Counter[str]())
 
-    def _count(self, index: int) -> Counts:
+    def _count(self, index: int) -> Counter[str]:
         with self._report_errors(), self._file_system.open(f"{self._path}/{_part_file(index)}", "rb") as stream:
-            return Counts(**json.loads(pq.read_metadata(stream).metadata[COUNTS]))
+            return Counter(json.loads(pq.read_metadata(stream).metadata[COUNTS]))
 
     def _names(self) -> set[str]:
         with self._report_errors():

@@ -53,22 +53,16 @@ def describe_image(data: bytes, shape: tuple[int, int], pixels: np.ndarray) -> d
     Returns:
         `sha256` of the content; `view` and `manufacturer` of a DICOM, as `NORMALIZE` has them, else empty; `width`,
         `height`, `bytes` and `jpeg_quantization` as in the manifest; `brightness` and `contrast`, mean and standard
-        deviation of the gray levels; and the traits of `acquisition.compute_traits`.
+        deviation of the gray levels; and the columns of `acquisition.compute_traits`.
     """
     height, width = shape
-    file = {
-        "width": width,
-        "height": height,
-        "bytes": len(data),
-        "jpeg_quantization": images.jpeg_quantization(data),
-    }
-    metadata = read_metadata(data)
-    traits = describe_pixels(pixels[None], pd.DataFrame([file])).iloc[0]
+    jpeg_quantization, metadata = images.jpeg_quantization(data), read_metadata(data)
+    file = {"width": width, "height": height, "bytes": len(data), "jpeg_quantization": jpeg_quantization}
     return {
         "sha256": hashlib.sha256(data).hexdigest(),
         **{name: normalize(metadata[name]) for name, normalize in NORMALIZE.items()},
         **file,
-        **{name: float(traits[name]) for name in traits.index},
+        **dict(zip(TRAITS, describe_pixels(pixels[None], pd.DataFrame([file])).iloc[0].tolist(), strict=True)),
     }
 
 
@@ -134,15 +128,13 @@ class PredictionLog:
         """Append images; all their lines are in the file when it returns.
 
         Args:
-            descriptions: N, from `describe_image`.
+            descriptions: N, at least one, from `describe_image`.
             pixels: the images, uint8 (N, S, S).
             predictions: N rows, from `Candidate.predict`.
 
         Raises:
             OSError: the file cannot be written.
         """
-        if not descriptions:
-            return
         from pipeline.inference.candidate import agreement  # which needs torch
 
         predictions = predictions.assign(agreement=agreement(predictions, self._candidate.config))

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -77,6 +78,11 @@ def mark_referred(table: pd.DataFrame, share: float) -> pd.DataFrame:
     return table.assign(referred=((table["reason"] != "") | table.index.isin(first)).astype("Int64"))
 
 
+def count_rows(table: pd.DataFrame) -> Counter[str]:
+    """Count the `files`, and of them the `positive` and the `unusable`."""
+    return Counter(files=len(table), positive=int(table["label"].sum()), unusable=int(table["reason"].ne("").sum()))
+
+
 def _check_columns(path: Path, file_format: str) -> None:
     if path.stat().st_size and _read_columns(path, file_format)[: len(REQUIRED)] != list(REQUIRED):
         raise UserError(
@@ -140,9 +146,8 @@ def _format_csv(rows: pd.DataFrame, with_header: bool) -> str:  # as _format_jso
 
 
 def _format_json(rows: pd.DataFrame, _: bool) -> str:  # as _format_csv
-    records = rows.astype(object).where(rows.notna(), None).to_dict("records")
-    rounded = ({name: _round(value) for name, value in record.items()} for record in records)
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in rounded)
+    records = rows.map(_round).astype(object).where(rows.notna(), None).to_dict("records")
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def _round(value: Any) -> Any:

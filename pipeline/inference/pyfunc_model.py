@@ -105,7 +105,7 @@ def _encoded_image(value: Any) -> bytes:
         with value.open("rb") as stream:
             value = stream.read(image_checks.MAX_BYTES + 1)
     if isinstance(value, str):
-        _check_size(len(value) * 3 // 4)
+        image_checks.check_bytes(len(value) * 3 // 4)
         try:
             value = base64.b64decode("".join(value.split()), validate=True)
         except ValueError:
@@ -113,13 +113,8 @@ def _encoded_image(value: Any) -> bytes:
     if not isinstance(value, bytes | bytearray | memoryview):
         raise UnusableError("neither bytes, base64 nor gray pixels")
     data = bytes(value)
-    _check_size(len(data))
+    image_checks.check_bytes(len(data))
     return data
-
-
-def _check_size(count: int) -> None:
-    if count > image_checks.MAX_BYTES:
-        raise UnusableError(f"too large: more than {image_checks.MAX_BYTES} bytes")
 
 
 set_model(ServedModel())

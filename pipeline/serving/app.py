@@ -2,27 +2,31 @@
 
 import asyncio
 import base64
+import io
 from collections.abc import Awaitable, Collection, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
-from fastapi import FastAPI, Query, Request, Response
+from fastapi import FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 from fastapi.staticfiles import StaticFiles
-from prometheus_client import CONTENT_TYPE_LATEST
+from PIL import Image
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import ClientDisconnect
 
+from pipeline.core.config import Resize
 from pipeline.data import image_checks
 from pipeline.data.dicom import NO_IMAGE
 from pipeline.data.image_checks import UnusableError
-from pipeline.evaluation.prevalence import change_prevalence
 from pipeline.inference import explain
-from pipeline.inference.files import is_text
-from pipeline.serving.decoders import DecodedImage, DecoderError, DecoderPool
+from pipeline.inference.decoding import DecodedImage
+from pipeline.inference.files import convert_to_prevalence, is_text
+from pipeline.serving import metrics
+from pipeline.serving.decoders import DecoderError, DecoderPool
 from pipeline.serving.guard import VERSION_HEADER, Guard
 from pipeline.serving.limits import (
     HEATMAP_COST,
@@ -30,12 +34,10 @@ from pipeline.serving.limits import (
     Hold,
     InFlight,
     Limits,
-    RequestError,
     busy_error,
     parse_images,
     read_body,
 )
-from pipeline.serving.metrics import Metrics
 from pipeline.serving.predictor import Predictor
 from pipeline.serving.served_model import ModelFollower, ServedModel
 
@@ -169,18 +171,10 @@ class Service:
     def __init__(self, follower: ModelFollower, decoders: DecoderPool, predictor: Predictor, limits: Limits) -> None:
         self.follower, self.decoders, self.predictor, self.limits = follower, decoders, predictor, limits
         self.in_flight = InFlight(limits)
-        self.metrics = Metrics(
-            {
-                "images_to_decode": ("Images that wait for a decoder.", lambda: decoders.waiting),
-                "images_to_predict": ("Decoded images that wait for the model.", lambda: predictor.waiting),
-                "images_in_flight": (
-                    "Images that are not yet answered; one with a heatmap counts as several.",
-                    lambda: self.in_flight.images,
-                ),
-                "bytes_in_flight": ("Bytes of request bodies in memory.", lambda: self.in_flight.bytes),
-            },
-            [follower.changes, follower.failures, predictor.unlogged],
-        )
+        metrics.IMAGES_TO_DECODE.set_function(lambda: decoders.waiting)
+        metrics.IMAGES_TO_PREDICT.set_function(lambda: predictor.waiting)
+        metrics.IMAGES_IN_FLIGHT.set_function(lambda: self.in_flight.images)
+        metrics.BYTES_IN_FLIGHT.set_function(lambda: self.in_flight.bytes)
 
     async def describe_model(self) -> ModelAnswer:
         served, candidate = self.follower.current, self.follower.current.candidate
@@ -206,15 +200,12 @@ class Service:
 
     async def predict(self, request: Request, query: Annotated[PredictQuery, Query()]) -> Response:
         """Send one image file as the body, or JSON with several in base64: each has a prediction or an error then."""
-        served = self.follower.current
-        prior, threshold = served.candidate.config.prevalence, served.candidate.config.threshold_probability
-        if query.prevalence is not None:
-            if prior is None:
-                raise RequestError(400, "prevalence: the probabilities of this model are not calibrated")
-            threshold = float(change_prevalence(np.array([threshold]), prior, query.prevalence)[0])
-        is_json = _is_json(request)
+        served, is_json = self.follower.current, _is_json(request)
+        config = served.candidate.config
+        if query.prevalence is not None and config.prevalence is None:
+            raise HTTPException(400, "prevalence: the probabilities of this model are not calibrated")
         if is_json and query.heatmap:
-            raise RequestError(400, "heatmap: only for one image that is sent as it is, not in JSON")
+            raise HTTPException(400, "heatmap: only for one image that is sent as it is, not in JSON")
         with self.in_flight.hold() as hold:
             images = await _read_images(request, self.limits, hold, is_json=is_json)
             hold(0, HEATMAP_COST if query.heatmap else len(images))
@@ -222,11 +213,12 @@ class Service:
         if not is_json and isinstance(predictions[0], UnusableImage):
             reason = predictions[0].model_dump(exclude_unset=True)
             return JSONResponse({"detail": reason.pop("error"), **reason}, 422)
+        (threshold,) = convert_to_prevalence(np.array([config.threshold_probability]), config, query.prevalence)
         answer = Predictions(
             model=served.model,
             version=served.version,
             threshold=threshold,
-            prevalence=prior if query.prevalence is None else query.prevalence,
+            prevalence=config.prevalence if query.prevalence is None else query.prevalence,
             predictions=predictions,
         )
         text = answer.model_dump_json(by_alias=True, exclude_unset=True)
@@ -245,7 +237,9 @@ class Service:
         )
 
     async def read_metrics(self) -> Response:
-        return Response(self.metrics.format(self.follower.current), media_type=CONTENT_TYPE_LATEST)
+        served = self.follower.current
+        metrics.MODEL.info({"model": served.model, "version": served.version})
+        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
     async def _classify_all(
         self, model: ServedModel, images: Sequence[bytes | bytearray | UnusableError], query: PredictQuery
@@ -263,16 +257,15 @@ class Service:
                 self.decoders.decode(data, candidate.packed_size, candidate.resize, with_preview=query.heatmap)
             )
         except UnusableError as error:
-            self.metrics.images.labels(error.outcome if isinstance(error, DecoderError) else "unusable").inc()
+            metrics.IMAGES.labels(error.outcome if isinstance(error, DecoderError) else "unusable").inc()
             return _unusable_image(str(error), data)
         row = await asyncio.wrap_future(self.predictor.predict(model, image))
-        self.metrics.images.labels("classified").inc()
+        metrics.IMAGES.labels("classified").inc()
         prediction = _prediction(model, image, row, query.prevalence)
         if query.heatmap:
             heatmap = await asyncio.wrap_future(self.predictor.explain(model, image, prediction.label))
-            prediction.image = base64.b64encode(image.preview).decode()
-            png = await asyncio.to_thread(explain.heatmap_png, heatmap, _size(image.preview), candidate.resize)
-            prediction.heatmap = base64.b64encode(png).decode()
+            pictures = await asyncio.to_thread(_encode_pictures, image.preview, heatmap, candidate.resize)
+            prediction.image, prediction.heatmap = pictures
         return prediction
 
 
@@ -284,73 +277,55 @@ def create_app(service: Service, hosts: Collection[str]) -> Guard:
         description="Classifies chest radiographs. For research, not for diagnosis. Nothing that is sent is kept.",
         docs_url=None,  # those pages load scripts from another server
         redoc_url=None,
+        exception_handlers={RequestValidationError: _answer_wrong_parameter, ClientDisconnect: _answer_nobody},
     )
-    for error, handler in ERROR_HANDLERS.items():
-        app.add_exception_handler(error, handler)
-    app.add_api_route("/v1/model", service.describe_model, tags=["model"], summary="What the model is")
+    app.add_api_route("/v1/model", service.describe_model, summary="What the model is")
     app.add_api_route(
         "/v1/predict",
         service.predict,
         methods=["POST"],
-        tags=["predictions"],
         summary="Classify a radiograph, or several",
         response_model=Predictions,
         responses={status: {"description": text, "model": ErrorAnswer} for status, text in ERRORS.items()},
         openapi_extra={"requestBody": BODY},
     )
-    app.add_api_route("/health", service.health, tags=["operation"], summary="Whether the process answers")
+    app.add_api_route("/health", service.health, summary="Whether the process answers")
+    not_ready = {"description": "No decoder runs, or nothing predicts.", "model": ReadyAnswer}
+    app.add_api_route("/ready", service.ready, summary="Whether images are classified", responses={503: not_ready})
     app.add_api_route(
-        "/ready",
-        service.ready,
-        tags=["operation"],
-        summary="Whether images are classified",
-        responses={503: {"description": "No decoder runs, or nothing predicts.", "model": ReadyAnswer}},
-    )
-    app.add_api_route(
-        "/metrics",
-        service.read_metrics,
-        tags=["operation"],
-        summary="Metrics for Prometheus",
-        response_class=PlainTextResponse,
+        "/metrics", service.read_metrics, summary="Metrics for Prometheus", response_class=PlainTextResponse
     )
     app.add_api_route("/", _page, methods=["GET", "HEAD"], include_in_schema=False)
     app.mount("/static", StaticFiles(directory=PAGE))
-    return Guard(app, hosts, service.follower, service.metrics)
+    return Guard(app, hosts, service.follower)
 
 
 async def _page() -> FileResponse:
     return FileResponse(PAGE / "index.html")
 
 
-async def _answer_error(_request: Request, error: Exception) -> Response:
-    """Answer an error that a client can cause; it tells nothing about this machine."""
-    match error:
-        case RequestError():
-            headers = {"Retry-After": str(error.retry_after)} if error.retry_after else None
-            return JSONResponse({"detail": error.detail}, error.status, headers)
-        case RequestValidationError():
-            wrong = [f"{one['loc'][-1]}: {one['msg']}" for one in error.errors()]
-            return JSONResponse({"detail": "; ".join(wrong)}, 400)
-        case _:  # the client has gone, and reads no answer
-            return Response(status_code=499)
+async def _answer_wrong_parameter(_request: Request, error: RequestValidationError) -> Response:
+    wrong = [f"{one['loc'][-1]}: {one['msg']}" for one in error.errors()]
+    return JSONResponse({"detail": "; ".join(wrong)}, 400)
 
 
-ERROR_HANDLERS = dict.fromkeys([RequestError, RequestValidationError, ClientDisconnect], _answer_error)
+async def _answer_nobody(_request: Request, _error: ClientDisconnect) -> Response:
+    return Response(status_code=499)  # the client has gone
 
 
 def _is_json(request: Request) -> bool:
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type.startswith("multipart/") or request.headers.get("content-encoding", "identity") != "identity":
-        raise RequestError(415, "send the file itself as the body, as in: curl --data-binary @x.dcm")
+        raise HTTPException(415, "send the file itself as the body, as in: curl --data-binary @x.dcm")
     return media_type == "application/json"
 
 
 async def _read_images(
     request: Request, limits: Limits, hold: Hold, *, is_json: bool
 ) -> Sequence[bytes | bytearray | UnusableError]:
+    body = await read_body(request, limits.json_bytes if is_json else limits.body_bytes, limits.timeout, hold)
     if not is_json:
-        return [await read_body(request, limits.body_bytes, limits.timeout, hold)]
-    body = await read_body(request, limits.json_bytes, limits.timeout, hold)
+        return [body]
     hold(JSON_COPIES * len(body), 0)
     return await asyncio.to_thread(parse_images, body, limits.images)
 
@@ -384,9 +359,7 @@ def _prediction(model: ServedModel, image: DecodedImage, row: dict[Any, Any], pr
     config, label = model.candidate.config, int(row["label"])
     scores = np.array([row[name] for name in config.members])
     probabilities = np.append(config.recalibrate(scores), row["probability"])
-    if prevalence is not None and config.prevalence is not None:
-        probabilities = change_prevalence(probabilities, config.prevalence, prevalence)
-    *members, probability = probabilities.tolist()
+    *members, probability = convert_to_prevalence(probabilities, config, prevalence).tolist()
     return Prediction(
         probability=probability,
         label=label,
@@ -398,6 +371,9 @@ def _prediction(model: ServedModel, image: DecodedImage, row: dict[Any, Any], pr
     )
 
 
-def _size(png: bytes) -> tuple[int, int]:
-    """Return width and height of a PNG, which are at a fixed place."""
-    return int.from_bytes(png[16:20]), int.from_bytes(png[20:24])
+def _encode_pictures(preview: np.ndarray, heatmap: np.ndarray, resize: Resize) -> tuple[str, str]:
+    """Encode the radiograph and the heatmap as PNGs of the same size in base64."""
+    image, stream = Image.fromarray(preview), io.BytesIO()
+    image.save(stream, "PNG", compress_level=1)
+    pngs = stream.getvalue(), explain.heatmap_png(heatmap, image.size, resize)
+    return base64.b64encode(pngs[0]).decode(), base64.b64encode(pngs[1]).decode()

@@ -4,7 +4,6 @@ A worker sends JSON and pixels, no pickles: who takes over a decoder with a craf
 """
 
 import contextlib
-import io
 import json
 import logging
 import math
@@ -15,7 +14,6 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
@@ -23,18 +21,14 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from pipeline.core.config import Resize
-from pipeline.data import images
 from pipeline.data.image_checks import UnusableError
+from pipeline.inference.decoding import DecodedImage, decode_image
 
 log = logging.getLogger(__name__)
 
-Describe = Callable[[bytes, tuple[int, int], np.ndarray], dict[str, Any]]  # `prediction_log.describe_image`
-
 WORKER_MEMORY = 3 * 2**30  # of the address space, bytes; what `image_checks` lets pass needs up to 1.5 GB
-PREVIEW_EDGE = 1024  # pixels
 MAX_REPLY = 16 * 2**20  # bytes of a part of what a worker sends
 START_SECONDS = 60
 RESTART_SECONDS = 1.0  # before another worker is started if one did not start
@@ -46,17 +40,6 @@ class DecoderError(UnusableError):
     def __init__(self, outcome: str, reason: str) -> None:
         super().__init__(reason)
         self.outcome = outcome
-
-
-@dataclass(frozen=True)
-class DecodedImage:
-    """Pixels, uint8 (S, S); width and height of the upright radiograph; and what was asked for: PNG, description."""
-
-    pixels: np.ndarray
-    width: int
-    height: int
-    preview: bytes
-    description: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -98,17 +81,7 @@ class DecoderPool:
     def decode(
         self, data: bytes | bytearray, size: int, resize: Resize, *, with_preview: bool
     ) -> "Future[DecodedImage]":
-        """Decode an image as `images.decode_radiograph` does.
-
-        Args:
-            data: content of the file.
-            size: edge of the square, pixels.
-            resize: how the image becomes square.
-            with_preview: whether to return the upright radiograph as a PNG, its longer edge at most `PREVIEW_EDGE`.
-
-        Returns:
-            A future with the image; its exception is an UnusableError if the image cannot be used.
-        """
+        """Return a future of what `decode_image` returns or raises, or with a DecoderError."""
         job = DecodeJob(data, size, resize, with_preview)
         self._jobs.put(job)
         return job.result
@@ -222,9 +195,9 @@ class _Worker:
         reply = json.loads(self._connection.recv_bytes(MAX_REPLY))
         if "reason" in reply:
             raise UnusableError(reply["reason"])
-        pixels, preview = (self._connection.recv_bytes(MAX_REPLY) for _ in range(2))
-        square = np.frombuffer(pixels, np.uint8).reshape(job.size, job.size)
-        return DecodedImage(square, reply["width"], reply["height"], preview, reply["description"])
+        pixels, preview = (np.frombuffer(self._connection.recv_bytes(MAX_REPLY), np.uint8) for _ in range(2))
+        pixels, preview = pixels.reshape(job.size, job.size), preview.reshape(reply["preview_shape"])
+        return DecodedImage(pixels, preview, reply["width"], reply["height"], reply["description"])
 
 
 def _work(connection: Connection, seconds: float, with_description: bool) -> None:
@@ -233,41 +206,28 @@ def _work(connection: Connection, seconds: float, with_description: bool) -> Non
     with contextlib.suppress(ValueError, OSError):  # not every system limits memory
         resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY, WORKER_MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash writes no image to the disk
-    describe: Describe | None = None
-    if with_description:
-        from pipeline.inference.prediction_log import describe_image  # imports pandas and scipy
-
-        describe = describe_image
+    if with_description:  # import what takes seconds before the first image comes
+        import pipeline.inference.prediction_log  # noqa: F401
     with contextlib.suppress(EOFError, OSError):
         connection.send_bytes(b"ready")
         while True:
             request = json.loads(connection.recv_bytes())
             data = connection.recv_bytes()
             signal.alarm(math.ceil(seconds) + 1)  # if the server was killed, who else would end a decoder that hangs
-            reply, *arrays = _decode(data, describe, *request)
+            reply, *arrays = _decode(data, *request, with_description=with_description)
             signal.alarm(0)
             del data
             for part in (json.dumps(reply).encode(), *arrays):
                 connection.send_bytes(part)
 
 
-def _decode(data: bytes, describe: Describe | None, size: int, resize: Resize, with_preview: bool) -> list[Any]:
+def _decode(data: bytes, size: int, resize: Resize, with_preview: bool, *, with_description: bool) -> list[Any]:
     """Return what describes the image, its pixels and its preview; or only the reason why it cannot be used."""
     try:
-        gray = images.decode_gray(data)
-        pixels = images.resize_to_square(gray, size, resize)
-        preview = _encode_preview(gray) if with_preview else b""
-        description = describe(data, gray.shape, pixels) if describe else None
-    except UnusableError as reason:
-        return [{"reason": str(reason)}]
+        image = decode_image(data, size, resize, with_preview=with_preview, with_description=with_description)
+    except UnusableError as error:
+        return [{"reason": str(error)}]
     except MemoryError:
         return [{"reason": "broken image: decoding takes too much memory"}]
-    height, width = gray.shape
-    return [{"width": width, "height": height, "description": description}, pixels.tobytes(), preview]
-
-
-def _encode_preview(gray: np.ndarray) -> bytes:
-    image, stream = Image.fromarray(gray.astype(np.uint8, copy=False)), io.BytesIO()
-    image.thumbnail((PREVIEW_EDGE, PREVIEW_EDGE))
-    image.save(stream, "PNG", compress_level=1)
-    return stream.getvalue()
+    reply = {"width": image.width, "height": image.height, "description": image.description}
+    return [reply | {"preview_shape": image.preview.shape}, image.pixels.tobytes(), image.preview.tobytes()]

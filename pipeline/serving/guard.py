@@ -5,16 +5,14 @@ import ipaddress
 import time
 from collections.abc import Collection
 from contextlib import suppress
-from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-if TYPE_CHECKING:
-    from pipeline.serving.metrics import Metrics
-    from pipeline.serving.served_model import ModelFollower
+from pipeline.serving import metrics
+from pipeline.serving.served_model import ModelFollower
 
 VERSION_HEADER = "X-Model-Version"
 HEADERS = {
@@ -33,9 +31,9 @@ DRAIN_SECONDS = 10  # for the rest of a body that was refused: a client that sti
 class Guard:
     """Refuses requests for other hosts and from other web sites."""
 
-    def __init__(self, app: ASGIApp, hosts: Collection[str], follower: "ModelFollower", metrics: "Metrics") -> None:
+    def __init__(self, app: ASGIApp, hosts: Collection[str], follower: ModelFollower) -> None:
         """Wrap an app; `hosts` are the names under which it is served, in lower case."""
-        self._app, self._hosts, self._follower, self._metrics = app, hosts, follower, metrics
+        self._app, self._hosts, self._follower = app, hosts, follower
 
     def headers(self) -> dict[str, str]:
         """Return the headers of every answer."""
@@ -45,8 +43,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers, start, status = Headers(scope=scope), time.perf_counter(), 0
-        has_more_body = True
+        headers, start, has_more_body = Headers(scope=scope), time.perf_counter(), True
 
         async def receive_body() -> Message:
             nonlocal has_more_body
@@ -55,10 +52,8 @@ class Guard:
             return message
 
         async def send_guarded(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
-                if has_more_body and status != 408 and "expect" not in headers:
+                if has_more_body and message["status"] != 408 and "expect" not in headers:
                     with suppress(TimeoutError):
                         async with asyncio.timeout(DRAIN_SECONDS):
                             while has_more_body:
@@ -68,15 +63,12 @@ class Guard:
                     answer.setdefault(name, value)
                 if has_more_body:  # or the connection would be open as long as its client sends a byte now and then
                     answer["Connection"] = "close"
-                self._count(scope, status, time.perf_counter() - start)
+                route = getattr(scope.get("route"), "path", "other")
+                metrics.REQUESTS.labels(route, message["status"]).inc()
+                metrics.REQUEST_SECONDS.labels(route).observe(time.perf_counter() - start)
             await send(message)
 
         await (self._refusal(scope, headers) or self._app)(scope, receive_body, send_guarded)
-
-    def _count(self, scope: Scope, status: int, seconds: float) -> None:
-        route = getattr(scope.get("route"), "path", "other")
-        self._metrics.requests.labels(route, status).inc()
-        self._metrics.seconds.labels(route).observe(seconds)
 
     def _refusal(self, scope: Scope, headers: Headers) -> JSONResponse | None:
         host = headers.get("host", "")  # absent only in HTTP/1.0, which no browser sends

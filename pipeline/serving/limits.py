@@ -7,8 +7,9 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
-from starlette.requests import Request
+from fastapi import HTTPException, Request
 
 from pipeline.data.image_checks import MAX_BYTES, UnusableError
 
@@ -23,16 +24,8 @@ NOT_ASCII = re.compile(rb"\\u(?!00[0-7])")  # escaped characters
 Hold = Callable[[int, int], None]  # adds bytes and images
 
 
-class RequestError(Exception):
-    """A request that cannot be answered, with the HTTP status and what its client shall read."""
-
-    def __init__(self, status: int, detail: str, retry_after: int | None = None) -> None:
-        super().__init__(detail)
-        self.status, self.detail, self.retry_after = status, detail, retry_after
-
-
-def busy_error() -> RequestError:
-    return RequestError(503, "busy: too much is waiting; send it again later", retry_after=2)
+def busy_error() -> HTTPException:
+    return HTTPException(503, "busy: too much is waiting; send it again later", {"Retry-After": "2"})
 
 
 @dataclass(frozen=True)
@@ -69,7 +62,7 @@ class InFlight:
     def hold(self) -> Iterator[Hold]:
         """Yield the function with which one request adds bytes and images, which the end of the block releases.
 
-        It raises RequestError if all requests together would hold too much.
+        It raises HTTPException if all requests together would hold too much.
         """
         own_bytes = own_images = 0
 
@@ -91,10 +84,10 @@ async def read_body(request: Request, max_bytes: int, seconds: float, hold: Hold
     """Read the body of a request; it has longer than `seconds` if it comes at `MIN_RATE` or faster.
 
     Raises:
-        RequestError: it is too large, too slow, or other requests hold too much.
+        HTTPException: it is too large, too slow, or other requests hold too much.
         ClientDisconnect: the client has gone.
     """
-    too_large = RequestError(413, f"too large: a request of this kind may have {max_bytes / MEBIBYTE:g} MiB")
+    too_large = HTTPException(413, f"too large: a request of this kind may have {max_bytes / MEBIBYTE:g} MiB")
     if int(request.headers.get("content-length", 0)) > max_bytes:
         raise too_large
     body = bytearray()
@@ -108,7 +101,7 @@ async def read_body(request: Request, max_bytes: int, seconds: float, hold: Hold
                 body += chunk
                 timeout.reschedule(deadline + len(body) / MIN_RATE)
     except TimeoutError:
-        raise RequestError(408, "the body of the request arrived too slowly") from None
+        raise HTTPException(408, "the body of the request arrived too slowly") from None
     return body
 
 
@@ -116,27 +109,27 @@ def parse_images(body: bytearray, limit: int) -> list[bytes | UnusableError]:
     """Parse the JSON text {"images": [base64, …]} with at most `limit` images; what is not base64 is an error.
 
     Raises:
-        RequestError: it is another JSON text or none, or has too many images.
+        HTTPException: it is another JSON text or none, or has too many images.
     """
     shape = '{"images": [base64, …]}'
     # Before anything is parsed: millions of small or nested values take much more memory than their text, and a single
     # other character makes Python keep a text with two or four bytes for each.
     if sum(map(body.count, JSON_STRUCTURE)) > limit + 8:
-        raise RequestError(400, f"expected {shape} with at most {limit} images")
+        raise HTTPException(400, f"expected {shape} with at most {limit} images")
     if not body.isascii() or NOT_ASCII.search(body):
-        raise RequestError(400, f"expected {shape} of ASCII characters")
+        raise HTTPException(400, f"expected {shape} of ASCII characters")
     try:
         fields = json.loads(body)
     except ValueError:
-        raise RequestError(400, f"no JSON: expected {shape}") from None
+        raise HTTPException(400, f"no JSON: expected {shape}") from None
     images = fields.get("images") if isinstance(fields, dict) and len(fields) == 1 else None
     if not isinstance(images, list) or not 0 < len(images) <= limit:
-        raise RequestError(400, f"expected {shape} with 1 to {limit} images")
+        raise HTTPException(400, f"expected {shape} with 1 to {limit} images")
     return [_decode_base64(image) for image in images]
 
 
-def _decode_base64(text: object) -> bytes | UnusableError:
+def _decode_base64(text: Any) -> bytes | UnusableError:
     try:
-        return base64.b64decode(text, validate=True) if isinstance(text, str) else UnusableError("not base64")
-    except ValueError:
+        return base64.b64decode(text, validate=True)
+    except (TypeError, ValueError):
         return UnusableError("not base64")

@@ -12,11 +12,11 @@ import numpy as np
 import pandas as pd
 import torch
 from joblib import cpu_count
-from prometheus_client import Counter
 
 from pipeline.inference import explain
 from pipeline.inference.candidate import agreement
-from pipeline.serving.decoders import DecodedImage
+from pipeline.inference.decoding import DecodedImage
+from pipeline.serving import metrics
 from pipeline.serving.served_model import ServedModel
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,6 @@ class Predictor:
     """A thread that classifies all images that wait when it is free: nothing waits for a batch to become full."""
 
     def __init__(self) -> None:
-        self.unlogged = Counter("cxr_unlogged_images", "Images that could not be logged.", registry=None)
         self._is_logging = True
         self._jobs: queue.SimpleQueue[PredictJob | None] = queue.SimpleQueue()
         self._heatmaps = ThreadPoolExecutor(1)
@@ -95,12 +94,12 @@ class Predictor:
         if model.log is None:
             return
         try:
-            model.log.append([job.image.description or {} for job in jobs], pixels, table)
+            model.log.append([job.image.description for job in jobs], pixels, table)
         except OSError as error:  # such as a full disk: clients get their answers
             if self._is_logging:
                 log.warning("predictions are not logged: %s; /metrics counts them", error.strerror)
             self._is_logging = False
-            self.unlogged.inc(len(jobs))
+            metrics.UNLOGGED_IMAGES.inc(len(jobs))
         else:
             self._is_logging = True
 

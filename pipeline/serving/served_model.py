@@ -5,17 +5,18 @@ import re
 import threading
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from markdown_it import MarkdownIt
-from prometheus_client import Counter
 
 from pipeline.core.config import Config
 from pipeline.core.errors import UserError, first_line
 from pipeline.inference import candidate
 from pipeline.inference.candidate import Candidate
 from pipeline.inference.prediction_log import PredictionLog
+from pipeline.serving import metrics
 from pipeline.tracking.model_folder import NO_CARD, is_in_models, open_model_folder
 
 log = logging.getLogger(__name__)
@@ -80,58 +81,49 @@ class ModelFollower:
     def __init__(
         self, config: Config, name: str, device: torch.device, log_file: Path | None, poll_seconds: float
     ) -> None:
-        """Load the model; `poll_seconds` are between two looks at the alias.
+        """Load the model, and start to follow its alias; `poll_seconds` are between two looks at it.
 
         Raises:
             UserError: see `load_model`.
         """
-        self._config, self._name, self._device, self._log_file = config, name, device, log_file
-        self.poll_seconds = poll_seconds
-        self.current = load_model(config, name, device, log_file)
+        self._load = partial(load_model, config, name, device, log_file)
+        self.poll_seconds, self.error = poll_seconds, ""
+        self.current = self._load()
         self.alias = None if name.isdecimal() or is_in_models(config, name) else name
-        self.error = ""
-        self.changes = Counter("cxr_model_changes", "How often another version took over.", registry=None)
-        self.failures = Counter(
-            "cxr_poll_failures", "Failed attempts to follow the registry; the old model answers.", registry=None
-        )
         self._failed_version, self._retry_at = "", 0.0
         self._stopped = threading.Event()
         if self.alias:
             from pipeline.tracking.store import connect
 
             self._store = connect(config.model_name)
-
-    def start(self) -> None:
-        """Start to follow the alias, if there is one."""
-        if self.alias:
-            threading.Thread(target=self._poll, daemon=True).start()
+            threading.Thread(target=self._follow, args=[self.alias], daemon=True).start()
 
     def stop(self) -> None:
         self._stopped.set()
 
-    def _poll(self) -> None:
+    def _follow(self, alias: str) -> None:
         while not self._stopped.wait(self.poll_seconds):
-            self.update()
+            self._update(alias)
 
-    def update(self) -> None:
+    def _update(self, alias: str) -> None:
         """Ask the registry once, and load the version to which the alias points now; on failure keep the model."""
         from pipeline.tracking import registry
 
         version = ""
         try:
-            found = registry.get_version(self._store, self._config.model_name, self._name)
+            found = registry.get_version(self._store, self.current.model, alias)
             version = str(found.version)
             if version == self.current.version:
                 card = render_card(found.description or NO_CARD)  # it changes when the champion does
                 self.current = replace(self.current, card_html=card)
             elif version != self._failed_version or time.monotonic() > self._retry_at:
-                self.current = load_model(self._config, self._name, self._device, self._log_file)
-                self.changes.inc()
+                self.current = self._load()
+                metrics.MODEL_CHANGES.inc()
                 log.warning("version %s of %s answers now", self.current.version, self.current.model)
             else:
                 return
         except Exception as error:  # noqa: BLE001  # of MLflow, its database or network, or torch; the model stays
-            self.failures.inc()
+            metrics.POLL_FAILURES.inc()
             self._failed_version, self._retry_at = version, time.monotonic() + RETRY_SECONDS
             message = first_line(error)
             if message != self.error:

@@ -84,7 +84,6 @@ def serve(
         )
         # At a second Ctrl-C, and after SHUTDOWN_SECONDS, requests are cancelled.
         logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)
-        follower.start()
         gc.freeze()  # of what stays until the end, where it would be searched for garbage for seconds
         shown, served = f"[{host}]" if ":" in host else host, follower.current
         url = f"http://{shown}:{listener.getsockname()[1]}"  # where connections wait until the next statement
