@@ -1,6 +1,6 @@
-"""Images per second of EfficientNet-Lite0 at 160 px on the CPU, with freed memory retained or with default settings.
+"""Images per second of EfficientNet-Lite0 on the CPU, with freed memory retained or with default settings.
 
-python bench/allocator.py [BATCHES] [ROUNDS]
+python bench/allocator.py [BATCHES] [ROUNDS] [SIZE]
 
 Each measurement runs in its own process, because the settings of the C library cannot be undone.
 """
@@ -21,11 +21,13 @@ from pipeline.core import memory
 from pipeline.models.classifier import Architecture, Classifier
 from pipeline.training import determinism
 
-SIZE, BATCH = 160, 32
+BATCH = 32
 
 
-def main(batches: int = 10, rounds: int = 5) -> None:
-    retained, plain = zip(*([measure(batches, retain) for retain in (True, False)] for _ in range(rounds)), strict=True)
+def main(batches: int = 10, rounds: int = 5, size: int = 160) -> None:
+    retained, plain = zip(
+        *([measure(batches, size, retain) for retain in (True, False)] for _ in range(rounds)), strict=True
+    )
     for task in TASKS:
         our_rate, plain_rate = (
             statistics.median(rates[task.__name__] for rates in results) for results in (retained, plain)
@@ -34,19 +36,19 @@ def main(batches: int = 10, rounds: int = 5) -> None:
         print(json.dumps({"task": task.__name__, **rates, "ratio": round(our_rate / plain_rate, 2)}))
 
 
-def measure(batches: int, retain: bool) -> dict[str, float]:
+def measure(batches: int, size: int, retain: bool) -> dict[str, float]:
     """Return images per second of each task, measured in a new process."""
     with ProcessPoolExecutor(1, get_context("fork")) as process:
-        return process.submit(measure_here, batches, retain).result()
+        return process.submit(measure_here, batches, size, retain).result()
 
 
-def measure_here(batches: int, retain: bool) -> dict[str, float]:
+def measure_here(batches: int, size: int, retain: bool) -> dict[str, float]:
     determinism.make_deterministic(len(os.sched_getaffinity(0)))
     if retain:
         memory.retain_freed_memory()
-    architecture = Architecture("timm/tf_efficientnet_lite0", [], 0, SIZE, "imagenet", SIZE, "stretch")
+    architecture = Architecture("timm/tf_efficientnet_lite0", [], 0, size, "imagenet", size, "stretch")
     network = Classifier(architecture).to(memory_format=torch.channels_last)
-    images = torch.rand(BATCH, 3, SIZE, SIZE).contiguous(memory_format=torch.channels_last)
+    images = torch.rand(BATCH, 3, size, size).contiguous(memory_format=torch.channels_last)
     rates = {}
     for task in TASKS:
         task(network, images)  # warm up: select kernels, allocate memory

@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,8 @@ UNIQUE_IMAGES = 64  # the other radiographs are copies with other names
 ROOT = Path(__file__).parents[1]
 
 
-def radiographs() -> list[bytes]:
-    """Generate synthetic JPEGs of 512×512 pixels, as in the demo."""
+def radiographs(count: int = UNIQUE_IMAGES) -> list[bytes]:
+    """Generate the first `count` of 64 synthetic JPEGs of 512×512 pixels, as in the demo."""
     params = PhantomParams(
         source="phantom",
         train=UNIQUE_IMAGES,
@@ -34,12 +35,12 @@ def radiographs() -> list[bytes]:
         confounding=0,
         seed=1,
     )
-    return [phantom._encode_jpeg(case) for case in phantom.draw_cases(params)]  # noqa: SLF001
+    return [phantom._encode_jpeg(case) for case in islice(phantom.draw_cases(params), count)]  # noqa: SLF001
 
 
 def write_folder_and_pack(folder: Path, count: int, size: int) -> pd.DataFrame:
     """Write the images as files for ImageFolder and as a pack with edge `size`; return the table of the pack."""
-    jpegs = radiographs()
+    jpegs = radiographs(min(count, UNIQUE_IMAGES))
     images = np.empty((count, size, size), np.uint8)
     for index in range(count):
         path = folder / "images" / str(index % 2) / f"{index}.jpg"
@@ -50,7 +51,7 @@ def write_folder_and_pack(folder: Path, count: int, size: int) -> pd.DataFrame:
     (folder / "images.json").write_text('{"resize": "stretch"}')
     (folder / "origin.json").write_text('{"source": "none"}')
     subset = ["validation"] * 8 + ["train"] * (count - 8)
-    return pd.DataFrame({"label": [index % 2 for index in range(count)], "subset": subset})
+    return pd.DataFrame({"label": [index % 2 for index in range(count)], "subset": subset, "source": ""})
 
 
 def loader(folder: Path, size: int, batch_size: int, workers: int) -> DataLoader:

@@ -43,7 +43,7 @@ def main(count: int = 64, backbone: str = "alexnet", size: int = 224, rounds: in
             classifier.save_description(network, model, {})
         config = EnsembleConfig([model.name for model in models], "mean", "mean", [1 / members] * members, 0.5)
         candidate.assemble_candidate(folder / "bag", folder, config)
-        files, jpegs = [folder / f"{index}.jpg" for index in range(count)], radiographs()
+        files, jpegs = [folder / f"{index}.jpg" for index in range(count)], radiographs(min(count, UNIQUE_IMAGES))
         for index, file in enumerate(files):
             file.write_bytes(jpegs[index % UNIQUE_IMAGES])
         bags = [candidate.load_candidate(folder / "bag", CPU, one) for one in ("float32", "bfloat16")]

@@ -1,9 +1,11 @@
-"""Radiographs per second of `cxr predict --ray local`, compared with `cxr predict`, on all cores of this machine.
+"""Radiographs per second of `cxr predict --ray`, compared with `cxr predict`, on all cores of this machine.
+
+By default Ray's cluster is a new one on this machine too; ADDRESS is that of another one.
 
 `ratio` is of the rates after the first rows are written, without the start of the processes and the loading of the
 model; `whole_ratio` is of the whole commands.
 
-python bench/ray_predict.py PROJECT [IMAGES] [MODEL] [ROUNDS]
+python bench/ray_predict.py PROJECT [IMAGES] [MODEL] [ROUNDS] [ADDRESS]
 """
 
 import json
@@ -20,15 +22,21 @@ from common import ROOT, UNIQUE_IMAGES, radiographs
 Rates = tuple[float, float]  # images per second: after the first rows, and of the whole command
 
 
-def main(project: str = str(ROOT), count: str = "4096", model: str = "champion", rounds: str = "3") -> None:
+def main(
+    project: str = str(ROOT),
+    count: str = "4096",
+    model: str = "champion",
+    rounds: str = "3",
+    address: str = "local",
+) -> None:
     with tempfile.TemporaryDirectory() as name:
-        folder, jpegs = Path(name, "images"), radiographs()
+        folder, jpegs = Path(name, "images"), radiographs(min(int(count), UNIQUE_IMAGES))
         folder.mkdir()
         for index in range(int(count)):
             (folder / f"{index:06}.jpg").write_bytes(jpegs[index % UNIQUE_IMAGES])
         command = [sys.executable, "-m", "stages.predict", str(folder), "--model", model]
         measured = [
-            (predict_with_ray(project, command, Path(name, f"out-{index}")), predict(project, command))
+            (predict_with_ray(project, command, address, Path(name, f"out-{index}")), predict(project, command))
             for index in range(int(rounds))
         ]
     (ray_rate, whole_ray_rate), (rate, whole_rate) = (
@@ -52,9 +60,12 @@ def predict(project: str, command: list[str]) -> Rates:
     return compute_rates(start, time.time(), pd.Series(1, times))
 
 
-def predict_with_ray(project: str, command: list[str], output: Path) -> Rates:
+def predict_with_ray(project: str, command: list[str], address: str, output: Path) -> Rates:
     start = time.time()
-    subprocess.run([*command, "--ray", "local", str(output)], cwd=project, check=True, capture_output=True)
+    command = [*command, "--ray", address, str(output)]
+    result = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
+    if result.returncode:
+        sys.exit(result.stderr)
     end, parts = time.time(), list(output.glob("part-*"))
     written = pd.Series({part.stat().st_mtime: len(pd.read_parquet(part)) for part in parts})
     return compute_rates(start, end, written.sort_index())

@@ -23,17 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from common import ROOT, radiographs
-from joblib import cpu_count
-from safetensors.torch import save_file
 
-from pipeline.core.config import load_config
-from pipeline.evaluation.ensemble import EnsembleConfig
-from pipeline.inference import candidate
-from pipeline.models import classifier
-from pipeline.models.classifier import Architecture, Classifier
-
+ROOT = Path(__file__).parents[1]  # `common` has it too, but imports torch, which the clients do without
 PORT = 8790
 WARM_UP = 1.0  # seconds
 IMAGES = 16
@@ -77,7 +68,10 @@ def main(
         for variable in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID"):
             os.environ.pop(variable, None)
         commands = make_models(folder, backbone, int(size))
-        measured = {server: measure(commands[server], server, counts, float(seconds)) for server in servers.split(",")}
+        measured = {}
+        for server in servers.split(","):
+            with run_server(commands[server], f"http://127.0.0.1:{PORT}/{'ready' if server == 'serve' else 'ping'}"):
+                measured[server] = measure(server, counts, float(seconds))
     for index, count in enumerate(counts):
         line: dict[str, Any] = {"clients": count, "backbone": backbone, "size": int(size)}
         for server, results in measured.items():
@@ -91,7 +85,16 @@ def main(
 def make_models(folder: Path, backbone: str, size: int) -> dict[str, list[str]]:
     """Register a candidate, and save a plain model of the same backbone; return the command of each server."""
     import mlflow
+    import timm
+    import torch
+    from joblib import cpu_count
+    from safetensors.torch import save_file
 
+    from pipeline.core.config import load_config
+    from pipeline.evaluation.ensemble import EnsembleConfig
+    from pipeline.inference import candidate
+    from pipeline.models import classifier
+    from pipeline.models.classifier import Architecture, Classifier
     from pipeline.tracking import registry
     from pipeline.tracking.store import connect
 
@@ -108,8 +111,6 @@ def make_models(folder: Path, backbone: str, size: int) -> dict[str, list[str]]:
         store, config.model_name, run.info.run_id, folder / "candidate", example, {"candidate": "seed-0"}
     )
     registry.set_champion(store, config.model_name, version, "benchmark")
-
-    import timm
 
     name = backbone.removeprefix("timm/")
     save_file(timm.create_model(name, num_classes=2).state_dict(), folder / "plain.safetensors")
@@ -129,27 +130,25 @@ def make_models(folder: Path, backbone: str, size: int) -> dict[str, list[str]]:
     }
 
 
-def measure(command: list[str], server: str, counts: list[int], seconds: float) -> list[dict[str, float]]:
-    """Run a server, and return its requests per second and percentiles of the latency for each number of clients."""
-    images = radiographs()[:IMAGES]
+def measure(server: str, counts: list[int], seconds: float, port: int = PORT) -> list[dict[str, float]]:
+    """Return requests per second of a running server and percentiles of the latency for each number of clients."""
+    from common import radiographs
+
+    images = radiographs(IMAGES)
     if server == "serve":
-        requests, ready = (
-            [encode_request("/v1/predict", "application/octet-stream", image) for image in images],
-            "ready",
-        )
+        requests = [encode_request("/v1/predict", "application/octet-stream", image) for image in images]
     else:
         bodies = [
             json.dumps({"dataframe_records": [{"image": base64.b64encode(image).decode()}]}).encode()
             for image in images
         ]
-        requests, ready = [encode_request("/invocations", "application/json", body) for body in bodies], "ping"
-    with run_server(command, f"http://127.0.0.1:{PORT}/{ready}"):
-        results = []
-        for count in counts:
-            client = [sys.executable, __file__, "--client", str(count), str(seconds)]
-            data = json.dumps([request.decode("latin-1") for request in requests])
-            output = subprocess.run(client, input=data, stdout=subprocess.PIPE, text=True, check=True).stdout
-            results.append(json.loads(output))
+        requests = [encode_request("/invocations", "application/json", body) for body in bodies]
+    data = json.dumps([request.decode("latin-1") for request in requests])
+    results = []
+    for count in counts:
+        client = [sys.executable, __file__, "--client", str(count), str(seconds), str(port)]
+        output = subprocess.run(client, input=data, stdout=subprocess.PIPE, text=True, check=True).stdout
+        results.append(json.loads(output))
     return results
 
 
@@ -185,13 +184,13 @@ def encode_request(path: str, kind: str, body: bytes) -> bytes:
     return head.encode() + body
 
 
-async def run_clients(count: int, seconds: float, requests: list[bytes]) -> dict[str, float]:
+async def run_clients(count: int, seconds: float, port: int, requests: list[bytes]) -> dict[str, float]:
     """Send requests over `count` connections; none is counted that begins before the end of the warm-up."""
     begin = time.perf_counter() + WARM_UP
     latencies: list[float] = []
 
     async def run_client(index: int) -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", PORT)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
         while (start := time.perf_counter()) < begin + seconds:
             index += 1
             writer.write(requests[index % len(requests)])
@@ -210,7 +209,8 @@ async def run_clients(count: int, seconds: float, requests: list[bytes]) -> dict
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--client"]:
+        clients, time_limit, server_port = int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4])
         encoded = [text.encode("latin-1") for text in json.load(sys.stdin)]
-        print(json.dumps(asyncio.run(run_clients(int(sys.argv[2]), float(sys.argv[3]), encoded))))
+        print(json.dumps(asyncio.run(run_clients(clients, time_limit, server_port, encoded))))
     else:
         main(*sys.argv[1:])

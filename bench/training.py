@@ -1,9 +1,10 @@
 """Images per second over an epoch of training, compared with a plain PyTorch loop with ImageFolder and DataLoader.
 
-python bench/training.py [IMAGES] [ROUNDS]
+python bench/training.py [IMAGES] [ROUNDS] [SIZE]
 
 Both train the same network on the same radiographs with the same number of threads. `overhead` is the share of this
 project's epoch outside forward, backward and optimizer, measured by the same steps on one batch in memory.
+SIZE takes the place of the edges of the images in the list of cases.
 """
 
 import json
@@ -38,10 +39,11 @@ CASES = {
 WORKERS = [0, 2]  # of the baseline loader; the better result counts
 
 
-def main(count: int = 192, rounds: int = 5) -> None:
+def main(count: int = 192, rounds: int = 5, size: int | None = None) -> None:
     threads = len(os.sched_getaffinity(0))
     determinism.make_deterministic(threads)
-    for name, changes in CASES.items():
+    for name, case in CASES.items():
+        changes = case | ({"image_size": size} if size else {})
         params = recipe(**changes, epochs=1, frozen_epochs=0, mixup_alpha=0, cpu_threads=threads)
         with tempfile.TemporaryDirectory() as folder:
             print(json.dumps({"backbone": name, "threads": threads} | compare(params, Path(folder), count, rounds)))

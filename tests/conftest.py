@@ -1,6 +1,8 @@
 import functools
 import io
+import json
 import os
+import runpy
 import shlex
 import shutil
 import socket
@@ -195,6 +197,14 @@ def stage_server() -> dict[str, str]:
     return {"CXR_FORK_SERVER": start_stage_server().stdout.readline().strip()}
 
 
+@pytest.fixture
+def forked_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the stages of every command, also of one that `invoke` runs in this process, be forked, as `run` does."""
+    for name, value in stage_server().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("stages.common.run_in_fork", lambda: None)  # to which `python -m pytest` looks like a stage
+
+
 def run(project: Path, *command: str, **changes: str) -> subprocess.CompletedProcess[str]:
     """Run a command in the project and return its exit code and output; its stages are forked (see fork_server)."""
     has_stages = command[0] in ("cxr", "dvc") or command[:2] == ("python", "-m")
@@ -228,16 +238,6 @@ def project(cloned_project: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def empty_store(tmp_path_factory) -> Path:
-    """An empty MLflow store; creating one takes seconds."""
-    from mlflow import MlflowClient
-
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
-
-
-@pytest.fixture(scope="session")
 def build_once(tmp_path_factory, worker_id) -> Callable[[str, Callable[[Path], object]], Path]:
     """Returns a function that builds a folder once for all test processes: the first caller fills it."""
     base = tmp_path_factory.getbasetemp()
@@ -255,11 +255,25 @@ def build_once(tmp_path_factory, worker_id) -> Callable[[str, Callable[[Path], o
 
 
 @pytest.fixture(scope="session")
-def demo_project(build_once, tmp_path_factory) -> Path:
+def empty_store(build_once, tmp_path_factory) -> Path:
+    """An empty MLflow store; creating one takes seconds."""
+
+    def create(folder: Path) -> None:
+        from mlflow import MlflowClient
+
+        folder.mkdir()
+        MlflowClient(f"sqlite:///{folder / 'mlflow.db'}").search_experiments()
+
+    return shutil.copy(build_once("store", create) / "mlflow.db", tmp_path_factory.mktemp("store") / "mlflow.db")
+
+
+@pytest.fixture(scope="session")
+def demo_project(build_once, empty_store, tmp_path_factory) -> Path:
     """A clone in which the demo has run, shared by the tests of a process; they may add files but must change none."""
 
     def run_demo(project: Path) -> None:
-        completed = run(clone_project(project), "dvc", "repro")
+        shutil.copy(empty_store, clone_project(project) / "mlflow.db")
+        completed = run(project, "dvc", "repro")
         assert completed.returncode == 0, completed.stdout + completed.stderr
 
     return copy_project(build_once("demo", run_demo), tmp_path_factory.mktemp("demo-copy") / "project")
@@ -372,6 +386,25 @@ def error_line_of(command: str) -> str:
     result = invoke(command)
     assert result.exit_code == 2, result.output
     return result.stderr.strip().splitlines()[-1]
+
+
+def json_lines(output: str) -> list[dict]:
+    return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys) -> Callable[..., list[dict]]:
+    """Returns a function that runs a benchmark in this process, which saves the imports."""
+
+    def run_script(command: str, *arguments: str) -> list[dict]:
+        script = command.removeprefix("python ")
+        use_project(ROOT, monkeypatch)
+        monkeypatch.syspath_prepend("bench")
+        monkeypatch.setattr("sys.argv", [script, *arguments])
+        runpy.run_path(script, run_name="__main__")
+        return json_lines(capsys.readouterr().out)
+
+    return run_script
 
 
 def error_message(function: Callable[..., object], *arguments: object) -> str:

@@ -1,6 +1,6 @@
 """Train seed 0 of the project in the working directory in child processes that are killed, until one finishes.
 
-    python killing.py FAULTS
+    python -m tests.forked tests/killing.py FAULTS
 
 FAULTS is a JSON list of [point, count]: the child kills itself with SIGKILL when it reaches `point` for the count-th
 time. `point` is a key of FAULTS below, or "seconds": then the child is killed after `count` seconds. A last child runs

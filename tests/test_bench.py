@@ -1,7 +1,6 @@
 """Every benchmark runs and prints its results as JSON lines."""
 
-import json
-import runpy
+import base64
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, json_lines, output_of, run, use_project
 from scipy.special import expit
 
 pytestmark = pytest.mark.slow
@@ -25,11 +24,11 @@ def check_results(results: list[dict], lines: int) -> None:
     [
         ("python bench/prepare.py", ["20"], 1),
         ("python bench/input.py", ["64", "16"], 1),
-        ("python bench/training.py", ["16", "1"], 2),
+        ("python bench/training.py", ["16", "1", "64"], 2),
         ("python bench/memory.py", ["150", "200"], 1),
-        ("python bench/allocator.py", ["1", "1"], 2),
+        ("python bench/allocator.py", ["1", "1", "64"], 2),
         ("python bench/busy.py", ["1", "0.05", "alexnet-predict", "0"], 3),
-        ("python bench/predict.py", ["1", "squeezenet1_1", "64"], 1),
+        ("python bench/predict.py", ["1", "squeezenet1_1", "64", "1", "2"], 1),
         ("python bench/coverage.py", ["2", "1"], 2088),
     ],
 )
@@ -56,19 +55,24 @@ def test_a_benchmark_prints_its_results(command, arguments, lines, run_here):
     check_results(run_here(command, *arguments), lines)
 
 
-@pytest.fixture
-def run_here(monkeypatch, capsys) -> Callable[..., list[dict]]:
-    """Returns a function that runs a benchmark in this process, which saves the imports."""
+def test_the_servers_of_the_serving_benchmark_have_models_that_predict(tmp_path, empty_store, monkeypatch):
+    import mlflow
 
-    def run_script(command: str, *arguments: str) -> list[dict]:
-        script = command.removeprefix("python ")
-        monkeypatch.chdir(ROOT)
-        monkeypatch.syspath_prepend("bench")
-        monkeypatch.setattr("sys.argv", [script, *arguments])
-        runpy.run_path(script, run_name="__main__")
-        return json_lines(capsys.readouterr().out)
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    import serving
+    from common import radiographs
 
-    return run_script
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    use_project(tmp_path, monkeypatch)
+    commands = serving.make_models(tmp_path, "timm/tf_efficientnet_lite0", 64)
+    assert [command[:2] for command in commands.values()] == [["cxr", "serve"], *[["mlflow", "models"]] * 2]
+    images = [base64.b64encode(image).decode() for image in radiographs(2)]
+    for server in ("registered", "plain"):
+        probabilities = mlflow.pyfunc.load_model(commands[server][-1]).predict(pd.DataFrame({"image": images}))
+        assert probabilities["probability"].between(0, 1, inclusive="neither").tolist() == [True, True]
+    Path("image.jpg").write_bytes(radiographs(1)[0])
+    assert "image.jpg" in output_of("cxr predict image.jpg")  # by the champion, as cxr serve does
 
 
 def test_the_benchmark_of_the_startup_time_prints_its_result(demo_project):
@@ -110,10 +114,6 @@ def test_adaptation_is_evaluated_with_the_labels_of_the_test_set(demo_project, t
 
 
 def run_benchmark(command: str, *arguments: str) -> list[dict]:
-    result = run(ROOT, *command.split(), *arguments)
+    result = run(ROOT, "python", "-m", "tests.forked", command.removeprefix("python "), *arguments)
     assert result.returncode == 0, result.stderr
     return json_lines(result.stdout)
-
-
-def json_lines(output: str) -> list[dict]:
-    return [json.loads(line) for line in output.splitlines() if line.startswith("{")]

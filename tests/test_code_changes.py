@@ -5,7 +5,19 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, commit_all, copy_project, edit_params, mlflow_client, run, seed_runs
+from conftest import (
+    ROOT,
+    commit_all,
+    copy_project,
+    edit_params,
+    invoke,
+    mlflow_client,
+    output_of,
+    run,
+    seed_runs,
+    stage_server,
+    use_project,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -91,11 +103,14 @@ def test_no_comment_changes_the_hash_of_any_module(tmp_path_factory, module, tex
 
 
 def test_a_reformatted_module_keeps_its_hash(tmp_path):
-    for module in MODULES:
-        changed = tmp_path / "module.py"
-        changed.write_bytes(module.read_bytes())
-        subprocess.run([sys.executable, "-m", "ruff", "format", "-q", "--line-length", "60", changed], check=True)
-        assert code_hash(changed) == code_hash(module), module
+    changed = {module: tmp_path / module.relative_to(ROOT) for module in MODULES}
+    for module, copied in changed.items():
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        copied.write_bytes(module.read_bytes())
+    subprocess.run([sys.executable, "-m", "ruff", "format", "-q", "--line-length", "60", tmp_path], check=True)
+    for module, copied in changed.items():
+        assert code_hash(copied) == code_hash(module), module
+    assert any(copied.read_bytes() != module.read_bytes() for module, copied in changed.items())
 
 
 def run_ids(project: Path) -> set[str]:
@@ -137,19 +152,23 @@ def test_a_change_that_can_change_no_number_causes_no_training(editable_project)
     ],
     ids=["docstring", "code"],
 )
-def test_after_dvc_commit_changed_code_keeps_models_runs_and_versions(editable_project, old, new, is_error):
+def test_after_dvc_commit_changed_code_keeps_models_runs_and_versions(
+    editable_project, old, new, is_error, monkeypatch
+):
+    use_project(editable_project, monkeypatch)
     before = tracked(editable_project)
     loop = editable_project / "pipeline/training/loop.py"
     assert old in loop.read_text()
     loop.write_text(loop.read_text().replace(old, new))
     assert "train@0" in run(editable_project, "dvc", "status").stdout
-    completed = run(editable_project, "cxr", "sync")
-    assert completed.returncode == (2 if is_error else 0), completed.stderr
-    assert ("trained with other parameters, data or code; run: dvc repro" in completed.stderr) == is_error
-    for command in ("dvc commit -f train", "cxr sync", "dvc repro"):
-        completed = run(editable_project, *command.split())
-        assert completed.returncode == 0, completed.stderr
-        assert "Running stage 'train" not in completed.stdout
+    synced = invoke("cxr sync")
+    assert synced.exit_code == (2 if is_error else 0), synced.output
+    assert ("trained with other parameters, data or code; run: dvc repro" in synced.stderr) == is_error
+    assert run(editable_project, "dvc", "commit", "-f", "train").returncode == 0
+    output_of("cxr sync")
+    completed = run(editable_project, "dvc", "repro")
+    assert completed.returncode == 0, completed.stderr
+    assert "Running stage 'train" not in completed.stdout
     assert tracked(editable_project) == before
 
 
@@ -157,11 +176,11 @@ def test_after_dvc_commit_changed_code_keeps_models_runs_and_versions(editable_p
 @pytest.mark.slow
 def test_a_demo_run_from_nothing_has_the_hashes_of_dvc_lock(editable_project):
     commit_all(editable_project)
-    compared = run(editable_project, "bash", ".ci/compare-demo")
+    compared = run(editable_project, "bash", ".ci/compare-demo", **stage_server())
     assert compared.returncode == 0, compared.stdout + compared.stderr
     assert compared.stdout.endswith("demo: run from nothing, it has the hashes of dvc.lock\n")
     edit_params(editable_project, lambda params: params["demo"]["evaluate"].update(resamples=100))
     commit_all(editable_project)
-    compared = run(editable_project, "bash", ".ci/compare-demo")
+    compared = run(editable_project, "bash", ".ci/compare-demo", **stage_server())
     assert compared.returncode == 0
     assert "hashes not compared, dvc.lock is of earlier code or parameters (bag report promote)" in compared.stdout

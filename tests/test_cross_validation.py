@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -83,6 +84,9 @@ def test_validation_images_are_predicted_out_of_fold_and_test_and_external_image
         for name in SEEDS:
             mean = np.mean([predict(network, pack, rows) for network in networks[name]], axis=0)
             assert written[subset][name].to_numpy() == pytest.approx(mean, abs=1e-6)
+    features = networks["seed-0"][0].embed(pack.read(torch.tensor([2, 3, 7, 8]))).detach().numpy()
+    assert np.load("predictions/features.npy") == pytest.approx(features, abs=1e-5)  # of fold 0 and the external images
+    assert np.load("predictions/embeddings.npy").shape == (4, 64)  # of fold 0 and the test images
     assert returned["seed-1"].to_numpy() == pytest.approx(written["validation"]["seed-1"].to_numpy(), abs=1e-8)
 
 
@@ -122,7 +126,7 @@ def test_shortcut_baselines_predict_each_fold_from_the_others():
 
 
 @pytest.fixture(scope="module")
-def trained(build_once) -> Path:
+def trained(build_once, empty_store) -> Path:
     """A project in which a small demo has run with cross-validation; tests must not change it."""
 
     def edit(params: dict) -> None:
@@ -132,6 +136,7 @@ def trained(build_once) -> Path:
     def run_demo(project: Path) -> None:
         edit_params(clone_project(project), edit)
         commit_all(project)
+        shutil.copy(empty_store, project / "mlflow.db")
         completed = run(project, *shlex.split("dvc exp run -S demo.split.cross_validate=true"))
         assert completed.returncode == 0, completed.stdout + completed.stderr
 

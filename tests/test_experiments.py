@@ -2,11 +2,12 @@
 
 import json
 import shlex
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from conftest import commit_all, copy_project, edit_params, mlflow_client, run
+from conftest import clean_environment, commit_all, copy_project, edit_params, mlflow_client, run, stage_server
 
 pytestmark = pytest.mark.slow
 
@@ -53,23 +54,31 @@ def test_a_queue_of_experiments_can_be_compared_and_applied_and_is_in_mlflow(dem
     commit_all(project)
     decisions = (project / "metrics/promotion.json").read_bytes()
     output_of(project, "dvc exp run --queue -n lr -S 'demo.train.lr=1e-3,3e-4'")
-    output_of(project, "dvc queue start --jobs 2")
-    while any(state in (status := output_of(project, "dvc queue status")) for state in ("Queued", "Running")):
-        time.sleep(2)
-    assert status.count("Success") == 2, status
+    command, environment = shlex.split("dvc queue start --jobs 2"), clean_environment(**stage_server())
+    # Its workers keep this pipe open until they end, which is long after their last experiment.
+    with subprocess.Popen(command, cwd=project, env=environment, stdout=subprocess.PIPE) as queue:
+        deadline = time.monotonic() + 300
+        while len(output_of(project, "git for-each-ref refs/exps/*/*/lr-[12]").splitlines()) < 2:
+            assert time.monotonic() < deadline, output_of(project, "dvc queue status")
+            time.sleep(0.5)
+        while "Running" in (status := output_of(project, "dvc queue status")):
+            time.sleep(0.5)
+        assert status.count("Success") == 2, status
 
-    table = table_of(project, "dvc exp show --only-changed --drop '.*/|models|Created|State|Executor'")
-    for text in ("lr-1", "lr-2", "f1", "demo.train.lr", "0.001", "0.0003"):
-        assert text in table
-    _, baseline = json.loads(output_of(project, "dvc exp show --json"))
-    for experiment in baseline["experiments"]:
-        assert set(experiment["revs"][0]["data"]["metrics"]) == {"metrics/headline.json"}
-    assert "demo.train.lr" in table_of(project, "dvc exp diff lr-1 lr-2")
+        table = table_of(project, "dvc exp show --only-changed --drop '.*/|models|Created|State|Executor'")
+        for text in ("lr-1", "lr-2", "f1", "demo.train.lr", "0.001", "0.0003"):
+            assert text in table
+        _, baseline = json.loads(output_of(project, "dvc exp show --json"))
+        for experiment in baseline["experiments"]:
+            assert set(experiment["revs"][0]["data"]["metrics"]) == {"metrics/headline.json"}
+        assert "demo.train.lr" in table_of(project, "dvc exp diff lr-1 lr-2")
 
-    output_of(project, "dvc exp apply lr-2")
-    assert json.loads(output_of(project, "dvc params diff --json"))["params.yaml"].keys() == {"demo.train.lr"}
-    assert "metrics/headline.json" in table_of(project, "dvc metrics diff --all")
-    assert (project / "metrics/promotion.json").read_bytes() == decisions  # nothing restores it
+        output_of(project, "dvc exp apply lr-2")
+        assert json.loads(output_of(project, "dvc params diff --json"))["params.yaml"].keys() == {"demo.train.lr"}
+        assert "metrics/headline.json" in table_of(project, "dvc metrics diff --all")
+        assert (project / "metrics/promotion.json").read_bytes() == decisions  # nothing restores it
+        queue.communicate()
+    assert queue.returncode == 0
 
     client = mlflow_client(project)
     runs = client.search_runs([client.get_experiment_by_name("covid-xray-demo").experiment_id])

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import time
@@ -262,8 +263,9 @@ def make_archive(path: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_every_source_is_held_out_in_turn_and_an_interrupted_command_resumes(tmp_path):
+def test_every_source_is_held_out_in_turn_and_an_interrupted_command_resumes(tmp_path, empty_store):
     project = clone_project(tmp_path / "project")
+    shutil.copy(empty_store, project / "mlflow.db")
 
     def edit(params: dict) -> None:
         params |= {"profile": "local", "seeds": [0]}

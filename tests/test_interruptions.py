@@ -14,15 +14,27 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
-from conftest import ROOT, clean_environment, mlflow_client, run, run_mlflow_server, seed_runs, stage_server
+from conftest import (
+    clean_environment,
+    copy_project,
+    mlflow_client,
+    run,
+    run_mlflow_server,
+    seed_runs,
+    stage_server,
+)
 from killing import FAULTS
 
 pytestmark = pytest.mark.slow
 
 # Waits for MLflow only as long as a test has time.
-TRAIN_WITH_SHORT_TIMEOUT = (
-    "from pipeline.tracking import outbox; outbox.TIMEOUT_SECONDS = 3; from stages.train import train; train()"
-)
+TRAIN_WITH_SHORT_TIMEOUT = """
+from pipeline.tracking import outbox
+from stages.train import train
+
+outbox.TIMEOUT_SECONDS = 3
+train()
+"""
 OUTS = ["model.safetensors", "model.json", "history.csv", "metrics.json", "validation.csv"]
 EPOCHS = 8
 
@@ -51,7 +63,7 @@ def uninterrupted(make_prepared_project, build_once) -> Path:
 
 def kill_and_finish(project: Path, faults: list) -> list[int]:
     """Train with these faults, then to the end; return the exit code of each attempt."""
-    result = run(project, "python", str(ROOT / "tests/killing.py"), json.dumps(faults), PYTHONPATH=str(project))
+    result = run(project, "python", "-m", "tests.forked", "tests/killing.py", json.dumps(faults))
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
 
@@ -144,12 +156,23 @@ def test_a_signal_stops_training_after_the_step_and_the_next_run_resumes(make_pr
     assert (finished.info.run_id, finished.info.status) == (stopped.info.run_id, "FINISHED")
 
 
-def test_a_training_killed_under_dvc_resumes_with_the_next_repro(make_prepared_project, uninterrupted):
-    project = make_prepared_project(epochs=EPOCHS)
-    training = start_training(project, "dvc", "repro", "-s", "train@0")
-    subprocess.run(["pkill", "-KILL", "-s", str(training.pid), "-f", "stages.train"], check=True)
-    assert training.wait(180) != 0
-    assert len(list((project / "checkpoints").glob("*.pt"))) == 1
+@pytest.fixture(scope="module")
+def killed(make_prepared_project, build_once) -> Path:
+    """A project in which `dvc repro` was training seed 0 when the training was killed; tests must not change it."""
+
+    def train(folder: Path) -> None:
+        project = make_prepared_project(epochs=EPOCHS)
+        training = start_training(project, "dvc", "repro", "-s", "train@0")
+        subprocess.run(["pkill", "-KILL", "-s", str(training.pid), "-f", "stages.train"], check=True)
+        assert training.wait(180) != 0
+        assert len(list((project / "checkpoints").glob("*.pt"))) == 1
+        copy_project(project, folder)
+
+    return build_once("killed", train)
+
+
+def test_a_training_killed_under_dvc_resumes_with_the_next_repro(killed, uninterrupted, tmp_path):
+    project = copy_project(killed, tmp_path / "project")
     result = run(project, "dvc", "repro", "-s", "train@0")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "epoch 1/" not in result.stdout
@@ -169,11 +192,8 @@ def test_the_second_of_two_processes_that_train_the_same_run_waits(make_prepared
     assert_equals_uninterrupted(project, uninterrupted)
 
 
-def test_a_damaged_checkpoint_is_set_aside_and_training_starts_again(make_prepared_project, uninterrupted):
-    project = make_prepared_project(epochs=EPOCHS)
-    training = start_training(project, "python", "-m", "stages.train", "--seed", "0")
-    training.kill()
-    training.wait(180)
+def test_a_damaged_checkpoint_is_set_aside_and_training_starts_again(killed, uninterrupted, tmp_path):
+    project = copy_project(killed, tmp_path / "project")
     (checkpoint,) = (project / "checkpoints").glob("*.pt")
     content = bytearray(checkpoint.read_bytes())
     content[len(content) // 2] ^= 1
@@ -272,12 +292,13 @@ def test_training_survives_a_failing_tracking_server_and_logs_everything_later(m
 
 
 @pytest.mark.long
-def test_training_finishes_without_its_tracking_server_and_asks_for_sync(make_prepared_project, port):
+def test_training_finishes_without_its_tracking_server_and_asks_for_sync(make_prepared_project, empty_store, port):
     project = make_prepared_project(epochs=15)
+    shutil.copy(empty_store, project / "gone.db")
+    (project / "short_timeout.py").write_text(TRAIN_WITH_SHORT_TIMEOUT)
     with run_mlflow_server(project, port, store=f"sqlite:///{project / 'gone.db'}") as uri:
-        training = start_training(
-            project, "python", "-c", TRAIN_WITH_SHORT_TIMEOUT, "--seed", "0", MLFLOW_TRACKING_URI=uri
-        )
+        command = ["python", "-m", "tests.forked", "short_timeout.py", "--seed", "0"]
+        training = start_training(project, *command, MLFLOW_TRACKING_URI=uri, **stage_server())
     assert training.wait(300) == 0
     log = (project / "train.log").read_text()
     assert "this run is not completely logged to MLflow; after the training, run: cxr sync" in log

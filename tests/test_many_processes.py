@@ -26,6 +26,7 @@ from conftest import (
     run,
     run_in_background,
     seed_runs,
+    stage_server,
 )
 from test_interruptions import read_outs, start_training
 
@@ -33,6 +34,9 @@ from pipeline.training.distributed import init_distributed
 
 pytestmark = pytest.mark.slow
 
+AGAINST_SHORTCUTS = {
+    "sampling": "group_balanced", "group_dro": 0.1, "domain_adversarial": 0.5, "swa_epochs": 2, "frozen_epochs": 2,
+}  # fmt: skip
 SEEDS = range(int(os.environ.get("CXR_SEEDS", "2")))  # on the Ray cluster; ten seeds take minutes
 
 
@@ -63,7 +67,7 @@ def train_lock(project: Path) -> list[dict]:
 @pytest.mark.parametrize(
     ("train", "accumulation_steps"),
     [
-        ({"backbone": "alexnet", "image_size": 64, "mixup_alpha": 0.4, "head_hidden": [16, 8]}, 2),
+        ({"backbone": "alexnet", "image_size": 64, "mixup_alpha": 0.4, "head_hidden": [16, 8], **AGAINST_SHORTCUTS}, 2),
         ({"frozen_epochs": 2, "sampling": "shuffle"}, 1),
     ],
     ids=["gradient accumulation", "frozen backbone"],
@@ -75,7 +79,7 @@ def test_two_processes_train_one_seed_like_one_process(make_prepared_project, tr
         (project / "data/weights/origin.json").write_text('{"source": "none"}')
         with_torchrun = "torchrun --standalone --nproc-per-node 2 -m stages.train --seed 0"
         command = with_torchrun if count == 2 else "python -m stages.train --seed 0"
-        result = run(project, *command.split(), **use_gpus(2))
+        result = run(project, *command.split(), **use_gpus(2), **stage_server())
         assert result.returncode == 0, result.stderr
         assert result.stdout.count("epoch 1/") == 1
         assert json.loads(read_outs(project)["model.json"])["environment"]["processes"] == count
@@ -185,7 +189,7 @@ def test_the_error_names_a_failed_seed_and_its_log_and_other_seeds_finish(demo_p
 
 def test_ctrl_c_stops_all_seeds_with_a_checkpoint(make_prepared_project):
     project = make_prepared_project(epochs=15)
-    training = start_training(project, "cxr", "train-all", "--jobs", "2", log="logs/seed-0.log")
+    training = start_training(project, "cxr", "train-all", "--jobs", "2", log="logs/seed-0.log", **stage_server())
     training.send_signal(signal.SIGINT)
     assert training.wait(180) == 130
     assert all(seed_run.info.status == "KILLED" for seed_run in seed_runs(project))
@@ -286,10 +290,11 @@ def test_a_ray_cluster_trains_all_seeds_although_a_worker_is_killed(demo_project
     remove_trainings_from_dvc(project)
     run(project, "dvc", "remote", "add", "-d", "shared", str(project.parent / "remote"))
     commit_all(project)
+    forked = stage_server()
     with (
         tempfile.TemporaryDirectory(prefix="ray-") as ray_tmpdir,  # separates it from other clusters on this machine
-        ray_node(project, "--head", f"--port={port}", "--include-dashboard=false", RAY_TMPDIR=ray_tmpdir),
-        ray_node(project, f"--address=127.0.0.1:{port}", RAY_TMPDIR=ray_tmpdir),
+        ray_node(project, "--head", f"--port={port}", "--include-dashboard=false", RAY_TMPDIR=ray_tmpdir, **forked),
+        ray_node(project, f"--address=127.0.0.1:{port}", RAY_TMPDIR=ray_tmpdir, **forked),
         (project / "train.log").open("w") as out,
     ):
         command, variables = "cxr train-all --ray auto", clean_environment(RAY_TMPDIR=ray_tmpdir)

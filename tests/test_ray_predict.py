@@ -9,6 +9,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from multiprocessing.process import BaseProcess
@@ -35,7 +36,7 @@ from test_served import make_candidate
 
 from pipeline.inference import partitions
 from pipeline.inference.image_files import ImageFiles
-from pipeline.inference.partitions import Counts, PartitionFolder, split_into_partitions
+from pipeline.inference.partitions import PartitionFolder, split_into_partitions
 from pipeline.inference.prediction_table import REQUIRED
 
 pytestmark = pytest.mark.slow
@@ -203,6 +204,12 @@ def test_a_stopped_run_goes_on_and_predicts_what_cxr_predict_does(
     assert error_line_of(DOCUMENTED.replace("predicted", f"{slow}/out")).startswith(f"Error: {slow}/out: ")
 
 
+def test_the_benchmark_compares_the_cluster_with_cxr_predict(demo_project, cluster, run_here, forked_stages):
+    (line,) = run_here("python bench/ray_predict.py", str(demo_project), "8", "champion", "1", "auto")
+    assert (line["images"], line["model"]) == (8, "champion")
+    assert all(value > 0 for name, value in line.items() if name.endswith(("ray", "predict", "ratio")))
+
+
 def test_partitions_in_a_bucket_are_written_once_and_counted(bucket, tmp_path):
     files = ImageFiles([str(write_files(tmp_path / "folder", radiographs(3, seed=1)))])
     folder = PartitionFolder(f"s3://{bucket}/out/")
@@ -217,7 +224,7 @@ def test_partitions_in_a_bucket_are_written_once_and_counted(bucket, tmp_path):
     again.start(SETTINGS, files)
     assert again.has_predictions(partition)
     assert list(again.missing()) == []
-    assert again.count() == Counts(files=2, positive=1, unusable=1, skipped=3)
+    assert again.count() == Counter(files=2, positive=1, unusable=1, skipped=3)
     assert pd.read_parquet(f"s3://{bucket}/out")["file"].tolist() == ["a.jpg", "b.jpg"]
     message = error_message(again.start, SETTINGS | {"version": "2"}, files)
     assert (
@@ -286,7 +293,7 @@ def test_only_what_can_be_read_gets_rows(tmp_path, monkeypatch):
     for name, path in moved.items():
         path.rename(Path("in", name))
     assert predict() == []
-    assert folder.count() == Counts(files=7, positive=folder.count().positive, unusable=2)
+    assert folder.count() == Counter(files=7, positive=folder.count()["positive"], unusable=2)
     table = pd.read_parquet("out")
     assert table.loc[table["reason"] != "", ["file", "reason"]].to_numpy().tolist() == [
         [f"in/a.zip/{index}.jpg", "no longer in the zip"] for index in range(2)

@@ -80,8 +80,10 @@ def test_make_run_prints_the_table_of_models_and_where_the_results_are(reader):
         assert (reader / file).is_file()
 
 
-def test_sync_can_be_run_at_any_time(reader):
-    assert "is champion" in run_documented(reader, "cxr sync")
+def test_sync_can_be_run_at_any_time(reader, monkeypatch):
+    use_project(reader, monkeypatch)
+    assert "cxr sync" in COMMANDS
+    assert "is champion" in output_of("cxr sync")
 
 
 def log_training(lr: float, image_size: int) -> None:
@@ -172,7 +174,9 @@ def test_runs_have_the_name_of_their_dvc_experiment_and_are_pruned_after_its_rem
     assert "train.lr" in run_documented(
         reader, "dvc exp show --only-changed --drop '.*/|models|Created|State|Executor'"
     )
-    assert "train.lr" in run_documented(reader, "cxr compare HEAD .")
+    use_project(reader, monkeypatch)
+    assert "cxr compare HEAD ." in COMMANDS
+    assert "train.lr" in output_of("cxr compare HEAD .")
     table = run(reader, "dvc", "exp", "show", "--csv").stdout
     assert "f1_mean" in table
     (name,) = run(reader, "dvc", "exp", "list", "--name-only").stdout.split()
@@ -187,7 +191,6 @@ def test_runs_have_the_name_of_their_dvc_experiment_and_are_pruned_after_its_rem
     assert results == [
         (reader / name).read_bytes() for name in ("dvc.lock", "report/index.html", "metrics/intervals.csv")
     ]
-    use_project(reader, monkeypatch)
     assert invoke("cxr sync --prune").exit_code == 1  # no answer to the confirmation prompt
     assert "2 runs deleted" in output_of("cxr sync --prune --yes")
     assert len(client.search_runs([experiment])) == run_count

@@ -146,7 +146,7 @@ def test_a_mistake_is_one_line_before_anything_starts(demo_project, monkeypatch,
 
 
 def test_a_killed_and_interrupted_search_resumes_and_a_trial_that_the_workspace_has_run_trains_nothing(
-    demo_project, tmp_path, monkeypatch
+    demo_project, tmp_path, monkeypatch, forked_stages
 ):
     project = copy_project(demo_project, tmp_path / "project")
     use_project(project, monkeypatch)
@@ -185,7 +185,7 @@ def test_a_killed_and_interrupted_search_resumes_and_a_trial_that_the_workspace_
 
 
 def test_a_search_of_two_trials_at_once_prunes_and_its_trials_are_compared_and_applied(
-    demo_project, tmp_path, monkeypatch
+    demo_project, tmp_path, monkeypatch, forked_stages
 ):
     project = copy_project(demo_project, tmp_path / "project")
     # Enough images to tell recipes apart; without positive ones in training, F1 is 0.
