@@ -253,6 +253,7 @@ def evaluate(
     write_csv(folder / "acquisition.csv", traits)
     np.save(folder / "thumbnails.npy", rng.random((count + 12, 4, 4)))
     np.save(folder / "embeddings.npy", rng.normal(size=(count + 12, 3)))
+    np.save(folder / "features.npy", rng.normal(size=(count, 3)))
     soup = validation[["file", "label"]].assign(subset="validation", soup=validation[names].mean(axis="columns"))
     write_csv(folder / "soup.csv", soup)
     baselines = validation[["file", "label"]].assign(source=0.2 + 0.5 * truth, file_metadata=np.nan)
@@ -363,13 +364,18 @@ def test_metrics_at_a_fitted_operating_point_are_cross_fitted(tmp_path):
     assert types["auroc"] == "fixed", "it needs no threshold"
 
 
-def test_summary_has_the_expected_accuracy_of_the_bag(tmp_path):
+def test_summary_has_the_expected_accuracy_and_the_source_probe_of_the_bag(tmp_path):
     evaluation = evaluate(tmp_path, LABELS, make_config(expected_prevalence=0.4))
     bag, best = evaluation.summary["bag"], evaluation.summary["best"]
     assert bag["expected_accuracy_low"] <= bag["expected_accuracy"] <= bag["expected_accuracy_high"]
     assert best["expected_accuracy"] is None
     assert best["expected_accuracy_reason"]
     assert 0 < best["estimated_test_prevalence"] < 1
+    probe = evaluation.tables["metrics/source_probe.csv"].set_index("features")
+    estimate = [bag[f"source_probe_auroc{end}"] for end in ("", "_low", "_high")]
+    assert estimate == probe.loc["network", ["value", "low", "high"]].tolist()
+    assert bag["source_probe_thumbnail_auroc"] == probe.loc["thumbnail", "value"]
+    assert 0 < estimate[1] < estimate[0] < estimate[2] < 1
 
 
 def test_metrics_at_the_expected_prevalence_are_those_of_the_rates_in_the_summary(tmp_path):

@@ -79,6 +79,9 @@ def test_every_stage_writes_its_tables_with_the_documented_columns(demo_project)
             *("features", "labeled_images", "positive_groups", "negative_groups", "images", "prevalence", "auroc"),
             *("distance", "p", "adjusted_p", "reason"),
         ],
+        "metrics/source_probe.csv": [
+            *("features", "by", "labels", "sources", "images", "patients", "value", "low", "high", "reason"),
+        ],
         "report/table.csv": [
             *("metric", f"{best}, corrected", "seed-0", "seed-1", "bag (vote)", "bag (mean)"),
         ],

@@ -183,6 +183,7 @@ def test_the_registered_model_is_described_by_the_model_card(demo_project):
             [0, 1, 0, 1, 0, 0, 1, 1],
             {"seeds": 1},
             [
+                "Unavailable: no two sources, or clusters of acquisition, have 5 patients each of one class.",
                 "<h1>Bag of 1 seed: F1", "– (one member only)", "one seed only",
                 "Only 4 positive validation images (4 patients)",
                 "more positive patients for the sensitivity", "A half-width of 0.05 would take about",
@@ -261,6 +262,29 @@ def test_chance_level_within_a_source_gives_a_caveat(demo_project, monkeypatch, 
     vars(results)["slices"] = pd.DataFrame([row | {"high": low + 0.3, "reason": ""}])
     detail = caveats_by_title(results).get("Not clearly better than chance within one source")
     assert detail == (f"AUROC on the images of source B: {value:.3f} (0.100 to 0.400)." if expected else None)
+
+
+@pytest.mark.parametrize(("by", "low", "expected"), [("source", 0.6, True), ("acquisition", 0.45, False)])
+def test_features_that_tell_the_source_are_a_caveat_if_the_interval_is_above_chance(
+    demo_project, monkeypatch, by, low, expected
+):
+    monkeypatch.chdir(demo_project)
+    results = Results(config.load_config())
+    counts = {"by": by, "labels": 2, "sources": 3, "images": 40, "patients": 30, "reason": ""}
+    rows = [
+        {"features": "network", "value": 0.7, "low": low, "high": 0.8},
+        {"features": "thumbnail", "value": 0.9, "low": 0.8, "high": 0.95},
+        {"features": "difference", "value": -0.2, "low": -0.3, "high": -0.1},
+    ]
+    vars(results)["source_probe"] = {row["features"]: pd.Series(row | counts) for row in rows}
+    kind = {"source": "source", "acquisition": "acquisition cluster"}[by]
+    assert summary_text.describe_source_probe(results) == (
+        f"The features of seed-0 tell the {kind} with AUROC 0.700 ({low:.3f} to 0.800), 16×16 thumbnails with 0.900 "
+        "(0.800 to 0.950): worse than a thumbnail, difference −0.200 (−0.300 to −0.100) (40 images of 30 patients, "
+        f"3 {kind}s in 2 labels; the network was trained on none of them)."
+    )
+    assert [row[1].text for row in tables.source_probe_table(results).rows] == ["0.700", "0.900", "−0.200"]
+    assert ("The features tell the source beyond the label" in caveats_by_title(results)) == expected
 
 
 @pytest.mark.parametrize(

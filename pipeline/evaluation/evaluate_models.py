@@ -22,6 +22,7 @@ from pipeline.evaluation import (
     referral,
     selection,
     slices,
+    source_probe,
 )
 from pipeline.evaluation.cross_fitted_predictor import (
     CrossFittedPredictor,
@@ -205,6 +206,9 @@ def evaluate_models(
     )
     tables |= {"metrics/shift.csv": shift, "metrics/strata.csv": accuracy.strata}
     summary["bag"] |= _summarize_accuracy(accuracy)
+    probe = source_probe.probe_dataset(metadata, config.active.split.validation_folds[0], predictions_folder)
+    tables["metrics/source_probe.csv"] = probe
+    summary["bag"] |= _summarize_probe(probe)
     summary["best"] |= _summarize_accuracy(
         ExpectedAccuracy(reason="foretold for the bag only: the best seed was selected on the validation images")
     )
@@ -446,6 +450,16 @@ def _summarize_accuracy(accuracy: ExpectedAccuracy) -> dict[str, Any]:
     return {f"expected_accuracy{end}": _optional_float(value) for end, value in values.items()} | {
         "expected_accuracy_method": accuracy.method,
         "expected_accuracy_reason": accuracy.reason,
+    }
+
+
+def _summarize_probe(probe: pd.DataFrame) -> dict[str, Any]:
+    network, thumbnail = (probe.set_index("features").loc[name] for name in ("network", "thumbnail"))
+    return {
+        "source_probe_auroc": _optional_float(network["value"]),
+        "source_probe_auroc_low": _optional_float(network["low"]),
+        "source_probe_auroc_high": _optional_float(network["high"]),
+        "source_probe_thumbnail_auroc": _optional_float(thumbnail["value"]),
     }
 
 

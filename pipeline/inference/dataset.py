@@ -22,10 +22,11 @@ EMBEDDING_SIZE = 64
 
 
 def predict_dataset(config: Config, table: pd.DataFrame, device: torch.device) -> pd.DataFrame:
-    """Write `predictions/validation.csv`, `test.csv`, `external.csv`, `soup.csv` and `embeddings.npy`.
+    """Write `predictions/validation.csv`, `test.csv`, `external.csv`, `soup.csv`, `embeddings.npy` and `features.npy`.
 
     A validation image is predicted by the network of its fold, which was not trained on it. On test and external
-    images, a cross-validated model is the mean of its networks.
+    images, a cross-validated model is the mean of its networks. Embeddings and features are of the first member's
+    network of the first fold.
 
     Args:
         config: names the models.
@@ -72,26 +73,44 @@ def predict_dataset(config: Config, table: pd.DataFrame, device: torch.device) -
     write_csv(Path("predictions/validation.csv"), validation)
     write_csv(Path("predictions/test.csv"), labeled[table["subset"] == "test"].drop(columns="label"))
     write_csv(Path("predictions/external.csv"), labeled[table["subset"] == "external"])
-    embedded = table.index[(table["fold"] == folds[0]) | (table["subset"] == "test")]
-    embeddings = embed_images(networks[members[0]][0], pack, list(embedded))
-    with atomic_path(Path("predictions/embeddings.npy")) as temporary, temporary.open("wb") as out:
-        np.save(out, embeddings)
+    subset = table["subset"]
+    embedded = subset[(table["fold"] == folds[0]) | subset.isin(["test", "external"])]
+    network, is_labeled = networks[members[0]][0], (embedded != "test").to_numpy()
+    embeddings, features = embed_images(network, pack, embedded.index.to_numpy(), is_labeled)
+    arrays = {"embeddings": embeddings[(embedded != "external").to_numpy()], "features": features}
+    for name, array in arrays.items():
+        with atomic_path(Path(f"predictions/{name}.npy")) as temporary, temporary.open("wb") as out:
+            np.save(out, array)
     return validation
 
 
-def embed_images(network: Classifier, pack: PackedImages, rows: list[int]) -> np.ndarray:
-    """Return random projections of the backbone's features, float32 (rows, EMBEDDING_SIZE).
+def embed_images(
+    network: Classifier, pack: PackedImages, rows: np.ndarray, is_kept: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Compute random projections of the backbone's features, and the features themselves.
 
-    They keep distances about as they are (Johnson and Lindenstrauss 1984) and, unlike principal components, do not
-    depend on the images.
+    The projections keep distances about as they are (Johnson and Lindenstrauss 1984) and, unlike principal components,
+    do not depend on the images. A linear classifier finds less in them than in the features.
+
+    Args:
+        network: on the device of the pack.
+        pack: of the images.
+        rows: (N,), of the pack.
+        is_kept: (N,), whether the features of an image are returned.
+
+    Returns:
+        Projections (N, EMBEDDING_SIZE) and features (K, D) of the K images that are kept, float32.
     """
-    batches, chunks = torch.tensor(rows).split(BATCH_SIZES[pack.device.type]), list[torch.Tensor]()
+    size = BATCH_SIZES[pack.device.type]
+    batches, kept = (torch.tensor(values).split(size) for values in (rows, is_kept))
+    projections, features = list[torch.Tensor](), list[torch.Tensor]()
     pixels = track_progress(pack.batches(batches), "embedding", len(batches))
-    for features in apply_networks([network.embed], pixels, pack.device):
-        shape = (features.shape[-1], EMBEDDING_SIZE)
+    for outputs, of_batch in zip(apply_networks([network.embed], pixels, pack.device), kept, strict=True):
+        shape = (outputs.shape[-1], EMBEDDING_SIZE)
         projection = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-        chunks.append(features[:, 0] @ torch.from_numpy(projection))
-    return torch.cat(chunks).numpy()
+        projections.append(outputs[:, 0] @ torch.from_numpy(projection))
+        features.append(outputs[of_batch, 0])
+    return torch.cat(projections).numpy(), torch.cat(features).numpy()
 
 
 def probability_table(

@@ -166,6 +166,7 @@ def _template_context(results: Results) -> dict[str, Any]:
         # Metrics
         "metric_labels": METRIC_LABELS,
         "headline": {key: results.estimate(bag, key) for key in TILE_METRICS},
+        "source_probe": as_estimate(results.source_probe["network"]),
         "best_f1": results.estimate(results.best, "f1"),
         "calibration": [(METRIC_LABELS[key], results.estimate(bag, key)) for key in CALIBRATION_METRICS],
         "summary": results.summary["bag"],
@@ -206,6 +207,7 @@ def _build_tables(results: Results) -> dict[str, ReportTable]:
         "strata": tables.strata_table(),
         "clusters": tables.cluster_table(results),
         "baselines": tables.baseline_table(results),
+        "source_probe": tables.source_probe_table(results),
         "slices": tables.slice_table(results),
         "external": tables.external_table(results.external),
         "test": tables.test_table(results.test_scores),

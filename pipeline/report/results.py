@@ -168,6 +168,11 @@ class Results:
         return bool(np.isclose(values[0], values[1], equal_nan=True).all()) and then[0].reason == now[0].reason
 
     @cached_property
+    def source_probe(self) -> dict[str, pd.Series]:
+        """Rows of `source_probe.probe_sources`, by `features`."""
+        return {row["features"]: row for _, row in read_csv(Path("metrics/source_probe.csv")).iterrows()}
+
+    @cached_property
     def clusters(self) -> pd.DataFrame:
         """From `acquisition.describe_clusters`."""
         return read_csv(Path("metrics/acquisition.csv"))

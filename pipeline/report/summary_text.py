@@ -151,6 +151,28 @@ def unbeaten_baselines(results: Results) -> list[str]:
     return [name for name, gain in gains.items() if not gain.missing and not gain.low > 0]
 
 
+def describe_source_probe(results: Results) -> str:
+    """Say how well the features of the network tell the source, given the label, compared with a thumbnail."""
+    row = results.source_probe["network"]
+    names = ("network", "thumbnail", "difference")
+    network, thumbnail, difference = (as_estimate(results.source_probe[name]) for name in names)
+    if network.missing:
+        return f"Unavailable: {network.reason}."
+    kind = {"source": "source", "acquisition": "acquisition cluster"}[row["by"]]
+    sentence = (
+        f"The features of {results.config.bag_members[0]} tell the {kind} with AUROC {format_estimate(network)}, 16×16 "
+        f"thumbnails with {format_estimate(thumbnail)}"
+    )
+    if difference.has_interval:
+        verdict = _verdict(difference, "better than", "worse than", "not clearly better or worse than")
+        sentence += f": {verdict} a thumbnail, difference {format_difference(difference)}"
+    counts = (
+        f"{row['images']:.0f} images of {row['patients']:.0f} patients, {row['sources']:.0f} {kind}s in "
+        f"{_plural(int(row['labels']), 'label')}"
+    )
+    return f"{sentence} ({counts}; the network was trained on none of them)."
+
+
 def describe_expected_accuracy(results: Results) -> str:
     """Give the accuracy that is foretold for the test set, or why it is not."""
     accuracy = as_estimate(results.summary["bag"], "expected_accuracy")
@@ -288,6 +310,13 @@ def _confounding(results: Results) -> list[Caveat]:
             "Sensitivity and specificity may differ for other sources, and so may the PPV and NPV."
         )
         caveats.append(Caveat("The label is confounded with the source", detail, "shortcuts"))
+    probe = as_estimate(results.source_probe["network"])
+    if probe.low > CHANCE_AUROC:
+        detail = (
+            f"Given the label, a linear classifier on them tells the source with AUROC {format_estimate(probe)}. "
+            "The model can use the source in place of the disease."
+        )
+        caveats.append(Caveat("The features tell the source beyond the label", detail, "shortcuts"))
     if auroc.missing and cluster_p(results.clusters) < dataset_shift.SIGNIFICANCE_LEVEL:
         caveats.append(Caveat("The label depends on how images were acquired", describe_clusters(results), "shift"))
     slices = results.slices.query("by == 'source' and metric == 'auroc' and model == @results.bag")

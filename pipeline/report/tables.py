@@ -303,6 +303,17 @@ def baseline_table(results: Results) -> ReportTable:
     return table
 
 
+def source_probe_table(results: Results) -> ReportTable:
+    """Tabulate how well the features of the network, and a thumbnail, tell the source, given the label."""
+    labels = {"network": f"features of {results.config.bag_members[0]}", "thumbnail": BASELINE_LABELS["thumbnail"]}
+    table = ReportTable(["probe on", "AUROC of telling the source"])
+    for name, row in results.source_probe.items():
+        estimate = as_estimate(row)
+        is_signed = name == "difference" and not estimate.missing
+        table.add(labels.get(name, name), _difference_cell(estimate) if is_signed else estimate)
+    return table
+
+
 def slice_table(results: Results) -> ReportTable:
     """Tabulate sensitivity, specificity, F1 and AUROC of the bag by slice; a small slice has counts only."""
     metrics = ["recall", "specificity", "f1", "auroc"]
