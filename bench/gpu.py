@@ -175,7 +175,7 @@ def train(
     """
     count = min(count or len(pack.images), len(pack.images))
     subset = ["validation"] * VALIDATION_IMAGES + ["train"] * (count - VALIDATION_IMAGES)
-    table = pd.DataFrame({"label": np.arange(count) % 2, "subset": subset})
+    table = pd.DataFrame({"label": np.arange(count) % 2, "subset": subset, "source": ""})
     trainer = loop.Trainer(params, seed, table, pack, bench.folder, group or ProcessGroup())
     trainer.use_cuda_graph = trainer.use_cuda_graph and graph
     with contextlib.suppress(Interrupted):

@@ -45,7 +45,7 @@ def train(count: int) -> None:
         (folder / "images.json").write_text('{"resize": "stretch"}')
         (folder / "origin.json").write_text('{"source": "none"}')
         subset = ["validation"] * 100 + ["train"] * (count - 100)
-        table = pd.DataFrame({"label": [index % 2 for index in range(count)], "subset": subset})
+        table = pd.DataFrame({"label": [index % 2 for index in range(count)], "subset": subset, "source": ""})
         pack = PackedImages(folder / "images.npy", torch.device("cpu"))
         monitor = MemoryMonitor()
         checkpoint = Checkpoint(folder, uuid.uuid4().hex)

@@ -132,6 +132,7 @@ class FakeCuda(TorchDispatchMode):
             "torch.cuda.is_available": lambda: True,
             "torch.cuda.device_count": lambda: 1,
             "torch.cuda.current_device": lambda: 0,
+            "torch.cuda.get_device_name": lambda: "fake",
             "torch.cuda.manual_seed_all": self.generator.manual_seed,
             "torch.cuda.synchronize": lambda *_: self.wait("synchronize"),
             "torch.cuda.Stream": Stream,

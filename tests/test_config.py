@@ -55,12 +55,17 @@ DEFAULTS = {
     "split": {"folds": 5, "seed": 1, "cross_validate": False, "held_out_source": None},
     "train": {
         "backbone": "timm/tf_efficientnet_lite0", "head_hidden": [], "dropout": 0.2, "image_size": 160,
-        "normalization": "imagenet", "epochs": 8, "frozen_epochs": 1, "keep": "best_f1",
+        "normalization": "imagenet", "intensity_normalization": "none", "lung_crop": False, "border_mask": 0.0,
+        "marker_mask": False, "epochs": 8, "frozen_epochs": 1, "keep": "best_f1",
         "early_stopping_patience": None,
         "batch_size": 32, "gradient_accumulation_steps": 1, "sampling": "shuffle", "positive_oversampling": 1.0,
         "class_weights": (1.0, 1.0), "flip": 0.5, "rotation": 0.0, "zoom": 0.0, "shift": 0.0, "gamma_jitter": 0.0,
-        "mixup_alpha": 0.0, "optimizer": "adamw", "reset_optimizer_each_epoch": False, "lr": 1e-3, "eps": 1e-8,
-        "weight_decay": 0.01, "ema_decay": 0.0, "schedule": "cosine", "warmup_epochs": 0.0, "precision": "float32",
+        "contrast_jitter": 0.0, "noise": 0.0, "min_resolution": 1.0, "min_jpeg_quality": None, "fourier_exchange": 0.0,
+        "histogram_exchange": 0.0, "mixup_alpha": 0.0, "mixup_pairing": "any", "cutmix_alpha": 0.0,
+        "label_smoothing": 0.0, "group_dro": 0.0, "domain_adversarial": 0.0,
+        "optimizer": "adamw", "reset_optimizer_each_epoch": False, "lr": 1e-3, "eps": 1e-8,
+        "weight_decay": 0.01, "ema_decay": 0.0, "swa_epochs": 0, "schedule": "cosine", "warmup_epochs": 0.0,
+        "feature_views": 0, "test_time_augmentation": "none", "precision": "float32",
         "channels_last": True, "fused": False, "compile": False, "loader_threads": 1, "cpu_threads": 2,
     },
     "evaluate": {
@@ -231,6 +236,20 @@ def test_other_old_names_are_refused_with_the_new_ones(tmp_path):
         config_error(write(tmp_path, params))
         == "local.download.columns.licence: licence is called license now; rename it"
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"domain_adversarial": 0.5}, "domain_adversarial: the backbone stays frozen; lower frozen_epochs below "),
+        ({"swa_epochs": 4}, "swa_epochs: more than the epochs, 3; lower it"),
+        ({"swa_epochs": 2, "ema_decay": 0.9}, "swa_epochs: not with ema_decay or early_stopping_patience; set this to"),
+    ],
+)
+def test_parameters_of_training_that_do_not_go_together_are_refused(tmp_path, changes, message):
+    params = copy.deepcopy(SHIPPED)
+    params["demo"]["train"].update(changes)
+    assert config_error(write(tmp_path, params)).startswith(f"demo.train.{message}")
 
 
 def test_a_removed_key_is_refused_with_what_replaces_it(tmp_path):

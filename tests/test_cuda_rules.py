@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from fake_cuda import FakeCuda, FakeCudaTensor
-from test_training import LITE, params, table
+from test_training import GROUP_LEVERS, LITE, params, table
 from torch import nn
 from torch.nn.functional import cross_entropy, dropout
 from torchvision.models.squeezenet import Fire
@@ -225,6 +225,24 @@ def test_a_training_step_of_a_backbone_is_deterministic_and_does_not_wait(device
     assert all(weight.grad is not None for weight in network.parameters())
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lung_crop": True}, {"marker_mask": True}, {"border_mask": 0.1}, {"intensity_normalization": "standardize"},
+        {"intensity_normalization": "equalize"}, {"test_time_augmentation": "crops"},
+    ],
+)  # fmt: skip
+def test_preprocessing_agrees_with_the_cpu_and_does_not_wait(device, options):
+    pixels = torch.randint(0, 256, (2, 48, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    network = Classifier(Architecture("squeezenet1_1", [], 0.0, 40, "imagenet", 48, "stretch", **options)).eval()
+    expected, there = network.predict_proba(pixels), pixels.to("cuda")
+    network = network.to("cuda")
+    device.waits.clear()
+    found = network.predict_proba(there)
+    assert device.waits == {}
+    torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=1e-6)
+
+
 # Training
 
 ALEXNET = {
@@ -234,7 +252,18 @@ ALEXNET = {
 VARIANTS = {
     "alexnet": ALEXNET,
     "augmentations": {"rotation": 10.0, "zoom": 0.2, "shift": 0.1, "gamma_jitter": 0.5, "mixup_alpha": 0.4},
+    "style": {
+        "histogram_exchange": 0.5, "fourier_exchange": 0.5, "contrast_jitter": 0.5, "min_resolution": 0.5,
+        "noise": 10.0, "min_jpeg_quality": 50, "mixup_alpha": 0.4, "cutmix_alpha": 1.0, "mixup_pairing": "same_label",
+        "label_smoothing": 0.1,
+    },
     "ema": {"ema_decay": 0.9, "optimizer": "sgd", "image_size": 40},
+    "groups": {**GROUP_LEVERS, "swa_epochs": 1, "gradient_accumulation_steps": 2},
+    "features": {"feature_views": 3, "frozen_epochs": 1, "mixup_alpha": 0.4, "test_time_augmentation": "flip"},
+    "preprocessing": {
+        "lung_crop": True, "marker_mask": True, "border_mask": 0.1, "intensity_normalization": "equalize",
+        "test_time_augmentation": "crops",
+    },
     "float16": {"precision": "float16", "gradient_accumulation_steps": 2},
 }  # fmt: skip
 
@@ -262,7 +291,7 @@ def train(folder, device, *, graphs=True, stop_calls=(), **changes):
         trainer = loop.Trainer(recipe, 0, table(), pack, folder, ProcessGroup())
         result = trainer.run(checkpoint, lambda *_: None, stop)
         for (epoch, step, before), (next_epoch, next_step, after) in pairwise(counts):
-            if (next_epoch, next_step) == (epoch, step + 1):
+            if step and (next_epoch, next_step) == (epoch, step + 1):
                 steps.append(Counter(key.rpartition(":")[0] for key in (after - before).elements()))
         return result
 

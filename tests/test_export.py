@@ -35,6 +35,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 ORIGIN = {"model": "covid-xray-demo", "version": "3", "content_hash": "a1" * 32}
 CPU = torch.device("cpu")
+SQUEEZENET = Architecture("squeezenet1_1", [], 0.0, 32, "none", 32, "stretch")
+ALL_PREPROCESSING = {
+    "lung_crop": True, "marker_mask": True, "border_mask": 0.1, "intensity_normalization": "equalize",
+    "test_time_augmentation": "crops",
+}  # fmt: skip
 
 
 def make_candidate(architecture: Architecture, networks: list[int], **fields) -> Candidate:
@@ -56,7 +61,7 @@ def random_pixels(count: int, size: int) -> torch.Tensor:
 def test_onnx_runtime_gives_the_probabilities_of_predict_for_any_number_of_images(tmp_path):
     torch.backends.cudnn.conv.fp32_precision = "ieee"  # as every training and prediction sets it
     # AlexNet pools to 6 × 6.
-    architecture = Architecture("alexnet", [8], 0.5, 80, "imagenet", 96, "pad")
+    architecture = Architecture("alexnet", [8], 0.5, 80, "imagenet", 96, "pad", **ALL_PREPROCESSING)
     fields = {"threshold": 0.51, "temperature": 1.5, "bias": -0.25, "prevalence": 0.125}
     model = make_candidate(architecture, [2], **fields)
     export_onnx.write_onnx(model, tmp_path / "new" / "model.onnx", ORIGIN)
@@ -121,9 +126,6 @@ def test_every_combination_of_members_is_the_same_in_onnx(tmp_path):
         assert score == pytest.approx(expected["score"].to_numpy(), abs=1e-6)
         assert probability == pytest.approx(expected["probability"].to_numpy(), abs=1e-6)
         assert (label == expected["label"]).all()
-
-
-SQUEEZENET = Architecture("squeezenet1_1", [], 0.0, 32, "none", 32, "stretch")
 
 
 def test_onnx_writes_nothing_if_the_weights_are_too_large(tmp_path, monkeypatch):
@@ -199,12 +201,14 @@ def run_example(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[float, s
         ("shufflenet_v2_x0_5", [8], 80, "stretch", [1, 1], {"method": "logits"}),
         ("squeezenet1_1", [], 40, "stretch", [1, 1], {"method": "greedy", "weights": [0.25, 0.75]}),
         ("convnext_tiny", [], 64, "pad", [1], {}),
+        ("torchxrayvision/densenet121", [], 64, "stretch", [1], {}),
     ],
 )
 def test_the_code_of_the_model_card_gives_the_probability_of_predict(
     tmp_path, monkeypatch, backbone, hidden, size, resize, networks, fields
 ):
-    model = make_candidate(Architecture(backbone, hidden, 0.0, size, "imagenet", 64, resize), networks, **fields)
+    normalization = "torchxrayvision" if backbone.startswith("torchxrayvision/") else "imagenet"
+    model = make_candidate(Architecture(backbone, hidden, 0.0, size, normalization, 64, resize), networks, **fields)
     export_huggingface.write_huggingface(model, tmp_path / "hub", ORIGIN, "demo 3", "What **else** is known.")
     radiograph = Image.fromarray(chest(90)[:70])
     radiograph.save(tmp_path / "hub/radiograph.png")
@@ -223,6 +227,22 @@ def test_the_code_of_the_model_card_gives_the_probability_of_predict(
     assert "What **else** is known." in card.text
     description = json.loads((tmp_path / "hub/config.json").read_text())["ensemble"]
     assert description.items() >= (ORIGIN | asdict(replace(model.config, threshold=description["threshold"]))).items()
+
+
+@pytest.mark.parametrize(
+    "options", [ALL_PREPROCESSING, {"marker_mask": True, "intensity_normalization": "standardize"}]
+)
+def test_a_folder_for_the_hub_brings_the_code_of_its_preprocessing(tmp_path, monkeypatch, options):
+    architecture = Architecture("timm/tf_efficientnet_lite0", [], 0.0, 64, "imagenet", 96, "stretch", **options)
+    model = make_candidate(architecture, [1])
+    export_huggingface.write_huggingface(model, tmp_path / "hub", ORIGIN, "demo 3", "")
+    Image.fromarray(chest(120)[:100]).save(tmp_path / "hub/radiograph.png")
+    square = images.resize_to_square(chest(120)[:100], 96, "stretch")
+    monkeypatch.syspath_prepend(tmp_path / "hub")
+    probability, _ = run_example(tmp_path / "hub", monkeypatch)
+    assert sys.modules.pop("preprocessing").__file__ == str(tmp_path / "hub/preprocessing.py")
+    assert probability == pytest.approx(model.predict(torch.tensor(square)[None])["probability"][0], abs=1e-6)
+    assert "lack what `preprocessing.py` does" in (tmp_path / "hub/README.md").read_text()
 
 
 def test_timm_loads_every_network_with_its_labels_and_its_preprocessing(tmp_path):

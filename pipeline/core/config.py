@@ -311,10 +311,18 @@ class FoldersParams(Section):
         return self
 
 
+def _check_hash(source: str) -> str:
+    if "#sha256=" in source and not re.search(r"[^#]#sha256=[0-9a-f]{64}$", source):
+        raise ValueError(f"{source!r}: after #sha256= come 64 digits from 0 to f, in small letters")
+    return source
+
+
 class WeightsParams(Section):
     """The initial weights of the backbone."""
 
-    source: str = Field("imagenet", description="imagenet, none (random), or path or URL of a file.")
+    source: Annotated[str, AfterValidator(_check_hash)] = Field(
+        "imagenet", description="imagenet, none, name of torchxrayvision's, or path or URL of a file (#sha256=…)."
+    )
 
 
 class PrepareParams(Section):
@@ -346,11 +354,21 @@ class SplitParams(Section):
 class TrainParams(Section):
     """The training recipe."""
 
-    backbone: str = Field("timm/tf_efficientnet_lite0", description="A torchvision classifier, or timm/<name>.")
+    backbone: str = Field(
+        "timm/tf_efficientnet_lite0", description="Torchvision classifier, timm/<name>, or torchxrayvision/<name>."
+    )
     head_hidden: list[Annotated[int, Field(gt=0)]] = Field([], description="Widths of the head's hidden layers.")
     dropout: float = Field(0.2, ge=0, lt=1, description="Dropout probability in the head.")
     image_size: int = Field(160, ge=16, le=2048, description="Edge of the images the backbone sees, pixels.")
-    normalization: Literal["none", "imagenet"] = Field("imagenet", description="none (0 to 1) or imagenet.")
+    normalization: Literal["none", "imagenet", "torchxrayvision"] = Field(
+        "imagenet", validate_default=True, description="none (0 to 1), imagenet, or torchxrayvision (-1024 to 1024)."
+    )
+    intensity_normalization: Literal["none", "standardize", "equalize"] = Field(
+        "none", description="Of the gray levels of each image: none, standardize or equalize (its histogram)."
+    )
+    lung_crop: bool = Field(False, description="Crop every image to the lung fields.")
+    border_mask: float = Field(0.0, ge=0, le=0.4, description="Width of the border that is blanked, share of the edge.")
+    marker_mask: bool = Field(False, description="Blank bright letters and marks near the border.")
     epochs: int = Field(8, gt=0, description="Number of epochs.")
     frozen_epochs: int = Field(1, ge=0, description="First epochs that train the head only.")
     keep: Keep = Field("best_f1", description="Epoch whose weights are kept: best_f1, best_loss or last.")
@@ -359,8 +377,8 @@ class TrainParams(Section):
     )
     batch_size: int = Field(32, gt=0, description="Images per optimizer step.")
     gradient_accumulation_steps: int = Field(1, gt=0, description="Micro-batches per optimizer step, to save memory.")
-    sampling: Literal["shuffle", "weighted"] = Field(
-        "shuffle", description="shuffle, or weighted: oversamples positives."
+    sampling: Literal["shuffle", "weighted", "source_balanced", "group_balanced"] = Field(
+        "shuffle", description="shuffle, weighted (oversamples positives), source_balanced or group_balanced."
     )
     positive_oversampling: float = Field(1.0, gt=0, description="Relative rate of positives with sampling: weighted.")
     class_weights: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = Field(
@@ -371,15 +389,41 @@ class TrainParams(Section):
     zoom: float = Field(0.0, ge=0, le=1, description="Largest zoom: 0.2 scales by 1 / 1.2 to 1.2.")
     shift: float = Field(0.0, ge=0, le=0.5, description="Largest shift to any side, as a share of the edge.")
     gamma_jitter: float = Field(0.0, ge=0, le=3, description="Largest gamma change: 0.5 is 1 / 1.5 to 1.5.")
+    contrast_jitter: float = Field(0.0, ge=0, le=3, description="Largest contrast change: 0.5 is 1 / 1.5 to 1.5.")
+    noise: float = Field(0.0, ge=0, le=100, description="Largest standard deviation of added noise, gray levels.")
+    min_resolution: float = Field(
+        1.0, gt=0, le=1, description="Smallest scale to which images are coarsened; 1 is off."
+    )
+    min_jpeg_quality: Annotated[int, Field(ge=1, le=100)] | None = Field(
+        None, description="Lowest quality of random JPEG compression, or null."
+    )
+    fourier_exchange: float = Field(
+        0.0, ge=0, le=1, description="Probability of taking over another image's low frequencies."
+    )
+    histogram_exchange: float = Field(0.0, ge=0, le=1, description="Probability of taking over another's histogram.")
     mixup_alpha: float = Field(0.0, ge=0, description="Alpha of mixup's Beta distribution; 0 is off.")
+    mixup_pairing: Literal["any", "same_label"] = Field(
+        "any", description="any, or same_label: mixes images of one label from different sources."
+    )
+    cutmix_alpha: float = Field(0.0, ge=0, description="Alpha of CutMix's Beta distribution; 0 is off.")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of the target spread over both classes.")
+    group_dro: float = Field(0.0, ge=0, description="Step size of group DRO's weights of source and label; 0 is off.")
+    domain_adversarial: float = Field(0.0, ge=0, description="Weight of the loss that hides the source; 0 is off.")
     optimizer: Literal["adam", "adamw", "sgd"] = Field("adamw", description="adam, adamw or sgd.")
     reset_optimizer_each_epoch: bool = Field(False, description="Start every epoch with a new optimizer state.")
     lr: float = Field(1e-3, gt=0, description="Learning rate.")
     eps: float = Field(1e-8, gt=0, description="Epsilon of Adam.")
     weight_decay: float = Field(0.01, ge=0, description="Weight decay.")
     ema_decay: float = Field(0.0, ge=0, lt=1, description="Decay of the weights' moving average; 0 is off.")
+    swa_epochs: int = Field(0, ge=0, description="Last epochs whose weights are averaged; 0 is off.")
     schedule: Literal["constant", "cosine"] = Field("cosine", description="constant or cosine.")
     warmup_epochs: float = Field(0.0, ge=0, description="Epochs of linear warmup.")
+    feature_views: int = Field(
+        0, ge=0, description="Augmented views per image whose features a frozen backbone computes once; 0 is off."
+    )
+    test_time_augmentation: Literal["none", "flip", "crops"] = Field(
+        "none", description="Views whose mean is the prediction: none, flip, or crops (and flip)."
+    )
     precision: Literal["float32", "tf32", "bfloat16", "float16"] = Field(
         "float32", description="float32, tf32 (on CUDA), or autocast to bfloat16 or float16."
     )
@@ -388,6 +432,41 @@ class TrainParams(Section):
     compile: bool = Field(False, description="Use torch.compile.")
     loader_threads: int = Field(1, gt=0, description="Threads that read the next batches; no result depends on them.")
     cpu_threads: int = Field(2, gt=0, description="CPU threads: the order of float sums, and so the result.")
+
+    @field_validator("normalization")
+    @classmethod
+    def _check_normalization(cls, normalization: str, info: ValidationInfo) -> str:
+        if (normalization == "torchxrayvision") != info.data.get("backbone", "").startswith("torchxrayvision/"):
+            raise ValueError(
+                "torchxrayvision and a backbone of torchxrayvision/ need each other; change one of the two"
+            )
+        return normalization
+
+    @field_validator("feature_views")
+    @classmethod
+    def _check_feature_views(cls, views: int, info: ValidationInfo) -> int:
+        if views and info.data.get("frozen_epochs", 0) < info.data.get("epochs", 0):
+            raise ValueError("the backbone must stay frozen; set frozen_epochs to epochs, or this to 0")
+        for name in ("cutmix_alpha", "fourier_exchange", "histogram_exchange"):
+            if views and info.data.get(name):
+                raise ValueError(f"{name} joins images, of which only features are left; set one of them to 0")
+        return views
+
+    @field_validator("domain_adversarial")
+    @classmethod
+    def _check_domain_adversarial(cls, weight: float, info: ValidationInfo) -> float:
+        if weight and info.data.get("frozen_epochs", 0) >= info.data.get("epochs", 1):
+            raise ValueError("the backbone stays frozen; lower frozen_epochs below epochs, or set this to 0")
+        return weight
+
+    @field_validator("swa_epochs")
+    @classmethod
+    def _check_swa_epochs(cls, count: int, info: ValidationInfo) -> int:
+        if count > info.data.get("epochs", count):
+            raise ValueError(f"more than the epochs, {info.data['epochs']}; lower it")
+        if count and (info.data.get("ema_decay") or info.data.get("early_stopping_patience")):
+            raise ValueError("not with ema_decay or early_stopping_patience; set this to 0, or those to 0 and null")
+        return count
 
     @field_validator("early_stopping_patience")
     @classmethod

@@ -19,9 +19,12 @@ from pipeline.evaluation import ensemble
 from pipeline.evaluation.calibration import PROBABILITY_EPS
 from pipeline.inference.candidate import Candidate
 from pipeline.inference.export_metadata import describe_ensemble
-from pipeline.models.classifier import IMAGENET_MEAN, IMAGENET_STD, Architecture, Classifier
+from pipeline.models import preprocessing
+from pipeline.models.backbones import FIRST_LAYERS, TORCHXRAYVISION
+from pipeline.models.classifier import NORMALIZATIONS, Architecture, Classifier
 
 TIMM = "timm/"  # prefix of the backbones that are timm's
+PREPROCESSING_FILE = "preprocessing.py"  # in the folder, where it is needed
 CROP_MODES = {"stretch": "squash", "pad": "border"}  # timm's names
 SCORES = {  # by the method, and for votes by what decides a tie
     "mean": "members.mean()",
@@ -51,7 +54,7 @@ Classifies chest radiographs as $negative or $positive. Exported from $title, co
 
 Networks of `$architecture` are in these folders, of which `.` is this one: $folders.
 `$loader` loads one.
-`config.json` here says under `ensemble` how their probabilities are combined.
+`config.json` here says under `ensemble` how their probabilities are combined.$preprocessing_file
 
 ## From an image to a probability
 
@@ -75,10 +78,11 @@ def load(folder):
 def predict(folder, pixels):
     network, expected = load(folder)
     size = expected["input_size"][1:]
-    inputs = torch.nn.functional.interpolate(pixels, size, mode="bilinear", antialias=True) / 255
-    mean, std = (torch.tensor(expected[key]).view(3, 1, 1) for key in ("mean", "std"))
+    $preprocess
+    mean, std = (torch.tensor(expected[key]).view(-1, 1, 1) for key in ("mean", "std"))
     with torch.inference_mode():
-        return network((inputs - mean) / std).softmax(1)[0, 1].double()
+        of_views = [network((view / 255 - mean) / std).softmax(1)[0, 1] for view in $views]
+    return torch.stack(of_views).mean().double()
 
 
 config = json.loads(Path("config.json").read_text())["ensemble"]
@@ -94,7 +98,7 @@ print(probability, config["classes"][int(probability >= config["threshold"])])
 ```
 
 Images of more than 8 bits and DICOM files must be converted to gray levels from 0 to 255 before, a DICOM as its VOI
-LUT or window says. timm's own transforms for a `config.json` are near: they resize once.
+LUT or window says. timm's own transforms for a `config.json` $transforms.
 
 Output: $output.
 
@@ -150,6 +154,11 @@ def _write(candidate: Candidate, folder: Path, origin: Mapping[str, str], title:
     if "." not in networks:
         write_json(folder / "config.json", {"ensemble": description})
     imports, network_code = CODE_OF_TIMM if is_timm else _code_of_sequential(first)
+    preprocess, views = _code_of_preprocessing(first)
+    is_plain = "preprocessing." not in preprocess + views
+    if not is_plain:
+        (folder / PREPROCESSING_FILE).write_bytes(Path(preprocessing.__file__).read_bytes())
+        imports += "\n\nimport preprocessing"
     text = Template(MODEL_CARD).substitute(
         library="timm" if is_timm else "pytorch",
         title=escape_markdown(title),
@@ -161,6 +170,10 @@ def _write(candidate: Candidate, folder: Path, origin: Mapping[str, str], title:
         loader='timm.create_model("local-dir:FOLDER", pretrained=True)' if is_timm else "load(FOLDER)",
         imports=imports,
         network=network_code,
+        preprocess=preprocess,
+        views=views,
+        preprocessing_file="" if is_plain else f"\n`{PREPROCESSING_FILE}` prepares the images; it needs only torch.",
+        transforms="are near: they resize once" if is_plain else f"lack what `{PREPROCESSING_FILE}` does",
         square=description["square"],
         score=SCORES[f"vote, {config.tie}" if config.method == "vote" else config.method],
         eps=PROBABILITY_EPS,
@@ -203,11 +216,11 @@ def _write_network(network: Any, architecture: Architecture, folder: Path, field
     """Write the weights and config.json of a network from `_to_timm` or `_to_sequential`."""
     from timm.models import save_for_hf
 
-    imagenet = architecture.normalization == "imagenet"
+    mean, std = NORMALIZATIONS[architecture.normalization]
     inputs = {
-        "input_size": (3, architecture.size, architecture.size),
-        "mean": IMAGENET_MEAN if imagenet else (0.0,) * 3,
-        "std": IMAGENET_STD if imagenet else (1.0,) * 3,
+        "input_size": (len(mean), architecture.size, architecture.size),
+        "mean": mean,
+        "std": std,
         "interpolation": "bilinear",
         "crop_pct": 1.0,
         "crop_mode": CROP_MODES[architecture.resize],
@@ -225,6 +238,20 @@ def _write_network(network: Any, architecture: Architecture, folder: Path, field
     weights.write_bytes(save_tensors({name: tensor.contiguous() for name, tensor in network.state_dict().items()}))
 
 
+def _code_of_preprocessing(network: Classifier) -> tuple[str, str]:
+    """Return Python code that makes `images` from `pixels`, and an expression for the views to predict."""
+    one, pixels = network.architecture, "pixels.double()" if network.adjusts else "pixels"
+    lines = [f'images = torch.nn.functional.interpolate({pixels}, size, mode="bilinear", antialias=True)']
+    if one.lung_crop:
+        lines = [f"images = preprocessing.resample({pixels}, preprocessing.LungField()(pixels), {one.size})"]
+    if network.adjusts:
+        options = f"{one.marker_mask}, {one.border_mask}, {one.intensity_normalization!r}"
+        lines.append(f"images = preprocessing.adjust(images, {options})")
+    augmentation = one.test_time_augmentation
+    views = "[images]" if augmentation == "none" else f"preprocessing.views(images, {augmentation!r})"
+    return "\n    ".join(lines), views
+
+
 def _code_of_sequential(network: Classifier) -> tuple[str, str]:
     """Return Python code that imports what is needed, and that builds and loads a network from `_to_sequential`."""
     name, backbone = network.architecture.backbone, network.backbone
@@ -233,7 +260,8 @@ def _code_of_sequential(network: Classifier) -> tuple[str, str]:
         without_classifier = "backbone.reset_classifier(0)"
     else:
         options = ", aux_logits=False, transform_input=True" if hasattr(backbone, "transform_input") else ""
-        library, whole = "from torchvision import models", f'models.get_model("{name}", weights=None{options})'
+        own_name = name.removeprefix(TORCHXRAYVISION)
+        library, whole = "from torchvision import models", f'models.get_model("{own_name}", weights=None{options})'
         child, kept = list(backbone.named_children())[-1]  # `build_backbone` left what comes before the classifier
         layers = list(kept.children())
         part = f"backbone.{child}[:{len(layers)}]" if layers else "torch.nn.Identity()"
@@ -246,8 +274,11 @@ def _code_of_sequential(network: Classifier) -> tuple[str, str]:
         else "torch.nn.ReLU()"
         for layer in _to_sequential(network).get_submodule("head").children()
     )
+    layer = FIRST_LAYERS.get(name)
+    first = [f'backbone.set_submodule("{layer}", torch.nn.Conv2d(1, 64, 7, 2, 3, bias=False))'] if layer else []
     lines = [
         f"backbone = {whole}",
+        *first,
         without_classifier,
         f"head = torch.nn.Sequential({head})",
         "network = torch.nn.Sequential(OrderedDict(backbone=backbone, flatten=torch.nn.Flatten(), head=head))",

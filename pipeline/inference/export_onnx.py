@@ -21,7 +21,7 @@ from pipeline.evaluation.calibration import PROBABILITY_EPS
 from pipeline.evaluation.ensemble import EnsembleConfig
 from pipeline.inference.candidate import Candidate
 from pipeline.inference.export_metadata import describe_ensemble
-from pipeline.models.classifier import POSITIVE_CLASS, Classifier
+from pipeline.models import preprocessing
 
 PRODUCER = "covid-xray"
 MAX_WEIGHTS = 2_000_000_000  # bytes; a file in ONNX's format holds 2 GiB
@@ -158,10 +158,13 @@ class CandidateGraph(nn.Module):
         self._members = [list(member.networks) for member in candidate.members.values()]
         self.networks = nn.ModuleList(network for networks in self._members for network in networks)
         self._combination = Combination(candidate.config)
-        (size,) = {member.architecture.size for member in candidate.members.values()}
+        # All members have the same preprocessing, which `params.yaml` gives.
+        self._first = self._members[0][0]
+        size = self._first.architecture.size
         # A resize is linear: the product with the matrix that resizing the unit vectors gives.
-        unit_vectors, shape = torch.eye(candidate.packed_size)[None, None], (size, candidate.packed_size)
-        self.register_buffer("resize", interpolate(unit_vectors, shape, mode="bilinear", antialias=True)[0, 0])
+        unit_vectors, shape = torch.eye(candidate.packed_size).double()[None, None], (size, candidate.packed_size)
+        resize = interpolate(unit_vectors, shape, mode="bilinear", antialias=True)[0, 0]
+        self.register_buffer("resize", resize if self._first.adjusts else resize.float())
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Classify gray images (N, packed_size, packed_size), uint8.
@@ -169,17 +172,23 @@ class CandidateGraph(nn.Module):
         Returns:
             Score and probability, float32 (N,), label, int64 (N,), and P(positive) of the members, float32 (N, M).
         """
-        gray, resize = images.float().unsqueeze(1), self.resize
-        if resize.shape[0] != resize.shape[1]:
-            gray = resize @ gray @ resize.T
-        of_members = [torch.stack([_predict(one, gray) for one in networks]).mean(dim=0) for networks in self._members]
+        gray = self._resize(images.unsqueeze(1))
+        of_members = [
+            torch.stack([network.predict_resized(gray) for network in networks]).mean(dim=0)
+            for networks in self._members
+        ]
         members = torch.stack(of_members, dim=1)
         return (*self._combination(members), members)
 
-
-def _predict(network: Classifier, images: Tensor) -> Tensor:
-    logits: Tensor = network(network.normalize(images))
-    return logits.softmax(1)[:, POSITIVE_CLASS]
+    def _resize(self, images: Tensor) -> Tensor:
+        """Compute what `Classifier.resize` does, without the operator that ONNX lacks."""
+        network, resize = self._first, self.resize
+        gray = images.to(resize.dtype)
+        if network.lung_field:
+            gray = preprocessing.resample(gray, network.lung_field(images), network.architecture.size)
+        elif resize.shape[0] != resize.shape[1]:
+            gray = resize @ gray @ resize.T
+        return network.adjust(gray) if network.adjusts else gray
 
 
 class Combination(nn.Module):

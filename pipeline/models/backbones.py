@@ -1,4 +1,4 @@
-"""Backbones by name, from torchvision and timm, without their classifier."""
+"""Backbones by name, of torchvision, timm and torchxrayvision, without their classifier."""
 
 import difflib
 import importlib
@@ -18,13 +18,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 IMPORT_LOCK = Lock()
+TORCHXRAYVISION = "torchxrayvision/"  # before the names of its networks, torchvision's for images of one channel
+FIRST_LAYERS = {f"{TORCHXRAYVISION}densenet121": "features.conv0", f"{TORCHXRAYVISION}resnet50": "conv1"}
 
 
 def build_network(name: str) -> nn.Module:
     """Build the whole network, with its 1000-class classifier and random weights, so that ImageNet weights fit.
 
     Args:
-        name: a torchvision classifier, or `timm/<name>`.
+        name: a torchvision classifier, `timm/<name>`, or one of `FIRST_LAYERS`: a network of torchxrayvision (Cohen et
+            al. 2022, arXiv:2111.00595).
 
     Raises:
         UserError: the backbone does not exist; the message lists similar names.
@@ -36,12 +39,22 @@ def build_network(name: str) -> nn.Module:
             raise _unknown_backbone_error(name, [f"timm/{known}" for known in timm.list_models()])
         timm_network: nn.Module = timm.create_model(name.removeprefix("timm/"))
         return timm_network
+    if name in FIRST_LAYERS:
+        return _with_one_channel(models.get_model(name.removeprefix(TORCHXRAYVISION), weights=None), FIRST_LAYERS[name])
     if name not in models.list_models(module=models):
-        raise _unknown_backbone_error(name, models.list_models(module=models))
+        raise _unknown_backbone_error(name, [*models.list_models(module=models), *FIRST_LAYERS])
     with warnings.catch_warnings():
         # GoogLeNet and Inception warn that their initialization will change; loaded weights overwrite it.
         warnings.simplefilter("ignore", FutureWarning)
         network: nn.Module = models.get_model(name, weights=None)
+    return network
+
+
+def _with_one_channel(network: nn.Module, first: str) -> nn.Module:
+    """Replace the first layer of a network, a convolution without bias, by one for gray images."""
+    three: Any = network.get_submodule(first)
+    one = nn.Conv2d(1, three.out_channels, three.kernel_size, three.stride, three.padding, bias=False)
+    network.set_submodule(first, one)
     return network
 
 
@@ -66,7 +79,7 @@ def _import_without_compiler(module: str) -> Any:
 
 
 def build_backbone(name: str) -> nn.Module:
-    """Build a backbone that maps (B, 3, S, S) to features, which the classifier flattens.
+    """Build a backbone that maps (B, C, S, S), C = 3 or of torchxrayvision 1, to features, which get flattened.
 
     Its state dict keeps the names of the whole network, so that ImageNet weights load by name.
 
@@ -95,8 +108,8 @@ def build_backbone(name: str) -> nn.Module:
     return network
 
 
-def feature_count(network: nn.Module, size: int) -> int:
-    """Return the number of features that the backbone computes for an image of `size` pixels.
+def feature_count(network: nn.Module, size: int, channels: int = 3) -> int:
+    """Return the number of features that the backbone computes for an image of `channels` and edges of `size` pixels.
 
     Raises:
         UserError: the images are too small for the backbone.
@@ -104,7 +117,7 @@ def feature_count(network: nn.Module, size: int) -> int:
     network.eval()
     try:
         with torch.no_grad():
-            return int(network(torch.zeros(1, 3, size, size)).flatten(1).shape[1])
+            return int(network(torch.zeros(1, channels, size, size)).flatten(1).shape[1])
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = first_line(error)
         raise UserError(

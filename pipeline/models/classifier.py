@@ -16,9 +16,15 @@ from torch.nn.functional import interpolate
 from pipeline.core.config import Resize
 from pipeline.core.errors import UserError
 from pipeline.core.files import atomic_path, read_json, sha256_of_file, write_json
-from pipeline.models import backbones
+from pipeline.models import backbones, preprocessing
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Mean and standard deviation of each channel, of gray levels from 0 to 1.
+NORMALIZATIONS = {
+    "none": ((0.0,) * 3, (1.0,) * 3),
+    "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
+    "torchxrayvision": ((0.5,), (1 / 2048,)),
+}
 WEIGHTS_FILE, DESCRIPTION_FILE = "model.safetensors", "model.json"  # in the folder of a saved model
 POSITIVE_CLASS = 1  # index in the logits
 
@@ -34,6 +40,11 @@ class Architecture:
     normalization: str
     packed_size: int  # edge of the images in the pack, to which a file's image is resized first, pixels
     resize: Resize  # the method that makes a file's image square
+    intensity_normalization: str = "none"
+    lung_crop: bool = False
+    border_mask: float = 0.0  # share of the edge
+    marker_mask: bool = False
+    test_time_augmentation: str = "none"
 
 
 class Classifier(nn.Module):
@@ -44,14 +55,13 @@ class Classifier(nn.Module):
         super().__init__()
         self.architecture = architecture
         self.backbone = backbones.build_backbone(architecture.backbone)
-        self.head = Head(
-            backbones.feature_count(self.backbone, architecture.size), architecture.head_hidden, architecture.dropout
-        )
-        imagenet = architecture.normalization == "imagenet"
-        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if imagenet else ((0.0,) * 3, (1.0,) * 3)
-        scale = 1 / (255 * torch.tensor(std).view(3, 1, 1))
+        mean, std = NORMALIZATIONS[architecture.normalization]
+        width = backbones.feature_count(self.backbone, architecture.size, len(mean))
+        self.head = Head(width, architecture.head_hidden, architecture.dropout)
+        scale = 1 / (255 * torch.tensor(std).view(-1, 1, 1))
         self.register_buffer("scale", scale, persistent=False)
-        self.register_buffer("shift", -255 * scale * torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("shift", -255 * scale * torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.lung_field = preprocessing.LungField() if architecture.lung_crop else None
 
     @property
     def networks(self) -> Sequence["Classifier"]:
@@ -59,17 +69,32 @@ class Classifier(nn.Module):
         return [self]
 
     def resize(self, pixels: Tensor) -> Tensor:
-        """Resize gray images (B, H, W), uint8, to the backbone's input size: (B, 1, size, size), 0 to 255.
+        """Crop, resize, mask and adjust gray images (B, H, W), uint8, as the architecture says.
 
-        The result is uint8 if the images already have that size, else float32.
+        Returns:
+            (B, 1, size, size), 0 to 255: uint8 if nothing changes, else float32.
         """
         images, size = pixels.unsqueeze(1), self.architecture.size
-        if images.shape[-1] == size:
-            return images
-        return interpolate(images.float(), (size, size), mode="bilinear", antialias=True)
+        if self.lung_field:
+            images = preprocessing.resample(images.double(), self.lung_field(images), size)
+        elif images.shape[-1] != size:
+            images = images.double() if self.adjusts else images.float()
+            images = interpolate(images, (size, size), mode="bilinear", antialias=True)
+        return self.adjust(images) if self.adjusts else images
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether `resize` does anything else than to resize."""
+        one = self.architecture
+        return one.lung_crop or one.marker_mask or one.border_mask > 0 or one.intensity_normalization != "none"
+
+    def adjust(self, images: Tensor) -> Tensor:
+        """Mask and adjust images of the backbone's size, float64 or uint8, see `preprocessing.adjust`."""
+        one = self.architecture
+        return preprocessing.adjust(images, one.marker_mask, one.border_mask, one.intensity_normalization)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Convert the output of `resize` to the backbone's input: (B, 3, size, size), float32."""
+        """Convert the output of `resize` to the backbone's input: (B, 3 or 1, size, size), float32."""
         scaled = images.float() * self.scale
         return scaled if self.architecture.normalization == "none" else scaled.add_(self.shift)
 
@@ -81,8 +106,21 @@ class Classifier(nn.Module):
     @torch.inference_mode()
     def predict_proba(self, pixels: Tensor) -> Tensor:
         """Predict P(positive), float32 (B,), for gray images (B, H, W), uint8, on the model's device."""
-        logits: Tensor = self(self.normalize(self.resize(pixels)))
-        return logits.float().softmax(1)[:, POSITIVE_CLASS]
+        return self.predict_resized(self.resize(pixels))
+
+    def predict_resized(self, images: Tensor) -> Tensor:
+        """Predict P(positive), float32 (B,), for images from `resize`: the mean of the views of each."""
+        of_views = [
+            self(self.normalize(view)).float().softmax(1)[:, POSITIVE_CLASS]
+            for view in preprocessing.views(images, self.architecture.test_time_augmentation)
+        ]
+        return torch.stack(of_views).mean(dim=0)
+
+    @torch.inference_mode()
+    def predict_from_features(self, features: Tensor) -> Tensor:
+        """Predict P(positive), float32 (B,), the mean of views, from the backbone's features (B, views, width)."""
+        logits: Tensor = self.head(features)
+        return logits.softmax(-1)[..., POSITIVE_CLASS].mean(dim=1)
 
     @torch.inference_mode()
     def embed(self, pixels: Tensor) -> Tensor:
@@ -219,7 +257,8 @@ def load_networks(folder: Path, device: torch.device) -> list[Classifier]:
         folds.setdefault(int(number), {})[name] = tensor
     networks = []
     for fold in sorted(folds):
-        network = Classifier(Architecture(**{name: description[name] for name in Architecture.__dataclass_fields__}))
+        fields = Architecture.__dataclass_fields__.keys() & description  # older descriptions lack the last ones
+        network = Classifier(Architecture(**{name: description[name] for name in fields}))
         network.load_state_dict(folds[fold])
         networks.append(place_for_inference(network, device))
     return networks

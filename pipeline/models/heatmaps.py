@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipeline.models import preprocessing
 from pipeline.models.classifier import Classifier
 
 MIN_MAP_SIZE = 4  # edge of the feature map: a coarser one cannot separate the center from the border
@@ -22,7 +23,8 @@ def compute_heatmaps(network: Classifier, pixels: Tensor, classes: Sequence[int]
         classes: the class to explain, 0 or 1, for each image.
 
     Returns:
-        Heatmaps, float32 (N, size, size) at the input size of the network, in [0, 1]; all 0 if no region contributes.
+        Heatmaps of the whole images, float32 (N, size, size) at the input size of the network, in [0, 1]; 0 outside of
+        what is cropped, and everywhere if no region contributes.
     """
     from pytorch_grad_cam import GradCAM
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
@@ -32,7 +34,11 @@ def compute_heatmaps(network: Classifier, pixels: Tensor, classes: Sequence[int]
         pixels = pixels.cpu().clone()  # a tensor of inference mode has no gradients
         inputs = network.normalize(network.resize(pixels)).requires_grad_()
         with GradCAM(network, [target_layer(network)]) as cam:
-            return np.asarray(cam(inputs, [ClassifierOutputTarget(label) for label in classes]))
+            maps = np.asarray(cam(inputs, [ClassifierOutputTarget(label) for label in classes]))
+        if network.lung_field is None:
+            return maps
+        boxes = network.lung_field(pixels.unsqueeze(1))
+        return preprocessing.insert(torch.from_numpy(maps)[:, None], boxes)[:, 0].numpy()
 
 
 def target_layer(network: Classifier) -> nn.Module:

