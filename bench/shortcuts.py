@@ -10,7 +10,7 @@ intensity_normalization=equalize,noise=10; `plain` changes nothing. For each, a 
 label (the source probe). The last line is for the best recipe, which five folds of patients choose in turn without
 those whom it is evaluated on: the AUROC of the chosen ones does not profit from the choice.
 
-python bench/shortcuts.py phantom SEEDS RECIPE …
+python bench/shortcuts.py phantom IMAGES SEEDS RECIPE …
 python bench/shortcuts.py PROJECT SOURCE SEEDS RECIPE …
 """
 
@@ -44,12 +44,12 @@ from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.distributed import ProcessGroup
 from pipeline.training.loop import Trainer
 
-SIZE, IMAGES, TEST_IMAGES = 96, 832, 400  # of the phantom
+SIZE = 96  # edge of the phantoms, pixels
 
 
-def draw_phantoms(folder: Path) -> tuple[pd.DataFrame, TrainParams]:
+def draw_phantoms(folder: Path, images: int) -> tuple[pd.DataFrame, TrainParams]:
     """Write a pack of phantoms and the backbone's weights to the folder; return the pack's table, and the recipe."""
-    params = PhantomParams(train=IMAGES, test=TEST_IMAGES, prevalence=0.25, strength=1.5, confounding=1.0)
+    params = PhantomParams(train=images, test=images // 2, prevalence=0.25, strength=1.5, confounding=1.0)
     cases = phantom.draw_cases(params)
     with ProcessPoolExecutor() as pool:
         np.save(folder / "images.npy", np.stack(list(pool.map(draw_small, cases, chunksize=16))))
@@ -150,6 +150,7 @@ if __name__ == "__main__":
     first, *rest = sys.argv[1:]
     with tempfile.TemporaryDirectory() as scratch:
         if first == "phantom":
-            main(*draw_phantoms(Path(scratch)), Path(scratch), int(rest[0]), rest[1:])
+            data, read = Path(scratch), draw_phantoms(Path(scratch), int(rest[0]))
         else:
-            main(*read_project(Path(first), rest[0]), Path(first, "data"), int(rest[1]), rest[2:])
+            data, read = Path(first, "data"), read_project(Path(first), rest[0])
+        main(*read, data, int(rest[1]), rest[2:])

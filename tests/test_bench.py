@@ -9,7 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT, json_lines, output_of, run, use_project
+from PIL import Image
 from scipy.special import expit
+
+from pipeline.data.sources import phantom
+from pipeline.data.sources.phantom import PhantomCase
 
 pytestmark = pytest.mark.slow
 
@@ -30,6 +34,7 @@ def check_results(results: list[dict], lines: int) -> None:
         ("python bench/busy.py", ["1", "0.05", "alexnet-predict", "0"], 3),
         ("python bench/predict.py", ["1", "squeezenet1_1", "64", "1", "2"], 1),
         ("python bench/coverage.py", ["2", "1"], 2088),
+        ("python bench/shortcuts.py", ["phantom", "60", "1", "epochs=1", "epochs=1,noise=15"], 3),
     ],
 )
 def test_a_benchmark_that_needs_a_process_of_its_own_prints_its_results(command, arguments, lines):
@@ -73,6 +78,35 @@ def test_the_servers_of_the_serving_benchmark_have_models_that_predict(tmp_path,
         assert probabilities["probability"].between(0, 1, inclusive="neither").tolist() == [True, True]
     Path("image.jpg").write_bytes(radiographs(1)[0])
     assert "image.jpg" in output_of("cxr predict image.jpg")  # by the champion, as cxr serve does
+
+
+def lungs_of(case: PhantomCase) -> np.ndarray:
+    body_rng, pose_rng = (np.random.default_rng([case.seed, purpose, case.number]) for purpose in (1, 2))
+    body, pose = phantom._draw_body(body_rng, case), phantom._draw_pose(pose_rng, case.view)
+    share, _ = phantom._anatomy(phantom._body_coordinates(pose, body), body)
+    return share > 0.25
+
+
+def test_boxes_of_lungs_are_compared_with_the_masks_of_the_same_names(tmp_path, run_here):
+    folders = images, masks, corners = [tmp_path / name for name in ("images", "masks", "corners")]
+    for folder in folders:
+        folder.mkdir()
+    corner = np.zeros((256, 256), bool)
+    corner[:4, :8] = True
+    for number in range(1, 7):
+        case = PhantomCase(0, number, number, "train", 0)
+        Image.fromarray(phantom.draw_radiograph(case)).save(images / f"{number}.PNG")
+        Image.fromarray(lungs_of(case)).save(masks / f"{number}.png")
+        Image.fromarray(corner).save(corners / f"{number}.png")
+    Image.fromarray(corner).save(masks / "other.png")
+    (of_lungs,), (of_corners,) = (
+        run_here("python bench/lung_field.py", str(images), str(path)) for path in folders[1:]
+    )
+    assert (of_lungs["images"], of_lungs["not found"]) == (6, 0)
+    assert of_lungs["lungs in the box"]["minimum"] > 0.95
+    assert of_lungs["overlap"]["minimum"] > 0.6
+    assert 0.3 < of_lungs["area"] < 0.9
+    assert of_corners["lungs in the box"]["median"] == of_corners["overlap"]["median"] == 0
 
 
 def test_the_benchmark_of_the_startup_time_prints_its_result(demo_project):

@@ -17,7 +17,7 @@ from pipeline.core import config
 
 config_error = partial(file_error_message, config.load_config)
 SHIPPED = yaml.safe_load((ROOT / "params.yaml").read_text())
-PROFILES = ["demo", "competition", "local"]
+PROFILES = ["demo", "competition", "competition-strong", "local"]
 DOWNLOADS = {"phantom": "demo", "kaggle": "competition", "archive": "local"}  # the profile that has each source
 SECTIONS = {name: field.annotation for name, field in config.Profile.model_fields.items() if name != "download"}
 SECTIONS |= {source: config.SOURCES[source] for source in DOWNLOADS}
@@ -61,7 +61,7 @@ DEFAULTS = {
         "batch_size": 32, "gradient_accumulation_steps": 1, "sampling": "shuffle", "positive_oversampling": 1.0,
         "class_weights": (1.0, 1.0), "flip": 0.5, "rotation": 0.0, "zoom": 0.0, "shift": 0.0, "gamma_jitter": 0.0,
         "contrast_jitter": 0.0, "noise": 0.0, "min_resolution": 1.0, "min_jpeg_quality": None, "fourier_exchange": 0.0,
-        "histogram_exchange": 0.0, "mixup_alpha": 0.0, "mixup_pairing": "any", "cutmix_alpha": 0.0,
+        "histogram_exchange": 0.0, "mixup_alpha": 0.0, "cutmix_alpha": 0.0, "mixup_pairing": "any",
         "label_smoothing": 0.0, "group_dro": 0.0, "domain_adversarial": 0.0,
         "optimizer": "adamw", "reset_optimizer_each_epoch": False, "lr": 1e-3, "eps": 1e-8,
         "weight_decay": 0.01, "ema_decay": 0.0, "swa_epochs": 0, "schedule": "cosine", "warmup_epochs": 0.0,
@@ -133,7 +133,7 @@ def test_a_misspelled_profile_gets_a_suggestion(tmp_path):
 
 def test_an_unknown_profile_lists_the_known_profiles(tmp_path):
     message = config_error(write(tmp_path, set_value("profile", "xyz")))
-    assert message == "profile: there is no section 'xyz'; choose one of competition, demo, local"
+    assert message == "profile: there is no section 'xyz'; choose one of competition, competition-strong, demo, local"
 
 
 def test_a_misspelled_profile_section_is_suggested(tmp_path):
@@ -243,7 +243,17 @@ def test_other_old_names_are_refused_with_the_new_ones(tmp_path):
     [
         ({"domain_adversarial": 0.5}, "domain_adversarial: the backbone stays frozen; lower frozen_epochs below "),
         ({"swa_epochs": 4}, "swa_epochs: more than the epochs, 3; lower it"),
-        ({"swa_epochs": 2, "ema_decay": 0.9}, "swa_epochs: not with ema_decay or early_stopping_patience; set this to"),
+        (
+            {"swa_epochs": 2, "ema_decay": 0.9},
+            "swa_epochs: the mean of the last epochs; set keep to last and ema_decay",
+        ),
+        ({"swa_epochs": 2, "keep": "best_f1"}, "swa_epochs: the mean of the last epochs; set keep to last and "),
+        ({"group_dro": 0.1}, "group_dro: set sampling to group_balanced and class_weights to 1 and 1, or this to 0"),
+        ({"mixup_pairing": "same_label"}, "mixup_pairing: no images are mixed; set mixup_alpha or cutmix_alpha, or "),
+        (
+            {"feature_views": 2, "cutmix_alpha": 1.0},
+            "feature_views: features are computed once, and cutmix_alpha joins",
+        ),
     ],
 )
 def test_parameters_of_training_that_do_not_go_together_are_refused(tmp_path, changes, message):
@@ -310,7 +320,16 @@ def test_the_shipped_file_lists_every_key_with_its_description(profile):
             assert line.endswith(f" # {field.description}")
 
 
-@pytest.mark.parametrize("override", ["profile=local", "demo.train.lr=3e-4", "local.download.path=/data/images.zip"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "profile=local",
+        "profile=competition-strong",
+        "competition-strong.train.lr=3e-4",
+        "demo.train.lr=3e-4",
+        "local.download.path=/data/images.zip",
+    ],
+)
 def test_setting_a_parameter_with_dvc_leaves_all_other_lines_of_the_shipped_file_as_they_are(tmp_path, override):
     path = tmp_path / "params.yaml"
     shutil.copy(ROOT / "params.yaml", path)

@@ -55,6 +55,8 @@ def project(tmp_path, monkeypatch):
             "label": pd.array([0, 1, 0, 1, None, 0, 1, 1, 0, None], dtype="Int64"),
             "fold": pd.array([2, 1, 0, 0, None, 1, 2, None, None, None], dtype="Int64"),
             "subset": [*["validation"] * 4, "test", "validation", "validation", "external", "external", "test"],
+            "group": [f"p{index}" for index in range(10)],
+            "source": [*["A"] * 7, "B", "B", "A"],
         }
     )
     return load_config(), table, PackedImages(Path("data/images.npy"), CPU)
@@ -88,6 +90,18 @@ def test_validation_images_are_predicted_out_of_fold_and_test_and_external_image
     assert np.load("predictions/features.npy") == pytest.approx(features, abs=1e-5)  # of fold 0 and the external images
     assert np.load("predictions/embeddings.npy").shape == (4, 64)  # of fold 0 and the test images
     assert returned["seed-1"].to_numpy() == pytest.approx(written["validation"]["seed-1"].to_numpy(), abs=1e-8)
+
+
+def test_features_are_stored_of_no_more_images_than_are_probed(project, monkeypatch):
+    config, table, pack = project
+    monkeypatch.setattr(shortcuts, "MAX_PROBED", 3)
+    chosen = shortcuts.choose_probed(table, 0).tolist()
+    assert len(set(chosen) & {2, 3, 7, 8}) == len(chosen) == 3
+    dataset.predict_dataset(config, table, CPU)
+    network = classifier.load_networks(Path("models/seed-0"), CPU)[0]
+    features = network.embed(pack.read(torch.tensor(chosen))).detach().numpy()
+    assert np.load("predictions/features.npy") == pytest.approx(features, abs=1e-5)
+    assert np.load("predictions/embeddings.npy").shape == (4, 64)
 
 
 def test_without_external_or_test_images_their_tables_have_no_rows(project):

@@ -36,14 +36,14 @@ ONE_STAGE = {
                  "for drawings `download.version` says which drawing it is (test_phantom, test_sources)"},
     "weights": {
         "pipeline/models/pooling.py": "has no weights",
-        "pipeline/models/weights_source.py": "what arrives is the source's; a hash in its name is compared",
+        "pipeline/models/weights_source.py": "what arrives is the source's; its sha256 is in data/weights/origin.json",
     },
     "prepare": {
         "pipeline/data/remote.py": "finds the files that raw.zip refers to; their size and CRC-32 are compared",
         "pipeline/data/source_folder.py": "finds the files that raw.zip refers to; their size and CRC-32 are compared",
     },
     "split": {
-        "pipeline/models/weights_source.py": "a hash in the name of the weights is compared",
+        "pipeline/models/weights_source.py": "finds the file of a package, whose version is pinned",
     },
     "train": {
         "pipeline/tracking/runs.py": "logs to MLflow what the outs hold",
@@ -216,7 +216,7 @@ def test_every_command_is_a_stage_of_the_pipeline_or_typed_by_hand():
     assert modules == {name.replace("-", "_") for name in cli.cxr.list_commands(None)}
 
 
-@pytest.mark.parametrize("section", ["demo", "competition", "local"])
+@pytest.mark.parametrize("section", ["demo", "competition", "competition-strong", "local"])
 def test_every_parameter_that_a_stage_names_exists_in_every_profile(section):
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     for stage in STAGES.values():

@@ -364,7 +364,7 @@ def test_metrics_at_a_fitted_operating_point_are_cross_fitted(tmp_path):
     assert types["auroc"] == "fixed", "it needs no threshold"
 
 
-def test_summary_has_the_expected_accuracy_and_the_source_probe_of_the_bag(tmp_path):
+def test_summary_has_the_expected_accuracy_of_the_bag_and_the_source_probe_of_its_first_member(tmp_path):
     evaluation = evaluate(tmp_path, LABELS, make_config(expected_prevalence=0.4))
     bag, best = evaluation.summary["bag"], evaluation.summary["best"]
     assert bag["expected_accuracy_low"] <= bag["expected_accuracy"] <= bag["expected_accuracy_high"]
@@ -372,9 +372,9 @@ def test_summary_has_the_expected_accuracy_and_the_source_probe_of_the_bag(tmp_p
     assert best["expected_accuracy_reason"]
     assert 0 < best["estimated_test_prevalence"] < 1
     probe = evaluation.tables["metrics/source_probe.csv"].set_index("features")
-    estimate = [bag[f"source_probe_auroc{end}"] for end in ("", "_low", "_high")]
+    estimate = [bag[f"first_member_source_probe_auroc{end}"] for end in ("", "_low", "_high")]
     assert estimate == probe.loc["network", ["value", "low", "high"]].tolist()
-    assert bag["source_probe_thumbnail_auroc"] == probe.loc["thumbnail", "value"]
+    assert bag["thumbnail_source_probe_auroc"] == probe.loc["thumbnail", "value"]
     assert 0 < estimate[1] < estimate[0] < estimate[2] < 1
 
 

@@ -145,7 +145,7 @@ def test_the_parameters_that_change_no_feature_exist():
     [
         ({"frozen_epochs": 1, "epochs": 2}, "the backbone must stay frozen; set frozen_epochs to epochs, or this to 0"),
         *(
-            ({name: 0.5}, f"{name} joins images, of which only features are left; set one of them to 0")
+            ({name: 0.5}, f"features are computed once, and {name} joins images anew; set one of them to 0")
             for name in ("cutmix_alpha", "fourier_exchange", "histogram_exchange")
         ),
         (

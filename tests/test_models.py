@@ -451,6 +451,13 @@ def test_a_hash_behind_the_address_is_verified(tmp_path, state_file, mirror):
     assert not (tmp_path / "none").exists()
 
 
+def test_the_hash_of_packaged_weights_is_verified(tmp_path):
+    pretrained.write_pretrained_weights(LITE, "imagenet", tmp_path)
+    origin, state = read_weights(tmp_path)
+    pretrained.write_pretrained_weights(LITE, f"imagenet#sha256={origin['sha256']}", tmp_path / "same")
+    assert_states_equal(read_weights(tmp_path / "same")[1], state)
+
+
 @pytest.mark.parametrize("source", ["#sha256=" + "0" * 64, "a.pth#sha256=12", "a.pth#sha256=" + "A" * 64])
 def test_a_hash_that_is_none_is_an_error(source):
     with pytest.raises(ValueError, match="after #sha256= come 64 digits"):
@@ -589,6 +596,16 @@ def test_a_pickled_network_with_anything_else_is_an_error_and_not_executed(
     message = error_message(pretrained.write_pretrained_weights, XRV, "network.pt", tmp_path / "out")
     assert message.startswith("network.pt: not a state dict of plain tensors: ")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["network.pt"]
+
+
+def test_a_pickled_network_that_contains_itself_in_many_ways_is_an_error(tmp_path, pickled_network):
+    content = pickled_network.features.norm5
+    for _ in range(40):
+        content = nn.Sequential(content, content)  # 2 to the power of 40 names, with little memory
+    torch.save(content, tmp_path / "network.pt")
+    message = error_message(pretrained.write_pretrained_weights, XRV, str(tmp_path / "network.pt"), tmp_path / "out")
+    assert message.endswith("network.pt: not a state dict of plain tensors: a module is in the network twice")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_network_of_torchxrayvision_gets_one_channel_from_minus_1024_to_1024():

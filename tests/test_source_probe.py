@@ -7,7 +7,7 @@ from conftest import mlflow_client, seed_runs
 from scipy.stats import norm
 
 from pipeline.core.files import read_json
-from pipeline.evaluation import source_probe
+from pipeline.evaluation import shortcuts, source_probe
 from pipeline.evaluation.source_probe import DIFFERENCE, MIN_PATIENTS, NETWORK, THUMBNAIL, probe_dataset, probe_sources
 
 UNAVAILABLE = "no two sources, or clusters of acquisition, have 5 patients each of one class"
@@ -124,10 +124,22 @@ def test_the_images_of_the_fold_and_of_the_held_out_source_are_probed_with_their
     table = probe_dataset(metadata, 0, tmp_path).set_index("features")
     assert table.loc[[NETWORK, THUMBNAIL], "value"].tolist() == [1, 1]
     assert table.loc[NETWORK, "images"] == held_out.sum()
-    monkeypatch.setattr(source_probe, "MAX_IMAGES", 30)
+    monkeypatch.setattr(shortcuts, "MAX_PROBED", 30)
+    np.save(tmp_path / "features.npy", tells[shortcuts.choose_probed(metadata, 0), None])
     table = probe_dataset(metadata, 0, tmp_path).set_index("features")
     assert table.loc[[NETWORK, THUMBNAIL], "value"].tolist() == [1, 1]
     assert table.loc[NETWORK, ["images", "patients"]].tolist() == [30, 30]
+
+
+def test_a_small_source_stays_among_many_images_of_another():
+    patients = {(0, "A"): 3000, (1, "A"): 2000, (0, "B"): 30, (1, "B"): 12}
+    metadata = make_images(patients, per_patient=2).assign(subset="validation", fold=pd.array([0] * 10084, "Int64"))
+    metadata.loc[metadata["source"] == "A", "subset"] = "external"
+    chosen = metadata.iloc[shortcuts.choose_probed(metadata, 0)]
+    assert len(chosen) == shortcuts.MAX_PROBED
+    counts = chosen.groupby(["label", "source"])["group"].nunique()
+    assert counts[[(0, "B"), (1, "B")]].tolist() == [30, 12]
+    assert counts[[(0, "A"), (1, "A")]].tolist() == [479, 479]
 
 
 def test_mlflow_has_every_number_of_the_summary_and_no_probe_of_too_few_patients(demo_project):
@@ -137,5 +149,5 @@ def test_mlflow_has_every_number_of_the_summary_and_no_probe_of_too_few_patients
     numbers = {key: value for key, value in summary.items() if isinstance(value, float)}
     assert {"f1", "expected_accuracy_high"} <= set(numbers)
     assert {key: logged.get(key) for key in numbers} == pytest.approx(numbers)
-    assert summary["source_probe_auroc"] is None
-    assert "source_probe_auroc" not in logged
+    assert summary["first_member_source_probe_auroc"] is None
+    assert "first_member_source_probe_auroc" not in logged

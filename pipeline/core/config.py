@@ -402,10 +402,10 @@ class TrainParams(Section):
     )
     histogram_exchange: float = Field(0.0, ge=0, le=1, description="Probability of taking over another's histogram.")
     mixup_alpha: float = Field(0.0, ge=0, description="Alpha of mixup's Beta distribution; 0 is off.")
+    cutmix_alpha: float = Field(0.0, ge=0, description="Alpha of CutMix's Beta distribution; 0 is off.")
     mixup_pairing: Literal["any", "same_label"] = Field(
         "any", description="any, or same_label: mixes images of one label from different sources."
     )
-    cutmix_alpha: float = Field(0.0, ge=0, description="Alpha of CutMix's Beta distribution; 0 is off.")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of the target spread over both classes.")
     group_dro: float = Field(0.0, ge=0, description="Step size of group DRO's weights of source and label; 0 is off.")
     domain_adversarial: float = Field(0.0, ge=0, description="Weight of the loss that hides the source; 0 is off.")
@@ -419,7 +419,9 @@ class TrainParams(Section):
     schedule: Literal["constant", "cosine"] = Field("cosine", description="constant or cosine.")
     warmup_epochs: float = Field(0.0, ge=0, description="Epochs of linear warmup.")
     feature_views: int = Field(
-        0, ge=0, description="Augmented views per image whose features a frozen backbone computes once; 0 is off."
+        0,
+        ge=0,
+        description="Views per image, the first not augmented, of which a frozen backbone computes features once.",
     )
     test_time_augmentation: Literal["none", "flip", "crops"] = Field(
         "none", description="Views whose mean is the prediction: none, flip, or crops (and flip)."
@@ -449,8 +451,23 @@ class TrainParams(Section):
             raise ValueError("the backbone must stay frozen; set frozen_epochs to epochs, or this to 0")
         for name in ("cutmix_alpha", "fourier_exchange", "histogram_exchange"):
             if views and info.data.get(name):
-                raise ValueError(f"{name} joins images, of which only features are left; set one of them to 0")
+                raise ValueError(f"features are computed once, and {name} joins images anew; set one of them to 0")
         return views
+
+    @field_validator("mixup_pairing")
+    @classmethod
+    def _check_mixup_pairing(cls, pairing: str, info: ValidationInfo) -> str:
+        if pairing != "any" and not info.data.get("mixup_alpha") and not info.data.get("cutmix_alpha"):
+            raise ValueError("no images are mixed; set mixup_alpha or cutmix_alpha, or this to any")
+        return pairing
+
+    @field_validator("group_dro")
+    @classmethod
+    def _check_group_dro(cls, step: float, info: ValidationInfo) -> float:
+        # A group that most batches lack would lose its weight.
+        if step and (info.data.get("sampling") != "group_balanced" or info.data.get("class_weights") != (1, 1)):
+            raise ValueError("set sampling to group_balanced and class_weights to 1 and 1, or this to 0")
+        return step
 
     @field_validator("domain_adversarial")
     @classmethod
@@ -464,8 +481,8 @@ class TrainParams(Section):
     def _check_swa_epochs(cls, count: int, info: ValidationInfo) -> int:
         if count > info.data.get("epochs", count):
             raise ValueError(f"more than the epochs, {info.data['epochs']}; lower it")
-        if count and (info.data.get("ema_decay") or info.data.get("early_stopping_patience")):
-            raise ValueError("not with ema_decay or early_stopping_patience; set this to 0, or those to 0 and null")
+        if count and (info.data.get("ema_decay") or info.data.get("keep") != "last"):
+            raise ValueError("the mean of the last epochs; set keep to last and ema_decay to 0, or this to 0")
         return count
 
     @field_validator("early_stopping_patience")

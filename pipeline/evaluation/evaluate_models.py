@@ -456,10 +456,10 @@ def _summarize_accuracy(accuracy: ExpectedAccuracy) -> dict[str, Any]:
 def _summarize_probe(probe: pd.DataFrame) -> dict[str, Any]:
     network, thumbnail = (probe.set_index("features").loc[name] for name in ("network", "thumbnail"))
     return {
-        "source_probe_auroc": _optional_float(network["value"]),
-        "source_probe_auroc_low": _optional_float(network["low"]),
-        "source_probe_auroc_high": _optional_float(network["high"]),
-        "source_probe_thumbnail_auroc": _optional_float(thumbnail["value"]),
+        "first_member_source_probe_auroc": _optional_float(network["value"]),
+        "first_member_source_probe_auroc_low": _optional_float(network["low"]),
+        "first_member_source_probe_auroc_high": _optional_float(network["high"]),
+        "thumbnail_source_probe_auroc": _optional_float(thumbnail["value"]),
     }
 
 

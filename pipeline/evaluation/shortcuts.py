@@ -24,6 +24,7 @@ BORDER_WIDTH = 2  # width of the border, in pixels of the thumbnail
 CHUNK_SIZE = 256  # images read at once
 FILE_COLUMNS = ["width", "height", "bytes", "jpeg_quantization"]  # of the manifest
 UNKNOWN_AGE = -1.0  # a tree separates it from any age
+MAX_PROBED = 2000  # images of the source probe: its time, its memory and the stored features grow with them
 
 
 class BaselineInfo(TypedDict):
@@ -94,6 +95,28 @@ def make_thumbnails(images: np.ndarray, rows: np.ndarray) -> np.ndarray:
         sums = np.add.reduceat(images[rows[start : start + CHUNK_SIZE]], edges, axis=1, dtype=np.uint32)
         chunks.append(np.add.reduceat(sums, edges, axis=2) / np.outer(widths, widths))
     return np.concatenate(chunks).astype(np.float32)
+
+
+def choose_probed(table: pd.DataFrame, fold: int) -> np.ndarray:
+    """Choose the images of the source probe among those on which the network that a fold validates was not trained.
+
+    If there are more than `MAX_PROBED`, patients are drawn at random, equally many of each label and source as far as
+    there are so many, so that a small source stays.
+
+    Args:
+        table: a row per image of the pack, from `manifest.read_split`.
+        fold: the one that validates.
+
+    Returns:
+        Row numbers, in order.
+    """
+    of_fold = table["fold"].eq(fold).to_numpy(bool, na_value=False)
+    rows = np.flatnonzero(of_fold | table["subset"].eq("external").to_numpy())
+    images = table.iloc[rows]
+    _, patients = np.unique(images["group"].to_numpy(), return_inverse=True)
+    order = pd.Series(np.random.default_rng(0).permutation(len(rows))[patients])
+    ranks = order.groupby([images["label"].to_numpy(int), images["source"].to_numpy()]).rank("dense")
+    return np.sort(rows[np.argsort(ranks.to_numpy(), kind="stable")[:MAX_PROBED]])
 
 
 def _demographics(table: pd.DataFrame) -> np.ndarray:

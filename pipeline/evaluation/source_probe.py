@@ -24,6 +24,7 @@ from pipeline.evaluation.intervals import (
     auroc_variance,
     bootstrap_weights,
 )
+from pipeline.evaluation.shortcuts import choose_probed
 
 NETWORK, THUMBNAIL, DIFFERENCE = "network", "thumbnail", "difference"  # in the column `features`
 COLUMNS = ["features", "by", "labels", "sources", "images", "patients", "value", "low", "high", "reason"]
@@ -32,26 +33,20 @@ FOLD_COUNT = 5
 # on, by about this factor (Nadeau and Bengio 2003, doi:10.1023/A:1024068626366).
 FOLD_CORRELATION = 1 + FOLD_COUNT / (FOLD_COUNT - 1)
 MIN_PATIENTS = 5  # of a source within a label; with fewer, the source is left out there
-MAX_IMAGES = 2000  # of patients chosen at random, if there are more: time and memory grow with them
 RESAMPLES = 1000
 
 
 def probe_dataset(metadata: pd.DataFrame, fold: int, folder: Path) -> pd.DataFrame:
-    """Probe the images on which the network that a fold validates was not trained; see `probe_sources`.
+    """Probe the images that `choose_probed` chooses; see `probe_sources`.
 
     Args:
         metadata: a row per image of the pack, from `manifest.read_split`, with its `acquisition` cluster.
         fold: the one that validates.
-        folder: with `features.npy`, of this fold and the held-out source, and `thumbnails.npy`.
+        folder: with `features.npy`, of these images, and `thumbnails.npy`, of all.
     """
-    of_fold = metadata["fold"].eq(fold).to_numpy(bool, na_value=False)
-    rows = np.flatnonzero(of_fold | metadata["subset"].eq("external").to_numpy())
-    _, patients = np.unique(metadata["group"].to_numpy()[rows], return_inverse=True)
-    order = np.random.default_rng(0).permutation(len(rows))[patients]
-    chosen = np.argsort(order, kind="stable")[:MAX_IMAGES]
+    rows = choose_probed(metadata, fold)
     features, thumbnails = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("features", "thumbnails"))
-    images = metadata.iloc[rows[chosen]]
-    return probe_sources(images, features[chosen], thumbnails[rows[chosen]].reshape(len(images), -1))
+    return probe_sources(metadata.iloc[rows], features, thumbnails[rows].reshape(len(rows), -1))
 
 
 def probe_sources(images: pd.DataFrame, features: np.ndarray, thumbnails: np.ndarray) -> pd.DataFrame:

@@ -12,7 +12,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.files import atomic_path, write_csv
 from pipeline.core.progress import track_progress
 from pipeline.data.dataset import PackedImages
-from pipeline.evaluation import ensemble
+from pipeline.evaluation import ensemble, shortcuts
 from pipeline.inference.apply_networks import BATCH_SIZES, apply_networks
 from pipeline.models import classifier, soup
 from pipeline.models.classifier import Classifier, FoldEnsemble
@@ -26,7 +26,8 @@ def predict_dataset(config: Config, table: pd.DataFrame, device: torch.device) -
 
     A validation image is predicted by the network of its fold, which was not trained on it. On test and external
     images, a cross-validated model is the mean of its networks. Embeddings and features are of the first member's
-    network of the first fold.
+    network of the first fold: embeddings of its validation images and the test images, features of the images of the
+    source probe.
 
     Args:
         config: names the models.
@@ -64,6 +65,7 @@ def predict_dataset(config: Config, table: pd.DataFrame, device: torch.device) -
     predictions.append(probability_table(ensembles, pack, rows))
 
     probabilities = pd.concat(predictions).sort_index()
+    probed = table.index[shortcuts.choose_probed(table, folds[0])]
     table = table.loc[probabilities.index]
     soup_probabilities = np.nan if unavailable_reason else probabilities.pop(SOUP)
     soup_table = table[["subset", "file", "label"]].assign(**{SOUP: soup_probabilities})
@@ -73,11 +75,11 @@ def predict_dataset(config: Config, table: pd.DataFrame, device: torch.device) -
     write_csv(Path("predictions/validation.csv"), validation)
     write_csv(Path("predictions/test.csv"), labeled[table["subset"] == "test"].drop(columns="label"))
     write_csv(Path("predictions/external.csv"), labeled[table["subset"] == "external"])
-    subset = table["subset"]
-    embedded = subset[(table["fold"] == folds[0]) | subset.isin(["test", "external"])]
-    network, is_labeled = networks[members[0]][0], (embedded != "test").to_numpy()
-    embeddings, features = embed_images(network, pack, embedded.index.to_numpy(), is_labeled)
-    arrays = {"embeddings": embeddings[(embedded != "external").to_numpy()], "features": features}
+    is_projected = (table["fold"].eq(folds[0]).fillna(False) | (table["subset"] == "test")).astype(bool)
+    embedded = table.index[is_projected | table.index.isin(probed)]
+    network, is_probed = networks[members[0]][0], embedded.isin(probed)
+    projections, features = embed_images(network, pack, embedded.to_numpy(), is_probed)
+    arrays = {"embeddings": projections[is_projected[embedded].to_numpy()], "features": features}
     for name, array in arrays.items():
         with atomic_path(Path(f"predictions/{name}.npy")) as temporary, temporary.open("wb") as out:
             np.save(out, array)

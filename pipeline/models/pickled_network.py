@@ -39,17 +39,21 @@ PICKLED_CLASSES: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 TAKE_CLASS = pickle.GLOBAL + f"{take_class.__module__}\n{take_class.__name__}\n".encode()  # as pickles refer to it
 
 
-def state_of(module: PickledModule, prefix: str = "") -> dict[str, Tensor]:
-    """Return the state dict of a pickled network."""
-    content = vars(module)
-    state = {
-        prefix + name: tensor
-        for kind in ("_parameters", "_buffers")
-        for name, tensor in content[kind].items()
-        if tensor is not None
-    }
-    for name, child in content["_modules"].items():
-        state |= state_of(child, f"{prefix}{name}.")
+def state_of(module: PickledModule) -> dict[str, Tensor]:
+    """Return the state dict of a pickled network.
+
+    Raises:
+        ValueError: a module is in the network twice; nested, such modules give a small file an endless state dict.
+    """
+    state, todo, seen = dict[str, Tensor](), [("", module)], set[int]()
+    while todo:
+        prefix, part = todo.pop()
+        if id(part) in seen:
+            raise ValueError("a module is in the network twice")
+        seen.add(id(part))
+        for kind in ("_parameters", "_buffers"):
+            state |= {prefix + name: tensor for name, tensor in vars(part)[kind].items() if tensor is not None}
+        todo += [(f"{prefix}{name}.", child) for name, child in vars(part)["_modules"].items()]
     return state
 
 

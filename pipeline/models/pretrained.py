@@ -44,7 +44,7 @@ def write_pretrained_weights(backbone: str, source: str, folder: Path) -> None:
             origin |= {"file": file.name, "sha256": weights_source.verified_sha256(file, digest)}
             # A model of this pipeline has a head beside its backbone.
             state = {name.removeprefix("backbone."): tensor for name, tensor in to_timm(_load_state(file)).items()}
-        if weights_source.is_packaged(backbone, source):
+        if weights_source.is_packaged(backbone, location):
             state = _rename_packaged(state, expected)
         # DenseNet's files use older names than torchvision's modules; torchvision renames them in the same way.
         state = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.(?=[12]\.)", r"\1", name): state[name] for name in state}

@@ -172,6 +172,11 @@ class Results:
         """Rows of `source_probe.probe_sources`, by `features`."""
         return {row["features"]: row for _, row in read_csv(Path("metrics/source_probe.csv")).iterrows()}
 
+    @property
+    def probed_property(self) -> str:
+        """What the source probe tells: the source, or the acquisition cluster where no source allows that."""
+        return "acquisition cluster" if self.source_probe["network"]["by"] == "acquisition" else "source"
+
     @cached_property
     def clusters(self) -> pd.DataFrame:
         """From `acquisition.describe_clusters`."""

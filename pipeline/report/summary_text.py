@@ -152,13 +152,13 @@ def unbeaten_baselines(results: Results) -> list[str]:
 
 
 def describe_source_probe(results: Results) -> str:
-    """Say how well the features of the network tell the source, given the label, compared with a thumbnail."""
+    """Say how well the features of the network tell source or cluster, given the label, compared with a thumbnail."""
     row = results.source_probe["network"]
     names = ("network", "thumbnail", "difference")
     network, thumbnail, difference = (as_estimate(results.source_probe[name]) for name in names)
     if network.missing:
         return f"Unavailable: {network.reason}."
-    kind = {"source": "source", "acquisition": "acquisition cluster"}[row["by"]]
+    kind = results.probed_property
     sentence = (
         f"The features of {results.config.bag_members[0]} tell the {kind} with AUROC {format_estimate(network)}, 16×16 "
         f"thumbnails with {format_estimate(thumbnail)}"
@@ -312,11 +312,12 @@ def _confounding(results: Results) -> list[Caveat]:
         caveats.append(Caveat("The label is confounded with the source", detail, "shortcuts"))
     probe = as_estimate(results.source_probe["network"])
     if probe.low > CHANCE_AUROC:
+        kind = results.probed_property
         detail = (
-            f"Given the label, a linear classifier on them tells the source with AUROC {format_estimate(probe)}. "
-            "The model can use the source in place of the disease."
+            f"Given the label, a linear classifier on the features of {results.config.bag_members[0]} tells the {kind} "
+            f"with AUROC {format_estimate(probe)}. The model can use the {kind} in place of the disease."
         )
-        caveats.append(Caveat("The features tell the source beyond the label", detail, "shortcuts"))
+        caveats.append(Caveat(f"The features tell the {kind} beyond the label", detail, "shortcuts"))
     if auroc.missing and cluster_p(results.clusters) < dataset_shift.SIGNIFICANCE_LEVEL:
         caveats.append(Caveat("The label depends on how images were acquired", describe_clusters(results), "shift"))
     slices = results.slices.query("by == 'source' and metric == 'auroc' and model == @results.bag")

@@ -304,9 +304,9 @@ def baseline_table(results: Results) -> ReportTable:
 
 
 def source_probe_table(results: Results) -> ReportTable:
-    """Tabulate how well the features of the network, and a thumbnail, tell the source, given the label."""
+    """Tabulate how well the features of the network, and a thumbnail, tell source or cluster, given the label."""
     labels = {"network": f"features of {results.config.bag_members[0]}", "thumbnail": BASELINE_LABELS["thumbnail"]}
-    table = ReportTable(["probe on", "AUROC of telling the source"])
+    table = ReportTable(["probe on", f"AUROC of telling the {results.probed_property}"])
     for name, row in results.source_probe.items():
         estimate = as_estimate(row)
         is_signed = name == "difference" and not estimate.missing

@@ -298,7 +298,10 @@ def draw_mixup(labels: Tensor, sources: Tensor, params: TrainParams, generator: 
 
 
 def mix(images: Tensor, drawn: Mapping[str, Tensor]) -> Tensor:
-    """Mix the images (B, ...), with CutMix (B, C, S, S), as `draw_mixup` has drawn, on the device of the images."""
+    """Mix the images (B, ...), with CutMix (B, C, S, S), as `draw_mixup` has drawn, on the device of the images.
+
+    With `feature_views` they are features, which is manifold mixup (Verma et al. 2019, arXiv:1806.05236).
+    """
     if "mix_index" not in drawn:
         return images
     weights = drawn["mix_weights"]

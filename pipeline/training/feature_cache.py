@@ -5,6 +5,7 @@ import json
 import logging
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -91,11 +92,12 @@ def load_features(
         if values is None:
             values = _compute(network, params, pack, rows, stop)
             _write(path, values)
-        os.utime(path)
         lock.unlink()
-    files = sorted(folder.glob("features-*.safetensors"), key=lambda file: file.stat().st_mtime_ns)
-    for old in files[:-MAX_FILES]:
-        old.unlink(missing_ok=True)
+    with suppress(FileNotFoundError):  # another process removes old files at the same time
+        os.utime(path)
+        files = sorted(folder.glob("features-*.safetensors"), key=lambda file: file.stat().st_mtime_ns)
+        for old in files[:-MAX_FILES]:
+            old.unlink()
     return FrozenFeatures(rows.numpy(), values.numpy(), values.shape[1] - (params.feature_views - 1))
 
 

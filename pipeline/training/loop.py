@@ -360,9 +360,10 @@ class Trainer:
         return self.group.all_reduce_sum(loss)
 
     def _average_epochs(self) -> None:
-        """Average the weights and batch statistics at the ends of the last `swa_epochs` epochs (arXiv:1803.05407).
+        """Average the weights at the ends of the last `swa_epochs` epochs (Izmailov et al. 2018, arXiv:1803.05407).
 
-        Until then, the average is the network itself.
+        Batch statistics are averaged, too; in the paper, they are computed anew. Until these epochs, the average is the
+        network itself.
         """
         averaged_epochs = max(0, self.epoch - 1 - (self.params.epochs - self.params.swa_epochs))
         _update_average(self.eval_model, self.network, averaged_epochs / (averaged_epochs + 1))

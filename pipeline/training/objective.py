@@ -23,8 +23,8 @@ PER_IMAGE = ("images", "targets", "group", "dropout_mask")  # what the inputs wi
 class Objective(nn.Module):
     """The loss of a batch, computed in parts, and what changes with it: its state.
 
-    A group is a combination of label and source that the training set has; G are the groups. An image that is mixed
-    with another one keeps its group.
+    A group is a combination of label and source that the training set has; G are the groups. Images whose source is not
+    known count as one source. An image that is mixed with another one keeps its group.
 
     With `group_dro` (Sagawa et al. 2020, arXiv:1911.08731), the loss is the sum of q L over the groups, where L is the
     mean cross-entropy of the group's images in the batch, 0 if there are none. All weights q are 1 / G at first; after
@@ -67,9 +67,13 @@ class Objective(nn.Module):
             self.register_buffer("log_weights", torch.full((count,), -math.log(count)))
             self.register_buffer("group_losses", torch.zeros(count), persistent=False)  # sums, within a step
             self.register_buffer("one_hot", torch.eye(count), persistent=False)
-        if self._adversarial_weight and count == len(group_labels.unique()):
-            log.warning("train.domain_adversarial does nothing: every label has a single source in the training set")
-        elif self._adversarial_weight:
+        has_single_sources = count == len(group_labels.unique())
+        if has_single_sources and (levers := _levers_by_source(params)):
+            log.warning(
+                "train.%s cannot tell source from label: every label has a single source in the training set",
+                ", train.".join(levers),
+            )
+        if self._adversarial_weight and not has_single_sources:
             width = next(network.head.parameters()).shape[1]
             # Normalized, because else the backbone would raise the adversary's loss by ever larger features.
             layers = nn.LayerNorm(width), nn.Linear(width, ADVERSARY_WIDTH), nn.ReLU()
@@ -131,6 +135,17 @@ class Objective(nn.Module):
             means = group.all_reduce_sum(self.group_losses) / count
             self.log_weights.copy_((self.log_weights + self._dro_step * means).log_softmax(0))
             self.group_losses.zero_()
+
+
+def _levers_by_source(params: TrainParams) -> list[str]:
+    """Return the names of what is on and needs a label with several sources."""
+    levers = {
+        "sampling": params.sampling in ("source_balanced", "group_balanced"),
+        "mixup_pairing": params.mixup_pairing == "same_label",
+        "group_dro": params.group_dro,
+        "domain_adversarial": params.domain_adversarial,
+    }
+    return [name for name, is_on in levers.items() if is_on]
 
 
 class _WithAdversary(nn.Module):
