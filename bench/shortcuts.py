@@ -7,8 +7,8 @@ PROJECT is a folder whose data/ is prepared and split, and SOURCE is left out of
 Each RECIPE is a list of changes to the profile `local`, or to the project's recipe, such as
 intensity_normalization=equalize,noise=10; `plain` changes nothing. For each, a line tells the AUROC of the bag with its
 95 % interval over patients, that of each seed, and how well the features of the first seed tell the source, given the
-label (the source probe). The last line is for the best recipe, which five folds of patients choose in turn without
-those whom it is evaluated on: the AUROC of the chosen ones does not profit from the choice.
+label (the source probe). The last line is for the best recipe, chosen five times, for a fifth of the patients by the
+others: its AUROC does not profit from the choice by the same patients, but patients of the same source chose it.
 
 python bench/shortcuts.py phantom IMAGES SEEDS RECIPE …
 python bench/shortcuts.py PROJECT SOURCE SEEDS RECIPE …
@@ -75,7 +75,11 @@ def read_project(project: Path, source: str) -> tuple[pd.DataFrame, TrainParams]
     """Return the table of a project's pack with a source left out of training, and its recipe."""
     table = read_split(project / "data").assign(acquisition="")
     is_external = (table["set"] == "train") & (table["source"] == source)
-    table["subset"] = table["subset"].where(~is_external, "external")
+    if not is_external.any():
+        raise SystemExit(
+            f"{project}: no labeled image of {source}; its sources: {', '.join(sorted(set(table['source'])))}"
+        )
+    table["subset"] = table["subset"].replace("external", "unused").where(~is_external, "external")
     return table, config.load_config(project / "params.yaml").active.train.model_copy(update={"cpu_threads": 1})
 
 

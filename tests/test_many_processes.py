@@ -35,7 +35,7 @@ from pipeline.training.distributed import init_distributed
 pytestmark = pytest.mark.slow
 
 AGAINST_SHORTCUTS = {
-    "sampling": "group_balanced", "group_dro": 0.1, "domain_adversarial": 0.5, "swa_epochs": 2, "frozen_epochs": 2,
+    "sampling": "group_balanced", "group_dro": 0.1, "domain_adversarial": 0.5, "swa_epochs": 2, "frozen_epochs": 1,
 }  # fmt: skip
 SEEDS = range(int(os.environ.get("CXR_SEEDS", "2")))  # on the Ray cluster; ten seeds take minutes
 
