@@ -139,12 +139,12 @@ class PredictionLog:
 
         predictions = predictions.assign(agreement=agreement(predictions, self._candidate.config))
         values = predictions[PREDICTIONS].to_numpy(float).tolist()
-        figures = [dict(zip(PREDICTIONS, row, strict=True)) for row in values]
+        rows = [dict(zip(PREDICTIONS, row, strict=True)) for row in values]
         constant = {"time": datetime.now(UTC).isoformat(timespec="seconds"), **self._model}
         embeddings = embed(self._candidate, pixels)
         lines = [
-            _format_line({**constant, **description, **figure, "embedding": embedding})
-            for description, figure, embedding in zip(descriptions, figures, embeddings.tolist(), strict=True)
+            _format_line({**constant, **description, **row, "embedding": embedding})
+            for description, row, embedding in zip(descriptions, rows, embeddings.tolist(), strict=True)
         ]
         descriptor = _open(self._path)
         try:

@@ -63,8 +63,8 @@ def load_reference(config: Config, name: str) -> pd.DataFrame:
 
     pack = PackedImages(Path("data/images.npy"), torch.device("cpu"))
     chunks = [table.iloc[start : start + CHUNK_SIZE] for start in range(0, len(table), CHUNK_SIZE)]
-    traits = pd.concat([describe_pixels(pack.images[chunk.index], chunk) for chunk in chunks])
-    table = pd.concat([table, traits.map(round_figure)], axis="columns")  # as in the log: some are constant
+    descriptions = pd.concat([describe_pixels(pack.images[chunk.index], chunk) for chunk in chunks])
+    table = pd.concat([table, descriptions.map(round_figure)], axis="columns")  # as in the log: some are constant
     # The network of the first fold was not trained on these.
     embedded = table.index[table["fold"] == folds[0]].to_numpy(copy=True)
     if len(embedded) > MAX_EMBEDDED:

@@ -85,8 +85,8 @@ def serve(
         # At a second Ctrl-C, and after SHUTDOWN_SECONDS, requests are cancelled.
         logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)
         gc.freeze()  # of what stays until the end, where it would be searched for garbage for seconds
-        shown, served = f"[{host}]" if ":" in host else host, follower.current
-        url = f"http://{shown}:{listener.getsockname()[1]}"  # where connections wait until the next statement
+        url_host, served = f"[{host}]" if ":" in host else host, follower.current
+        url = f"http://{url_host}:{listener.getsockname()[1]}"  # where connections wait until the next statement
         print(f"version {served.version} of {served.model} answers at {url} (Ctrl-C ends it)", flush=True)
         try:
             Server(settings).run([listener])
