@@ -27,7 +27,9 @@ OUTPUT_FILE = click.Path(path_type=Path, dir_okay=False, allow_dash=True)
     help="Write a forest plot of the differences to this file.",
 )
 def compare(a: str, b: str, json_file: Path | None, png: Path | None) -> None:
-    """Compare two recipes, paired by seed and patient, on the validation images of both. Differences are B minus A.
+    """Compare two recipes, paired by seed and patient, on the same images. Differences are B minus A.
+
+    The images are the validation set and, where both held out the same source (split.held_out_source), this source.
 
     A and B are Git revisions, names of DVC experiments, or folders of this project, such as . for the workspace.
     Nothing is checked out.
@@ -128,19 +130,19 @@ def _check_outs(repo: "Repo", name: str, is_folder: bool) -> None:
 def _json_content(a: "Recipe", b: "Recipe", comparison: "Comparison") -> dict[str, Any]:
     import numpy as np
 
-    labels, groups = comparison.validation.labels, comparison.validation.groups
+    from pipeline.evaluation.slices import count_patients
+
     sides = {
         side: {"name": recipe.name, "commit": recipe.commit, "seeds_left_out": comparison.left_out[side]}
         for side, recipe in (("a", a), ("b", b))
     }
-    counts = {
-        "images": len(labels),
-        "positive_images": int(labels.sum()),
-        "patients": len(np.unique(groups)),
-        "positive_patients": len(np.unique(groups[labels == 1])),
-    }
     return {
-        **sides, **counts, "seeds": comparison.seeds, "caveats": comparison.caveats,
+        **sides, "held_out_source": a.config.active.split.held_out_source,
+        "images": {
+            name: count_patients(image_set, np.arange(len(image_set.labels)))
+            for name, image_set in comparison.image_sets.items()
+        },
+        "seeds": comparison.seeds, "caveats": comparison.caveats,
         "parameters": _records(comparison.parameters), "metrics": _records(comparison.metrics),
     }  # fmt: skip
 
@@ -163,20 +165,18 @@ def _print_comparison(a: "Recipe", b: "Recipe", comparison: "Comparison") -> Non
     from pipeline.evaluation.compare_recipes import LABELS
 
     content = _json_content(a, b, comparison)
-    title = (
-        f"{b.name} minus {a.name}: {content['images']} images of {content['patients']} patients "
-        f"({content['positive_images']} of {content['positive_patients']} positive), {len(comparison.seeds)} seeds"
-    )
+    titles = {"validation": "Validation set", "external": f"Held-out source {content['held_out_source']}"}
     headers = ("", "metric", a.name, b.name, "difference", "95 % interval", f"seeds better with {b.name}")
-    table = Table(*(Column(header, overflow="fold") for header in headers), title=title, title_justify="left")
-    for row in content["metrics"]:
-        values = [_format(row[side]) for side in ("a", "b")]
-        interval = row["reason"] or f"{row['low']:+.3f} to {row['high']:+.3f}"
-        better = "" if row["seeds_better"] is None else f"{row['seeds_better']} of {len(comparison.seeds)}"
-        table.add_row(
-            row["model"], LABELS[row["metric"]], *values, _format(row["difference"], "+.3f"), interval, better
+    for images, counts in content["images"].items():
+        title = (
+            f"{titles[images]}, {b.name} minus {a.name}: {counts['images']} images of {counts['patients']} patients "
+            f"({counts['positives']} of {counts['positive_patients']} positive), {len(comparison.seeds)} seeds"
         )
-    print_table(table)
+        table = Table(*(Column(header, overflow="fold") for header in headers), title=title, title_justify="left")
+        for row in content["metrics"]:
+            if row["images"] == images:
+                table.add_row(row["model"], LABELS[row["metric"]], *_format_row(row, len(comparison.seeds)))
+        print_table(table)
     parameters = Table("parameter", a.name, b.name, title="Parameters that differ", title_justify="left")
     for row in content["parameters"]:
         parameters.add_row(row["parameter"], *("–" if row[side] is None else str(row[side]) for side in ("a", "b")))
@@ -189,6 +189,13 @@ def _print_comparison(a: "Recipe", b: "Recipe", comparison: "Comparison") -> Non
             click.echo(f"Only {recipe.name} has {', '.join(names)}, left out here and in the bag.")
     for caveat in comparison.caveats:
         click.echo(f"Caveat: {caveat}.")
+
+
+def _format_row(row: dict[str, Any], seeds: int) -> list[str]:
+    values = [_format(row[side]) for side in ("a", "b")]
+    interval = row["reason"] or f"{row['low']:+.3f} to {row['high']:+.3f}"
+    better = "" if row["seeds_better"] is None else f"{row['seeds_better']} of {seeds}"
+    return [*values, _format(row["difference"], "+.3f"), interval, better]
 
 
 def _format(value: float | None, form: str = ".3f") -> str:

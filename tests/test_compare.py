@@ -18,16 +18,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from scipy import stats
+from sklearn.metrics import f1_score, log_loss
 
-from pipeline.core.config import Config
+from pipeline.core.config import Config, EvaluateParams
 from pipeline.evaluation import compare_recipes as comparing
+from pipeline.evaluation.calibration import fit_platt
 from pipeline.evaluation.compare_recipes import BAG, METRICS, SEED_MEAN, Recipe
+from pipeline.evaluation.operating_point import choose_threshold
 
 PARAMS = {
     "profile": "demo",
     "seeds": [0, 1, 2],
     "demo": {
-        "split": {"seed": 1},
+        "split": {"seed": 1, "held_out_source": "B"},
         "train": {"lr": 1e-3, "keep": "last"},
         "evaluate": {"resamples": 50},
         "bag": {"method": "mean"},
@@ -43,7 +46,7 @@ stages:
     cmd: python make.py seeds
     params: [profile, seeds, "${profile}.split", "${profile}.train"]
     deps: [data/split.csv]
-    outs: [predictions/validation.csv]
+    outs: [predictions/external.csv, predictions/validation.csv]
 """
 # Stands for training: the lower the learning rate, the better the predictions. Every split.seed has other images.
 MAKE = """
@@ -52,24 +55,29 @@ params = json.loads(pathlib.Path("params.yaml").read_text())  # JSON is YAML
 section = params["demo"]
 first = 10 * section["split"]["seed"]
 files = [(f"{number:03}.png", number % 3 == 0, number // 2) for number in range(first, first + 60)]
+external = [(f"ext-{number:03}.png", number % 2 == 0, 100 + number // 2) for number in range(40)]
+subsets = {"validation": files, "external": external}
 if sys.argv[1:] != ["seeds"]:
     pathlib.Path("data").mkdir(exist_ok=True)
-    rows = ["file,xxh128,patient", *(f"{file},0{number}e5," for file, _, number in files)]
+    images = [(subset, *image) for subset, of_subset in subsets.items() for image in of_subset]
+    rows = ["file,xxh128,patient", *(f"{file},0{number}e5," for _, file, _, number in images)]
     pathlib.Path("data/manifest.csv").write_text("\\n".join(rows) + "\\n")
-    rows = ["file,group,subset,fold", *(f"{file},p{patient},validation,0" for file, _, patient in files)]
+    rows = ["file,group,subset,fold", *(f"{file},p{patient},{subset},0" for subset, file, _, patient in images)]
     pathlib.Path("data/split.csv").write_text("\\n".join(rows) + "\\n")
 else:
-    columns = []
-    for seed in params["seeds"]:
-        rng = random.Random(seed)
-        slope = 1 - math.log10(section["train"]["lr"]) / 4
-        logits = [slope * (2 * label - 1) + rng.gauss(0, 1) + rng.gauss(0, 1) for _, label, _ in files]
-        columns.append([1 / (1 + math.exp(-logit)) for logit in logits])
-    rows = [",".join(["file", "label", *(f"seed-{seed}" for seed in params["seeds"])])]
-    for number, (file, label, _) in enumerate(files):
-        rows.append(",".join([file, str(int(label)), *(f"{column[number]:.9g}" for column in columns)]))
     pathlib.Path("predictions").mkdir(exist_ok=True)
-    pathlib.Path("predictions/validation.csv").write_text("\\n".join(rows) + "\\n")
+    header = ",".join(["file", "label", *(f"seed-{seed}" for seed in params["seeds"])])
+    slope = 1 - math.log10(section["train"]["lr"]) / 4
+    for subset in ("validation", "external"):
+        images, columns = subsets[subset], []
+        for seed in params["seeds"]:
+            rng = random.Random(seed)
+            logits = [slope * (2 * label - 1) + rng.gauss(0, 1) + rng.gauss(0, 1) for _, label, _ in images]
+            columns.append([1 / (1 + math.exp(-logit)) for logit in logits])
+        rows = [header]
+        for number, (file, label, _) in enumerate(images):
+            rows.append(",".join([file, str(int(label)), *(f"{column[number]:.9g}" for column in columns)]))
+        pathlib.Path(f"predictions/{subset}.csv").write_text("\\n".join(rows) + "\\n")
 """
 
 
@@ -123,20 +131,26 @@ def compare(arguments: str) -> dict:
     return json.loads(output_of(f"cxr compare {arguments} --json -"))
 
 
-def metric_table(content: dict) -> pd.DataFrame:
-    return pd.DataFrame(content["metrics"]).set_index(["model", "metric"])
+def metric_table(content: dict, images: str = "validation") -> pd.DataFrame:
+    table = pd.DataFrame(content["metrics"])
+    return table[table["images"] == images].set_index(["model", "metric"])
 
 
 def test_the_json_has_every_metric_of_the_seeds_and_of_the_bag(compared):
     content = compare("base better")
     assert list(content) == [
-        "a", "b", "images", "positive_images", "patients", "positive_patients", "seeds", "caveats", "parameters",
-        "metrics",
+        "a", "b", "held_out_source", "images", "seeds", "caveats", "parameters", "metrics",
     ]  # fmt: skip
     assert list(content["metrics"][0]) == comparing.COLUMNS
+    assert [row["images"] for row in content["metrics"]] == ["validation"] * 16 + ["external"] * 16
     table = metric_table(content)
-    assert list(table.index) == [(model, metric) for model in (SEED_MEAN, BAG) for metric in METRICS]
-    assert [content[key] for key in ("images", "positive_images", "patients", "positive_patients")] == [60, 20, 30, 20]
+    for images in content["images"]:
+        index = metric_table(content, images).index
+        assert list(index) == [(model, metric) for model in (SEED_MEAN, BAG) for metric in METRICS]
+    counts = ("images", "positives", "patients", "positive_patients")
+    assert [content["images"]["validation"][key] for key in counts] == [60, 20, 30, 20]
+    assert [content["images"]["external"][key] for key in counts] == [40, 20, 20, 20]
+    assert content["held_out_source"] == "B"
     assert content["seeds"] == ["seed-0", "seed-1", "seed-2"]
     commit = subprocess.run(["git", "rev-parse", "better"], capture_output=True, text=True, check=True).stdout.strip()
     assert content["b"] == {"name": "better", "commit": commit, "seeds_left_out": []}
@@ -154,11 +168,12 @@ def test_the_json_has_every_metric_of_the_seeds_and_of_the_bag(compared):
     assert (shown["difference"] <= shown["high"]).all()
 
 
-def test_the_mean_of_the_seeds_is_that_of_scikit_learn(compared):
+@pytest.mark.parametrize("images", ["validation", "external"])
+def test_the_mean_of_the_seeds_is_that_of_scikit_learn(compared, images):
     from sklearn import metrics
 
-    table = pd.read_csv(compared / "predictions/validation.csv")
-    values = metric_table(compare("base base")).loc[SEED_MEAN, "a"]
+    table = pd.read_csv(compared / f"predictions/{images}.csv")
+    values = metric_table(compare("base base"), images).loc[SEED_MEAN, "a"]
     seeds = [table[f"seed-{seed}"] for seed in (0, 1, 2)]
     label = table["label"]
     expected = {
@@ -205,9 +220,11 @@ def test_seeds_are_paired_by_name_and_those_that_only_one_has_are_left_out_and_n
 
 def test_the_terminal_has_a_table_of_metrics_the_parameters_that_differ_and_caveats(compared, tmp_path):
     output = output_of(f"cxr compare shuffled better --json {tmp_path / 'c.json'} --png {tmp_path / 'c.png'}")
-    assert "better minus shuffled: 60 images of 30 patients (20 of 20 positive), 2 seeds" in output
-    (row,) = [line for line in output.splitlines() if "mean of the seeds" in line and "AUROC" in line]
-    assert "2 of 2" in row
+    assert "Validation set, better minus shuffled: 60 images of 30 patients (20 of 20 positive), 2 seeds" in output
+    assert "Held-out source B, better minus shuffled: 40 images of 20 patients (20 of 20 positive), 2 seeds" in output
+    rows = [line for line in output.splitlines() if "mean of the seeds" in line and "AUROC" in line]
+    assert [" of 2 " in row for row in rows] == [True, True]
+    assert " 2 of 2 " in rows[0]
     (row,) = [line for line in output.splitlines() if "train.keep" in line and "Caveat" not in line]
     assert row.split()[1::2] == ["train.keep", "best_f1", "last"]
     assert output.count("Caveat: shuffled chose its epochs on these images (train.keep: best_f1)") == 1
@@ -221,7 +238,10 @@ def test_the_terminal_has_a_table_of_metrics_the_parameters_that_differ_and_cave
     [
         ("base nosuch", "nosuch: no Git revision, DVC experiment, or folder with a params.yaml has this name"),
         ("data base", "data: no Git revision, DVC experiment, or folder with a params.yaml has this name"),
-        ("base other-split", "base and other-split were evaluated on different images (60 and 60, 50 of them in both)"),
+        (
+            "base other-split",
+            "base and other-split were evaluated on different images (100 and 100, 90 of them in both)",
+        ),
     ],
 )
 def test_what_cannot_be_compared_is_one_line(compared, arguments, message):
@@ -283,9 +303,11 @@ def test_another_project_is_refused(compared, tmp_path):
 # Without DVC.
 
 
-def recipe(name: str, table: pd.DataFrame, seeds: Sequence[int] = (0, 1), **sections) -> Recipe:
+def recipe(name: str, table: pd.DataFrame, seeds: Sequence[int] = (0, 1), external: int = 0, **sections) -> Recipe:
+    """Return a recipe whose held-out source has the last images of the table."""
     content = {"profile": "x", "seeds": list(seeds), "x": {"evaluate": {"resamples": 40}} | sections}
-    return Recipe(name, Config.model_validate(content), table)
+    validation = len(table) - external
+    return Recipe(name, Config.model_validate(content), table.iloc[:validation], table.iloc[validation:])
 
 
 def random_predictions(count: int = 40, positives: int = 12, seed: int = 0) -> pd.DataFrame:
@@ -304,7 +326,7 @@ def test_images_of_the_same_name_that_are_not_the_same_are_refused(column, meani
     other = table.copy()
     other.loc["003.png", column] = 0 if column == "label" else "other"
     message = error_message(comparing.compare_recipes, recipe("A", table), recipe("B", other))
-    assert message.startswith(f"A and B have different {meaning} for 1 of the 40 validation images, such as 003.png;")
+    assert message.startswith(f"A and B have different {meaning} for 1 of the 40 images, such as 003.png;")
 
 
 def test_the_order_of_the_images_does_not_matter():
@@ -312,6 +334,29 @@ def test_the_order_of_the_images_does_not_matter():
     straight = comparing.compare_recipes(recipe("A", table), recipe("B", other)).metrics
     mixed = comparing.compare_recipes(recipe("A", table), recipe("B", other.sample(frac=1, random_state=0))).metrics
     pd.testing.assert_frame_equal(straight, mixed)
+
+
+def test_on_the_held_out_source_the_threshold_and_the_recalibration_are_those_of_the_validation_set():
+    table = random_predictions(80, 24).sample(frac=1, random_state=0)
+    sides = (recipe(name, table, external=40, evaluate={"operating_point": "best_f1"}) for name in "AB")
+    metrics = comparing.compare_recipes(*sides).metrics.set_index(["images", "model", "metric"])["a"]
+    validation, external = table.iloc[:40], table.iloc[40:]
+    labels, groups = validation["label"].to_numpy(), validation["group"].to_numpy()
+    expected = {"f1": [], "recalibrated_loss": []}
+    for seed in ("seed-0", "seed-1"):
+        params = EvaluateParams(operating_point="best_f1")
+        threshold = choose_threshold(labels, validation[seed].to_numpy(), groups, params)
+        expected["f1"].append(f1_score(external["label"], external[seed] >= threshold))
+        recalibrated = fit_platt(labels, validation[seed].to_numpy())(external[seed].to_numpy())
+        expected["recalibrated_loss"].append(log_loss(external["label"], recalibrated))
+    for metric, values in expected.items():
+        assert metrics["external", SEED_MEAN, metric] == pytest.approx(np.mean(values)), metric
+
+
+def test_a_source_that_only_one_recipe_held_out_is_refused():
+    table = random_predictions()
+    sides = recipe("A", table, external=10), recipe("B", table)
+    assert "were evaluated on different images" in error_message(comparing.compare_recipes, *sides)
 
 
 @pytest.mark.parametrize("positives", [0, 1, 40])
@@ -323,6 +368,15 @@ def test_undefined_metrics_have_a_reason(positives):
     undefined = metrics["difference"].isna()
     assert "recalibrated_loss" in set(metrics["metric"][undefined])
     assert metrics["reason"][undefined].str.startswith("undefined").all()
+
+
+def test_the_loss_of_bags_that_err_on_no_patient_has_no_interval_and_says_why():
+    table = random_predictions()
+    surer = table.assign(**{seed: table["label"] * 0.9 + table[seed] * 0.05 for seed in ("seed-0", "seed-1")})
+    less = table.assign(**{seed: table["label"] * 0.6 + table[seed] * 0.3 for seed in ("seed-0", "seed-1")})
+    metrics = comparing.compare_recipes(recipe("A", less), recipe("B", surer)).metrics.set_index(["model", "metric"])
+    assert metrics.loc[(BAG, "loss"), "difference"] < 0
+    assert metrics.loc[(BAG, "loss"), "reason"].startswith("fewer than 3 patients with a probability on the wrong side")
 
 
 def test_without_a_seed_of_a_bag_only_the_seeds_are_compared():

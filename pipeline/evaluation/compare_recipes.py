@@ -16,6 +16,7 @@ from scipy import stats
 from pipeline.core.config import BAG, Config, load_config
 from pipeline.core.errors import UserError
 from pipeline.core.files import read_csv
+from pipeline.evaluation import ensemble
 from pipeline.evaluation.calibration import fit_platt
 from pipeline.evaluation.cross_fitted_predictor import CrossFittedPredictor
 from pipeline.evaluation.intervals import compare_predictions
@@ -27,13 +28,15 @@ from pipeline.evaluation.metric_tables import (
 )
 from pipeline.evaluation.metrics import CONFIDENCE_LEVEL, LOWER_IS_BETTER, METRIC_LABELS, apply_threshold
 
-FILES = ["params.yaml", "data/manifest.csv", "data/split.csv", "predictions/validation.csv"]
+FILES = [
+    "params.yaml", "data/manifest.csv", "data/split.csv", "predictions/validation.csv", "predictions/external.csv",
+]  # fmt: skip
 SEED_MEAN = "mean of the seeds"
 RECALIBRATED_LOSS = "recalibrated_loss"  # cross-fitted with temperature and bias
 LABELS = METRIC_LABELS | {RECALIBRATED_LOSS: "log loss, recalibrated"}
 METRICS = ["f1", "recall", "specificity", "auroc", "average_precision", "loss", RECALIBRATED_LOSS, "brier"]
 LOSSES = [*LOWER_IS_BETTER, RECALIBRATED_LOSS]
-COLUMNS = ["model", "metric", "a", "b", "difference", "low", "high", "seeds_better", "reason"]
+COLUMNS = ["images", "model", "metric", "a", "b", "difference", "low", "high", "seeds_better", "reason"]
 
 
 @dataclass(frozen=True)
@@ -41,12 +44,14 @@ class Recipe:
     """One side of a comparison.
 
     `predictions` has a row per validation image, indexed by file, with `label`, `group`, `xxh128` (of the image's file)
-    and a column of P(positive) per seed. `commit` is that of a Git revision, None for a folder.
+    and a column of P(positive) per seed; `external` is the same for the held-out source, without rows if there is none.
+    `commit` is that of a Git revision, None for a folder.
     """
 
     name: str
     config: Config
     predictions: pd.DataFrame
+    external: pd.DataFrame
     commit: str | None = None
 
 
@@ -57,17 +62,17 @@ class Comparison:
     Attributes:
         seeds: names of the models of the seeds that both have.
         left_out: for `a` and `b`, the names of those that only this one has.
-        validation: the images that both were evaluated on.
+        image_sets: the images that both were evaluated on: `validation`, and `external` if a source is held out.
         parameters: a row per parameter that differs: `parameter`, `a`, `b`.
-        metrics: a row per model (`SEED_MEAN` or `BAG`) and metric: its value for `a` and `b`, the `difference` b minus
-            a with the ends of its 95 % interval, the number of `seeds_better` with b, and the `reason` where there is
-            no interval.
+        metrics: a row per image set (`images`), model (`SEED_MEAN` or `BAG`) and metric: its value for
+            `a` and `b`, the `difference` b minus a with the ends of its 95 % interval, the number of `seeds_better`
+            with b, and the `reason` where there is no interval.
         caveats: what to know before believing the figures.
     """
 
     seeds: list[str]
     left_out: dict[str, list[str]]
-    validation: ValidationSet
+    image_sets: dict[str, ValidationSet]
     parameters: pd.DataFrame
     metrics: pd.DataFrame
     caveats: list[str]
@@ -75,19 +80,22 @@ class Comparison:
 
 def load_recipe(folder: Path, name: str, commit: str | None = None) -> Recipe:
     """Read the `FILES` of a project from a folder."""
-    validation = read_csv(folder / "predictions/validation.csv").set_index("file")
     manifest, split = (
         pd.read_csv(folder / "data" / table, dtype=str, keep_default_na=False).set_index("file")
         for table in ("manifest.csv", "split.csv")
     )
-    predictions = validation.join(manifest["xxh128"]).join(split["group"])
-    return Recipe(name, load_config(folder / "params.yaml"), predictions, commit)
+    predictions, external = (
+        read_csv(folder / "predictions" / table).set_index("file").join(manifest["xxh128"]).join(split["group"])
+        for table in ("validation.csv", "external.csv")
+    )
+    return Recipe(name, load_config(folder / "params.yaml"), predictions, external, commit)
 
 
 def compare_recipes(a: Recipe, b: Recipe) -> Comparison:
     """Compare two recipes on every metric of `METRICS`, as the mean over the seeds and for the bag.
 
-    Every model predicts at the operating point that its own recipe chooses, cross-fitted where that is fitted.
+    Every model predicts at the operating point that its own recipe chooses, cross-fitted where that is fitted; on the
+    source that both held out, it and the recalibration are those of all validation images.
 
     Raises:
         UserError: they were not evaluated on the same images, or have no seed in common.
@@ -99,49 +107,36 @@ def compare_recipes(a: Recipe, b: Recipe) -> Comparison:
             f"{a.name} and {b.name} have no seed in common ({_list_names(a.config.model_names)}; "
             f"{_list_names(b.config.model_names)}); train both with the same seeds"
         )
-    files = a.predictions.sort_index()
     resamples = max(recipe.config.active.evaluate.resamples for recipe in (a, b))
-    validation = ValidationSet(files["label"].to_numpy(), files["group"].to_numpy(), resamples)
-    our_models, their_models = (_predict_models(validation, recipe, seeds) for recipe in (b, a))
-    ours, theirs = (
-        {name: _bootstrap_metrics(validation, *model) for name, model in models.items()}
-        for models in (our_models, their_models)
-    )
-    tables = [compare_seeds([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds]).assign(model=SEED_MEAN)]
-    if BAG in ours and BAG in theirs:
-        raw, recalibrated = (
-            compare_predictions(validation.labels, validation.groups, *pair).set_index("metric")
-            if not any(model.reason for model in pair)
-            else pd.DataFrame(columns=["difference", "low", "high", "probability"])
-            for pair in zip(our_models[BAG], their_models[BAG], strict=True)
-        )
-        recalibrated = recalibrated.filter(["loss"], axis="index").rename(index={"loss": RECALIBRATED_LOSS})
-        table = pd.concat([raw, recalibrated]).reindex(METRICS).drop(columns="reason").rename_axis("metric")
-        values = pd.DataFrame({"a": theirs[BAG].iloc[0], "b": ours[BAG].iloc[0]})
-        tables.append(table.join(values).reset_index().assign(model=BAG))
-    metrics = pd.concat(tables).reset_index(drop=True)
+    image_sets = {
+        name: ValidationSet(table["label"].to_numpy(), table["group"].to_numpy(), resamples)
+        for name, table in _prediction_tables(a).items()
+    }
+    ours, theirs = (_predict_models(image_sets["validation"], recipe, seeds) for recipe in (b, a))
+    tables = [_compare_models(image_sets[name], ours[name], theirs[name]).assign(images=name) for name in image_sets]
     left_out = {
         side: [name for name in recipe.config.model_names if name not in seeds] for side, recipe in (("a", a), ("b", b))
     }
-    return Comparison(seeds, left_out, validation, differing_parameters(a, b), _give_reasons(metrics), _caveats(a, b))
+    metrics = _give_reasons(pd.concat(tables).reset_index(drop=True))
+    return Comparison(seeds, left_out, image_sets, differing_parameters(a, b), metrics, _caveats(a, b))
 
 
 def check_same_images(a: Recipe, b: Recipe) -> None:
     """Raise a UserError unless both were evaluated on the same images, with the same labels and groups."""
-    ours, theirs = set(a.predictions.index), set(b.predictions.index)
-    names = f"{a.name} and {b.name}"
-    if ours != theirs:
+    names, tables = f"{a.name} and {b.name}", [pd.concat([side.predictions, side.external]) for side in (a, b)]
+    ours, theirs = (set(table.index) for table in tables)
+    if ours != theirs or len(a.external) != len(b.external):
         raise UserError(
             f"{names} were evaluated on different images ({len(ours)} and {len(theirs)}, {len(ours & theirs)} of them "
             "in both): one of them may have been trained on what the other is evaluated on; give both the same data "
             "and split parameters, then run: dvc repro"
         )
-    other = b.predictions.loc[a.predictions.index]
+    mine, other = tables[0], tables[1].loc[tables[0].index]
     for column, meaning in (("xxh128", "contents"), ("label", "labels"), ("group", "patient groups")):
-        differs = a.predictions[column].ne(other[column])
+        differs = mine[column].ne(other[column])
         if differs.any():
             raise UserError(
-                f"{names} have different {meaning} for {differs.sum()} of the {len(ours)} validation images, such as "
+                f"{names} have different {meaning} for {differs.sum()} of the {len(ours)} images, such as "
                 f"{differs.idxmax()}; give both the same data, then run: dvc repro"
             )
 
@@ -230,26 +225,69 @@ def seed_mean_interval(
     return (mean - half_width, mean + half_width) if half_width > 0 else (np.nan, np.nan)
 
 
+def _prediction_tables(recipe: Recipe) -> dict[str, pd.DataFrame]:
+    """Return the tables of predictions that have images, in the order of the files' names."""
+    tables = {"validation": recipe.predictions.sort_index(), "external": recipe.external.sort_index()}
+    return {name: table for name, table in tables.items() if name == "validation" or len(table)}
+
+
 def _predict_models(
     validation: ValidationSet, recipe: Recipe, seeds: Sequence[str]
-) -> dict[str, tuple[Predictions, Predictions]]:
-    """Return the predictions of each seed and, if any of its members is among the seeds, the bag: raw, recalibrated."""
-    table, bag = recipe.predictions.sort_index(), recipe.config.active.bag
+) -> dict[str, dict[str, tuple[Predictions, Predictions]]]:
+    """Return the predictions of each seed and, if any of its members is among the seeds, the bag: raw, recalibrated.
+
+    They are by the name of the image set, then of the model.
+    """
+    tables, bag = _prediction_tables(recipe), recipe.config.active.bag
     members = {seed: [seed] for seed in seeds}
     if bag_members := [name for name in recipe.config.bag_members if name in seeds]:
         members[BAG] = bag_members
-    models = {}
+    models: dict[str, dict[str, tuple[Predictions, Predictions]]] = {name: {} for name in tables}
     for name, columns in members.items():
-        predictor = CrossFittedPredictor(recipe.config, validation, table[columns], bag.method)
-        predictions = Predictions(predictor.predictions.predicted, predictor.scores)
-        recalibrated, _ = cross_fit_recalibration(validation, predictor.scores, fit_platt)
-        models[name] = (
-            predictions,
-            unavailable_predictions("too few groups of a class to cross-fit")
-            if recalibrated is None
-            else Predictions(apply_threshold(recalibrated), recalibrated),
-        )
+        predictor = CrossFittedPredictor(recipe.config, validation, tables["validation"][columns], bag.method)
+        recalibrated, recalibrate = cross_fit_recalibration(validation, predictor.scores, fit_platt)
+        raw = Predictions(predictor.predictions.predicted, predictor.scores)
+        models["validation"][name] = raw, _recalibrated_predictions(recalibrated)
+        if "external" in tables:
+            predicted = ensemble.predict(tables["external"], predictor.ensemble_config)
+            scores = predicted["score"].to_numpy()
+            recalibrated = recalibrate(scores) if recalibrate else None
+            raw = Predictions(predicted["label"].to_numpy(), scores)
+            models["external"][name] = raw, _recalibrated_predictions(recalibrated)
     return models
+
+
+def _recalibrated_predictions(probabilities: np.ndarray | None) -> Predictions:
+    if probabilities is None:
+        return unavailable_predictions("too few groups of a class to cross-fit")
+    return Predictions(apply_threshold(probabilities), probabilities)
+
+
+def _compare_models(
+    images: ValidationSet,
+    our_models: Mapping[str, tuple[Predictions, Predictions]],
+    their_models: Mapping[str, tuple[Predictions, Predictions]],
+) -> pd.DataFrame:
+    """Compare the means over the seeds, and the bags if both have one: a row per model and metric."""
+    ours, theirs = (
+        {name: _bootstrap_metrics(images, *model) for name, model in models.items()}
+        for models in (our_models, their_models)
+    )
+    seeds = [name for name in ours if name != BAG]
+    means = compare_seeds([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds])
+    tables = [means.assign(model=SEED_MEAN, reason="")]
+    if BAG in ours and BAG in theirs:
+        raw, recalibrated = (
+            compare_predictions(images.labels, images.groups, *pair).set_index("metric")
+            if not any(model.reason for model in pair)
+            else pd.DataFrame(columns=["difference", "low", "high", "probability"])
+            for pair in zip(our_models[BAG], their_models[BAG], strict=True)
+        )
+        recalibrated = recalibrated.filter(["loss"], axis="index").rename(index={"loss": RECALIBRATED_LOSS})
+        table = pd.concat([raw, recalibrated]).reindex(METRICS).rename_axis("metric")
+        values = pd.DataFrame({"a": theirs[BAG].iloc[0], "b": ours[BAG].iloc[0]})
+        tables.append(table.join(values).reset_index().assign(model=BAG))
+    return pd.concat(tables)
 
 
 def _bootstrap_metrics(validation: ValidationSet, raw: Predictions, recalibrated: Predictions) -> pd.DataFrame:
@@ -263,7 +301,8 @@ def _give_reasons(metrics: pd.DataFrame) -> pd.DataFrame:
     undefined = "undefined: images of one class only, or too few patients of a class to cross-fit"
     constant = "none: the same in every resample"
     has_interval = metrics["low"] < metrics["high"]
-    reason = np.where(metrics["difference"].isna(), undefined, np.where(has_interval, "", constant))
+    missing = metrics["reason"].replace("", constant)
+    reason = np.where(metrics["difference"].isna(), undefined, np.where(has_interval, "", missing))
     ends = metrics[["low", "high"]].where(has_interval)
     return metrics.assign(low=ends["low"], high=ends["high"], reason=reason)[COLUMNS]
 

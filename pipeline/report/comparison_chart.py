@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from pipeline.core.files import atomic_path
 from pipeline.evaluation.compare_recipes import LABELS, LOSSES
 
-MARKERS = ("o", "s")
-COLORS = ("#1f5fa8", "#b3541e")  # told apart by color-blind readers too
+MARKERS = ("o", "s", "^", "D")
+COLORS = ("#1f5fa8", "#b3541e", "#7db3e8", "#e6a97f")  # told apart by color-blind readers too
 
 
 def write_comparison(path: Path, metrics: pd.DataFrame, a: str, b: str) -> None:
@@ -23,6 +23,8 @@ def write_comparison(path: Path, metrics: pd.DataFrame, a: str, b: str) -> None:
         a: name of one recipe.
         b: name of the other.
     """
+    if "external" in set(metrics["images"]):
+        metrics = metrics.assign(model=metrics["model"] + ", " + metrics["images"])
     is_loss = metrics["metric"].isin(LOSSES)
     heights = [metrics.loc[rows, "metric"].nunique() for rows in (~is_loss, is_loss)]
     figure = Figure(figsize=(7, 1.8 + 0.45 * sum(heights)), layout="constrained")
@@ -42,7 +44,8 @@ def _draw_differences(axes: Axes, metrics: pd.DataFrame) -> None:
     models = list(dict.fromkeys(metrics["model"]))
     for number, (model, rows) in enumerate(metrics.groupby("model", sort=False)):
         x = rows["difference"].to_numpy(dtype=float)
-        y = np.array([names.index(name) for name in rows["metric"]]) + 0.26 * (number - (len(models) - 1) / 2)
+        offset = (number - (len(models) - 1) / 2) * 0.78 / (len(models) + 1)
+        y = np.array([names.index(name) for name in rows["metric"]]) + offset
         errors = np.nan_to_num([x - rows["low"], rows["high"] - x])
         axes.errorbar(x, y, xerr=errors, fmt=MARKERS[number], color=COLORS[number], markersize=5, label=str(model))
     axes.axvline(0, color="#666666", linewidth=0.8)
