@@ -51,6 +51,17 @@ def test_a_heatmap_is_the_mean_of_the_members_and_leaves_out_those_that_do_not_c
     assert maps == pytest.approx(first, abs=1e-6)
 
 
+def test_a_heatmap_explains_every_feature_map_of_a_grid():
+    torch.manual_seed(0)
+    architecture = Architecture("timm/tf_efficientnet_lite0", [], 0.0, 128, "imagenet", 96, "stretch", feature_grid=2)
+    network = Classifier(architecture).eval()
+    with torch.no_grad():
+        network.head.logits.weight[:, 40 * 4 :] = 0  # the first map, at a stride of 8, has 40 channels
+    maps = compute_heatmaps(network, PIXELS, LABELS)
+    assert maps.shape == (3, 128, 128)
+    assert 0.3 < maps.max() <= 1
+
+
 def test_heatmaps_and_predictions_at_the_same_time_do_not_disturb_each_other(model):
     expected = [explain.explain(model, PIXELS, labels) for labels in (LABELS, LABELS[::-1])]
     probabilities = model.predict(PIXELS)["probability"]

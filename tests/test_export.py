@@ -86,9 +86,13 @@ def test_onnx_runtime_gives_the_probabilities_of_predict_for_any_number_of_image
     assert (dimension.dim_param, [edge.dim_value for edge in edges]) == ("N", [96, 96])
 
 
-@pytest.mark.parametrize("size", [32, 48, 64])  # smaller than the images, equal, and larger
-def test_the_graph_resizes_as_predict_does(size):
-    model = make_candidate(Architecture("squeezenet1_1", [], 0.0, size, "none", 48, "stretch"), [2, 1], method="vote")
+@pytest.mark.parametrize(
+    ("size", "changes"),  # smaller than the images, equal, and larger
+    [(32, {}), (48, {}), (64, {}), (64, {"backbone": "timm/tf_efficientnet_lite0", "feature_grid": 3})],
+)
+def test_the_graph_resizes_as_predict_does(size, changes):
+    architecture = replace(SQUEEZENET, size=size, packed_size=48, **changes)
+    model = make_candidate(architecture, [2, 1], method="vote")
     pixels = random_pixels(3, 48)
     with torch.inference_mode():
         score, _, _, members = export_onnx.CandidateGraph(model)(pixels)
@@ -286,6 +290,13 @@ def test_a_folder_for_the_hub_is_complete_or_not_there(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         export_huggingface.write_huggingface(make_candidate(SQUEEZENET, [1]), tmp_path / "new/hub", ORIGIN, "demo", "")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_grid_of_features_is_not_exported_for_the_hub(tmp_path):
+    model = make_candidate(replace(SQUEEZENET, backbone="timm/tf_efficientnet_lite0", feature_grid=2), [1])
+    message = error_message(export_huggingface.write_huggingface, model, tmp_path / "hub", ORIGIN, "demo", "")
+    assert message.startswith("train.feature_grid: neither timm nor torch loads such a model by name; run: cxr export")
+    assert not (tmp_path / "hub").exists()
 
 
 @pytest.mark.slow

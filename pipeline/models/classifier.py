@@ -17,6 +17,7 @@ from pipeline.core.config import Resize
 from pipeline.core.errors import UserError
 from pipeline.core.files import atomic_path, read_json, sha256_of_file, write_json
 from pipeline.models import backbones, preprocessing
+from pipeline.models.pooling import FixedAveragePool2d
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Mean and standard deviation of each channel, of gray levels from 0 to 1.
@@ -27,6 +28,7 @@ NORMALIZATIONS = {
 }
 WEIGHTS_FILE, DESCRIPTION_FILE = "model.safetensors", "model.json"  # in the folder of a saved model
 POSITIVE_CLASS = 1  # index in the logits
+FEATURE_MAPS = 3  # the last ones, of a grid of features
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Architecture:
     border_mask: float = 0.0  # share of the edge
     marker_mask: bool = False
     test_time_augmentation: str = "none"
+    feature_grid: int = 0  # fields per edge of the feature maps; 0 for the backbone's own features
 
 
 class Classifier(nn.Module):
@@ -56,8 +59,13 @@ class Classifier(nn.Module):
         self.architecture = architecture
         self.backbone = backbones.build_backbone(architecture.backbone)
         mean, std = NORMALIZATIONS[architecture.normalization]
-        width = backbones.feature_count(self.backbone, architecture.size, len(mean))
-        self.head = Head(width, architecture.head_hidden, architecture.dropout)
+        grid = architecture.feature_grid
+        # The first module gives heatmaps a layer to look at: its output is the whole feature map.
+        pools = [nn.Sequential(nn.Identity(), FixedAveragePool2d((grid, grid))) for _ in range(FEATURE_MAPS)]
+        self.feature_pools = nn.ModuleList(pools if grid else [])
+        self.backbone.eval()
+        width = backbones.feature_count(self.extract_features, architecture.size, len(mean))
+        self.head = Head(width, architecture.head_hidden, architecture.dropout, standardize=grid > 0)
         scale = 1 / (255 * torch.tensor(std).view(-1, 1, 1))
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("shift", -255 * scale * torch.tensor(mean).view(-1, 1, 1), persistent=False)
@@ -100,8 +108,20 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor, masks: Sequence[Tensor] = ()) -> Tensor:
         """Compute logits (B, 2), negative class first, for images from `normalize` and masks from `dropout_masks`."""
-        logits: Tensor = self.head(self.backbone(images).flatten(1), masks)
+        logits: Tensor = self.head(self.extract_features(images), masks)
         return logits
+
+    def extract_features(self, images: Tensor) -> Tensor:
+        """Compute the backbone's features (B, width) for images from `normalize`.
+
+        With `feature_grid`, they are the means of fields of its last `FEATURE_MAPS` feature maps. Layers before the
+        last one, and positions in the image, can transfer better (Evci et al. 2022, arXiv:2201.03529).
+        """
+        if not self.feature_pools:
+            features: Tensor = self.backbone(images)
+            return features.flatten(1)
+        maps = self.backbone.forward_intermediates(images, intermediates_only=True)[-FEATURE_MAPS:]  # type: ignore[operator]
+        return torch.cat([pool(one).flatten(1) for pool, one in zip(self.feature_pools, maps, strict=True)], dim=1)
 
     @torch.inference_mode()
     def predict_proba(self, pixels: Tensor) -> Tensor:
@@ -125,8 +145,7 @@ class Classifier(nn.Module):
     @torch.inference_mode()
     def embed(self, pixels: Tensor) -> Tensor:
         """Return the backbone's features, float32 (B, width), of gray images (B, H, W), uint8."""
-        features: Tensor = self.backbone(self.normalize(self.resize(pixels)))
-        return features.flatten(1).float()
+        return self.extract_features(self.normalize(self.resize(pixels))).float()
 
 
 class Head(nn.Module):
@@ -136,8 +155,9 @@ class Head(nn.Module):
     recipe, the 128 features are a linear bottleneck.
     """
 
-    def __init__(self, features: int, hidden: list[int], dropout: float) -> None:
+    def __init__(self, features: int, hidden: list[int], dropout: float, *, standardize: bool = False) -> None:
         super().__init__()
+        self.scaler = FeatureScaler(features) if standardize else nn.Identity()
         widths = [features, *hidden]
         self.hidden = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(widths))
         self.logits = nn.Linear(widths[-1], 2)
@@ -157,6 +177,7 @@ class Head(nn.Module):
 
     def forward(self, features: Tensor, masks: Sequence[Tensor] = ()) -> Tensor:
         """Compute logits (B, 2) for features (B, width); without masks there is no dropout."""
+        features = self.scaler(features)
         if masks:
             features = self._drop(features, masks[0])
         for index, layer in enumerate(self.hidden):
@@ -170,6 +191,27 @@ class Head(nn.Module):
 
     def _drop(self, features: Tensor, mask: Tensor) -> Tensor:
         return features * (mask.to(features) / (1 - self._dropout))
+
+
+class FeatureScaler(nn.Module):
+    """Subtracts the mean of each feature in the training set and divides by its standard deviation."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("std", torch.ones(width))
+
+    def fit(self, features: np.ndarray) -> None:
+        """Take mean and standard deviation from features (N, width), float32; constant ones are not divided."""
+        std = features.std(axis=0, dtype=np.float64)
+        self.mean.copy_(torch.from_numpy(features.mean(axis=0, dtype=np.float64)))
+        self.std.copy_(torch.from_numpy(np.where(std > 0, std, 1.0)))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return (features - self.mean) / self.std
 
 
 def load_pretrained(network: Classifier, folder: Path) -> None:

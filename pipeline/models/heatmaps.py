@@ -33,7 +33,7 @@ def compute_heatmaps(network: Classifier, pixels: Tensor, classes: Sequence[int]
         network = _copy_without_gradients(network)
         pixels = pixels.cpu().clone()  # a tensor of inference mode has no gradients
         inputs = network.normalize(network.resize(pixels)).requires_grad_()
-        with GradCAM(network, [target_layer(network)]) as cam:
+        with GradCAM(network, target_layers(network)) as cam:
             maps = np.asarray(cam(inputs, [ClassifierOutputTarget(label) for label in classes]))
         if network.lung_field is None:
             return maps
@@ -41,8 +41,13 @@ def compute_heatmaps(network: Classifier, pixels: Tensor, classes: Sequence[int]
         return preprocessing.insert(torch.from_numpy(maps)[:, None], boxes)[:, 0].numpy()
 
 
-def target_layer(network: Classifier) -> nn.Module:
-    """Return the last layer of the backbone whose output is a feature map with edges of at least `MIN_MAP_SIZE`."""
+def target_layers(network: Classifier) -> list[nn.Module]:
+    """Return the last layer of the backbone whose output is a feature map with edges of at least `MIN_MAP_SIZE`.
+
+    With `feature_grid`, all feature maps are explained, and the heatmap is the mean of theirs.
+    """
+    if network.feature_pools:
+        return [pool[0] for pool in network.feature_pools]  # type: ignore[index]
     layers: list[nn.Module] = []
 
     def record_layer(module: nn.Module, _: object, output: object) -> None:
@@ -55,7 +60,7 @@ def target_layer(network: Classifier) -> nn.Module:
         network(network.normalize(torch.zeros(1, 1, size, size)))
     for hook in hooks:
         hook.remove()
-    return layers[-1]
+    return layers[-1:]
 
 
 def _copy_without_gradients(network: Classifier) -> Classifier:

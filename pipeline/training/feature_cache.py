@@ -17,6 +17,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Generator, Tensor
+from xxhash import xxh3_128_hexdigest
 
 from pipeline.core.config import TrainParams
 from pipeline.core.errors import Interrupted
@@ -59,6 +60,11 @@ class FrozenFeatures:
         augmented = self.values.shape[1] - self.prediction_views
         views = torch.randint(1 + augmented, rows.shape, generator=generator).numpy()
         return torch.from_numpy(self.values[self._find(rows), np.where(views, views + self.prediction_views - 1, 0)])
+
+    def read_first(self, rows: Tensor) -> np.ndarray:
+        """Return the features of the images at `rows` (B,) as they are: float32 (B, width)."""
+        first: np.ndarray = self.values[self._find(rows), 0]
+        return first
 
     def _find(self, rows: Tensor) -> np.ndarray:
         # In the calling thread; torch would start a thread pool per calling thread.
@@ -132,7 +138,7 @@ def _compute(
         for view in range(1, params.feature_views):
             drawn = augment.draw_augmentation(len(images), params, make_generator(0, "features", index, view))
             views.append(augment.augment(images, {name: value.to(pack.device) for name, value in drawn.items()}))
-        features = [network.backbone(network.normalize(view)).flatten(1).float().cpu() for view in views]
+        features = [network.extract_features(network.normalize(view)).float().cpu() for view in views]
         values.append(torch.stack(features, dim=1))
         if signal := stop():
             raise Interrupted(signal, f"stopped after the features of {BATCH_SIZE * (index + 1)} images")
@@ -145,7 +151,7 @@ def _fingerprint(network: Classifier, params: TrainParams, pack: PackedImages, r
     content: dict[str, Any] = {
         "params": params.model_dump(exclude=HEAD_ONLY),
         "resize": pack.resize,
-        "images": hashlib.sha256(pack.images).hexdigest(),
+        "images": xxh3_128_hexdigest(pack.images),  # as fast as they are read
         "rows": rows.tolist(),
         "weights": {name: _sha256(value) for name, value in network.backbone.state_dict().items()},
         "code": {

@@ -20,7 +20,7 @@ from pipeline.core.errors import Interrupted, UserError
 from pipeline.core.parallel import map_in_threads
 from pipeline.data.dataset import PackedImages
 from pipeline.evaluation.metrics import Scores, kept_epoch, score_predictions
-from pipeline.models.classifier import Architecture, Classifier, load_pretrained
+from pipeline.models.classifier import Architecture, Classifier, FeatureScaler, load_pretrained
 from pipeline.training.augment import augment, draw_augmentation, draw_epoch_order, draw_mixup, mix
 from pipeline.training.captured_step import CapturedStep, Inputs, join_tensors, use_stream
 from pipeline.training.checkpoint import Checkpoint
@@ -109,6 +109,7 @@ class Trainer:
                 border_mask=params.border_mask,
                 marker_mask=params.marker_mask,
                 test_time_augmentation=params.test_time_augmentation,
+                feature_grid=params.feature_grid,
             )
         )
         load_pretrained(self.network, weights)
@@ -237,6 +238,9 @@ class Trainer:
         with report_out_of_memory(self.params):
             self.features = load_features(self.network, self.params, self.pack, rows, folder, self.stop)
         self.memory_format = torch.contiguous_format  # of features, which have no height and width
+        for network in {self.network, self.eval_model}:
+            if isinstance(network.head.scaler, FeatureScaler):
+                network.head.scaler.fit(self.features.read_first(self.train_rows))
 
     def _start_phase(self) -> None:
         """Freeze or unfreeze the backbone; data parallelism and compilation must be set up after that."""

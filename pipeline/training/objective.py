@@ -155,7 +155,7 @@ class _WithAdversary(nn.Module):
 
     def forward(self, images: Tensor, masks: Sequence[Tensor], reversal: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the logits of the labels (B, 2) and of the groups (B, G)."""
-        features = self.network.backbone(images).flatten(1)
+        features = self.network.extract_features(images)
         return self.network.head(features, masks), self.adversary(_ReverseGradient.apply(features, reversal))
 
 
