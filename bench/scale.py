@@ -46,7 +46,7 @@ def main(count: int) -> None:
         measure("describe_data", lambda: data_card.describe_data(images, quarantine, split, groups))
         write_csv(folder / "split.csv", split)
         table = measure("read_split", lambda: manifest.read_split(folder))
-        measure("compute_traits", lambda: acquisition.compute_traits(pack, table))
+        measure("compute_features", lambda: acquisition.compute_features(pack, table))
 
 
 def write_archive(path: Path, count: int) -> None:

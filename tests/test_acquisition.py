@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from sklearn.metrics import adjusted_rand_score
 
-from pipeline.evaluation.acquisition import cluster_traits, compute_traits, describe_clusters
+from pipeline.evaluation.acquisition import cluster_images, compute_features, describe_clusters
 
 
 def make_images(rng, count, noise, black):
@@ -24,13 +24,13 @@ def two_scanners():
 
 
 def test_two_scanners_are_two_clusters_with_their_label_purity(two_scanners):
-    traits = compute_traits(*two_scanners)
-    clusters = cluster_traits(traits)
+    features = compute_features(*two_scanners)
+    clusters = cluster_images(features)
     assert adjusted_rand_score(np.repeat([0, 1], [60, 40]), clusters) == 1
     assert list(clusters) == ["1"] * 60 + ["2"] * 40
     labels = pd.array([0] * 60 + [1] * 20 + [None] * 20, dtype="Int64")
     table = pd.DataFrame({"label": labels, "group": np.arange(100) // 2, "subset": ["train"] * 80 + ["test"] * 20})
-    described = describe_clusters(clusters, traits, table).set_index("cluster")
+    described = describe_clusters(clusters, features, table).set_index("cluster")
     assert list(described["labeled"]) == [60, 20]
     assert list(described["test"]) == [0, 20]
     assert list(described["positives"]) == [0, 1]
@@ -39,23 +39,23 @@ def test_two_scanners_are_two_clusters_with_their_label_purity(two_scanners):
     assert described["name"].str.match(r"[12] \((low|high) [a-z ]+\)").all()
 
 
-def test_traits_are_what_they_say(two_scanners):
+def test_features_are_what_they_say(two_scanners):
     images, manifest = two_scanners
-    traits = compute_traits(images, manifest)
-    assert traits.loc[0, "bytes_per_pixel"] == pytest.approx(np.log(manifest.loc[0, "bytes"] / 512**2))
-    assert traits["quantization"].isna().all()
-    assert (traits["aspect"] == 0).all()
-    assert (traits["noise"][60:].min()) > traits["noise"][:60].max()
-    assert traits.loc[0, "black_border"] == 0
-    assert traits.loc[60, "black_border"] == pytest.approx(34 / 124)  # of a border one pixel wide
-    np.testing.assert_array_equal(compute_traits(images[50:], manifest[50:]), traits[50:])
+    features = compute_features(images, manifest)
+    assert features.loc[0, "bytes_per_pixel"] == pytest.approx(np.log(manifest.loc[0, "bytes"] / 512**2))
+    assert features["quantization"].isna().all()
+    assert (features["aspect"] == 0).all()
+    assert (features["noise"][60:].min()) > features["noise"][:60].max()
+    assert features.loc[0, "black_border"] == 0
+    assert features.loc[60, "black_border"] == pytest.approx(34 / 124)  # of a border one pixel wide
+    np.testing.assert_array_equal(compute_features(images[50:], manifest[50:]), features[50:])
 
 
 def test_without_structure_no_cluster_is_found():
-    traits = pd.DataFrame(np.random.default_rng(0).normal(size=(200, 4)), columns=list("abcd"))
-    clusters = cluster_traits(traits)
+    features = pd.DataFrame(np.random.default_rng(0).normal(size=(200, 4)), columns=list("abcd"))
+    clusters = cluster_images(features)
     assert set(clusters) == {""}
     table = pd.DataFrame({"label": pd.array([0, 1] * 100, dtype="Int64"), "group": 0, "subset": "train"})
-    assert describe_clusters(clusters, traits, table).empty
-    assert set(cluster_traits(traits * 0)) == {""}
-    assert set(cluster_traits(traits[:20])) == {""}
+    assert describe_clusters(clusters, features, table).empty
+    assert set(cluster_images(features * 0)) == {""}
+    assert set(cluster_images(features[:20])) == {""}

@@ -249,8 +249,8 @@ def evaluate(
         width=600,
         height=np.resize([500, 700], count + 12),
     ).set_index("file")
-    traits = pd.DataFrame({"file": all_files, "cluster": "", "bytes": rng.normal(size=count + 12)})
-    write_csv(folder / "acquisition.csv", traits)
+    acquisition = pd.DataFrame({"file": all_files, "cluster": "", "bytes": rng.normal(size=count + 12)})
+    write_csv(folder / "acquisition.csv", acquisition)
     np.save(folder / "thumbnails.npy", rng.random((count + 12, 4, 4)))
     np.save(folder / "embeddings.npy", rng.normal(size=(count + 12, 3)))
     np.save(folder / "features.npy", rng.normal(size=(count, 3)))

@@ -325,8 +325,8 @@ def test_the_reference_is_described_as_the_log_describes_images(project, model):
         descriptions, torch.from_numpy(pixels), draw_scores(rng, np.zeros(LABELED))
     )
     log = read_log(LOG)[0]
-    traits = list(monitoring.TRAITS)
-    pd.testing.assert_frame_equal(log[traits], reference[traits].astype(float), check_exact=True)
+    features = list(monitoring.ACQUISITION_FEATURES)
+    pd.testing.assert_frame_equal(log[features], reference[features].astype(float), check_exact=True)
     embedded = reference["embedding"].notna()
     assert embedded.sum() == LABELED / 2
     assert np.allclose(

@@ -22,12 +22,12 @@ def write_acquisition(table: pd.DataFrame, images: np.ndarray) -> None:
         table: a row per image of the pack, from `manifest.read_split`.
         images: the pack, uint8 (N, S, S).
     """
-    traits = compute_traits(images, table)
-    clusters = cluster_traits(traits)
+    features = compute_features(images, table)
+    clusters = cluster_images(features)
     write_csv(
-        Path("predictions/acquisition.csv"), traits.assign(cluster=clusters).set_index(table["file"]).reset_index()
+        Path("predictions/acquisition.csv"), features.assign(cluster=clusters).set_index(table["file"]).reset_index()
     )
-    write_csv(Path("metrics/acquisition.csv"), describe_clusters(clusters, traits, table))
+    write_csv(Path("metrics/acquisition.csv"), describe_clusters(clusters, features, table))
     with atomic_path(Path("predictions/thumbnails.npy")) as temporary, temporary.open("wb") as out:
         np.save(out, make_thumbnails(images, np.arange(len(images))).round().astype(np.uint8))
 
@@ -38,7 +38,7 @@ def load_clusters(folder: Path) -> pd.Series:
     return pd.read_csv(folder / "acquisition.csv", dtype=types, keep_default_na=False).set_index("file")["cluster"]
 
 
-def compute_traits(images: np.ndarray, manifest: pd.DataFrame) -> pd.DataFrame:
+def compute_features(images: np.ndarray, manifest: pd.DataFrame) -> pd.DataFrame:
     """Compute what the scanner, the software and the file format leave in an image, and little of the patient.
 
     Args:
@@ -58,7 +58,7 @@ def compute_traits(images: np.ndarray, manifest: pd.DataFrame) -> pd.DataFrame:
         "bytes_per_pixel": manifest["bytes"].to_numpy(float) / pixels,
         "quantization": np.where(quantization > 0, quantization, np.nan),
     }
-    chunks = [_pixel_traits(images[start : start + CHUNK_SIZE]) for start in range(0, len(images), CHUNK_SIZE)]
+    chunks = [_pixel_features(images[start : start + CHUNK_SIZE]) for start in range(0, len(images), CHUNK_SIZE)]
     noise, detail, black_border = np.concatenate(chunks).T if chunks else np.zeros((3, 0))
     columns = {name: np.log(values) for name, values in ratios.items()}
     return pd.DataFrame(
@@ -66,11 +66,11 @@ def compute_traits(images: np.ndarray, manifest: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def cluster_traits(traits: pd.DataFrame) -> np.ndarray:
+def cluster_images(features: pd.DataFrame) -> np.ndarray:
     """Cluster images with a mixture of normal distributions, whose number is that of the lowest BIC (Schwarz 1978).
 
     Args:
-        traits: a row per image, from `compute_traits`.
+        features: a row per image, from `compute_features`.
 
     Returns:
         (N,), `1` to at most `MAX_CLUSTERS`, the largest cluster first; `NO_CLUSTERS` for all images if one normal
@@ -78,30 +78,30 @@ def cluster_traits(traits: pd.DataFrame) -> np.ndarray:
     """
     from sklearn.mixture import GaussianMixture
 
-    features = standardize(traits.to_numpy())
-    features = features[:, features.any(axis=0)]
-    none = np.full(len(traits), NO_CLUSTERS, dtype=object)
-    if len(features) < MIN_IMAGES or not features.shape[1]:
+    scaled = standardize(features.to_numpy())
+    scaled = scaled[:, scaled.any(axis=0)]
+    none = np.full(len(features), NO_CLUSTERS, dtype=object)
+    if len(scaled) < MIN_IMAGES or not scaled.shape[1]:
         return none
     mixtures = [
-        GaussianMixture(count, reg_covar=1e-2, n_init=2, random_state=0).fit(features)
+        GaussianMixture(count, reg_covar=1e-2, n_init=2, random_state=0).fit(scaled)
         for count in range(1, MAX_CLUSTERS + 1)
     ]
-    best = min(mixtures, key=lambda mixture: mixture.bic(features))
+    best = min(mixtures, key=lambda mixture: mixture.bic(scaled))
     if best.n_components == 1:
         return none
-    index = best.predict(features)
+    index = best.predict(scaled)
     counts = np.bincount(index, minlength=best.n_components)
     rank = np.argsort(np.argsort(-counts, kind="stable"))
     return np.array([str(rank[cluster] + 1) for cluster in index], dtype=object)
 
 
-def describe_clusters(clusters: np.ndarray, traits: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
+def describe_clusters(clusters: np.ndarray, features: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
     """Describe every cluster: where the label and the cluster coincide, a model may have learned the cluster.
 
     Args:
-        clusters: (N,), from `cluster_traits`.
-        traits: (N rows).
+        clusters: (N,), from `cluster_images`.
+        features: (N rows).
         table: (N rows), with `label`, missing in the test set, `group` and `subset`.
 
     Returns:
@@ -115,14 +115,14 @@ def describe_clusters(clusters: np.ndarray, traits: pd.DataFrame, table: pd.Data
     labels = table["label"].astype("Float64").to_numpy(float, na_value=np.nan)
     is_test, groups = table["subset"].eq("test").to_numpy(), table["group"].to_numpy()
     is_labeled = ~is_test & np.isfinite(labels)
-    scaled, rows = standardize(traits.to_numpy()), []
+    scaled, rows = standardize(features.to_numpy()), []
     for cluster in np.unique(clusters):
         inside = clusters == cluster
         labeled, means = inside & is_labeled, scaled[inside].mean(axis=0)
-        trait = int(np.abs(means).argmax())
-        level = "high" if means[trait] > 0 else "low"
+        feature = int(np.abs(means).argmax())
+        level = "high" if means[feature] > 0 else "low"
         rows.append({
-            "cluster": cluster, "name": f"{cluster} ({level} {traits.columns[trait].replace('_', ' ')})",
+            "cluster": cluster, "name": f"{cluster} ({level} {features.columns[feature].replace('_', ' ')})",
             "labeled": int(labeled.sum()), "positive": int((labeled & (labels == 1)).sum()),
             "test": int((inside & is_test).sum()),
             "positive_groups": len(np.unique(groups[labeled & (labels == 1)])),
@@ -138,7 +138,7 @@ def describe_clusters(clusters: np.ndarray, traits: pd.DataFrame, table: pd.Data
     return clusters_table.assign(auroc=auroc)
 
 
-def _pixel_traits(images: np.ndarray) -> np.ndarray:
+def _pixel_features(images: np.ndarray) -> np.ndarray:
     """Return noise, detail and black border of images (N, S, S), uint8: (N, 3)."""
     pixels = images.astype(np.int16)
     laplacian = np.abs(

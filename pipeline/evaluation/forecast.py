@@ -44,9 +44,9 @@ def forecast_test_set(
     from_test = is_test[is_embedded | is_test]
     feature_sets = {"score": tuple(logits), "embedding": (embedded[~from_test], embedded[from_test])}
     rows = {"embedding": is_embedded}
-    traits = pd.read_csv(folder / "acquisition.csv").drop(columns=["file", "cluster"]).to_numpy(float)
+    acquisition = pd.read_csv(folder / "acquisition.csv").drop(columns=["file", "cluster"]).to_numpy(float)
     thumbnails = np.load(folder / "thumbnails.npy").reshape(len(metadata), -1)
-    for name, features in {"acquisition traits": traits, "thumbnail": thumbnails}.items():
+    for name, features in {"acquisition features": acquisition, "thumbnail": thumbnails}.items():
         feature_sets[name], rows[name] = (features[is_labeled], features[is_test]), is_labeled
     shift = dataset_shift.shift_table(
         feature_sets,

@@ -23,7 +23,7 @@ CHUNK_SIZE = 1000  # images whose distances are in memory
 MIN_IMAGES = 20  # that are compared; of fewer only the largest differences would be found
 AT_BORDER = 5e-4  # of 0 or 1: a prevalence that is shown as 0.0 % or 100.0 %
 MAX_IMAGES = 5000  # from which the prevalence is estimated; the shift tests take fewer
-MAX_SENTENCE_TRAITS = 4
+MAX_SENTENCE_FEATURES = 4
 LARGE_DIFFERENCE = 0.5  # standard deviations
 MIN_SCALE = 1e-6  # of a figure, for one that is constant
 FARTHEST = 10  # images that are listed
@@ -32,7 +32,7 @@ PREVALENCE = "prevalence"  # the test of label shift, among those of the feature
 
 
 @dataclass(frozen=True)
-class Trait:
+class Feature:
     """A figure of an image: its label with the unit, what images with less and with more of it are, and its scale."""
 
     label: str
@@ -45,19 +45,21 @@ def _exp_less_half(value: float) -> float:
     return float(np.exp(value)) - 0.5
 
 
-TRAITS = {  # those of `acquisition.compute_traits`, and brightness and contrast
-    "brightness": Trait("mean gray level", "darker", "brighter"),
-    "contrast": Trait("standard deviation of the gray levels", "lower in contrast", "higher in contrast"),
-    "size": Trait("megapixels", "smaller", "larger", lambda value: float(np.exp(value)) / 1e6),
-    "aspect": Trait("width / height", "narrower", "wider", np.exp),
-    "bytes_per_pixel": Trait("bytes per pixel", "more compressed", "less compressed", np.exp),
-    "quantization": Trait("JPEG quantization step", "JPEGs of higher quality", "JPEGs of lower quality", np.exp),
-    "noise": Trait("noise, gray levels", "less noisy", "noisier", _exp_less_half),
-    "detail": Trait("detail, gray levels", "blurrier", "sharper", _exp_less_half),
-    "black_border": Trait("black share of the border", "less bordered in black", "more bordered in black"),
+ACQUISITION_FEATURES = {  # those of `acquisition.compute_features`, and brightness and contrast
+    "brightness": Feature("mean gray level", "darker", "brighter"),
+    "contrast": Feature("standard deviation of the gray levels", "lower in contrast", "higher in contrast"),
+    "size": Feature("megapixels", "smaller", "larger", lambda value: float(np.exp(value)) / 1e6),
+    "aspect": Feature("width / height", "narrower", "wider", np.exp),
+    "bytes_per_pixel": Feature("bytes per pixel", "more compressed", "less compressed", np.exp),
+    "quantization": Feature("JPEG quantization step", "JPEGs of higher quality", "JPEGs of lower quality", np.exp),
+    "noise": Feature("noise, gray levels", "less noisy", "noisier", _exp_less_half),
+    "detail": Feature("detail, gray levels", "blurrier", "sharper", _exp_less_half),
+    "black_border": Feature("black share of the border", "less bordered in black", "more bordered in black"),
 }
 IS_JPEG = "jpeg"  # computed from `quantization`
-ALL_TRAITS = TRAITS | {IS_JPEG: Trait("share of JPEG files", "less often JPEG files", "more often JPEG files")}
+COMPARED_FEATURES = ACQUISITION_FEATURES | {
+    IS_JPEG: Feature("share of JPEG files", "less often JPEG files", "more often JPEG files")
+}
 CATEGORIES = ["view", "manufacturer"]  # known of DICOM files
 
 
@@ -70,8 +72,9 @@ class Comparison:
             `reason`, why there is no test. The last row, `PREVALENCE`, is that of label shift, from `prevalence_p`.
         prevalence: the estimate under label shift.
         expected_prevalence: with which it is compared.
-        traits: a row per trait: `trait`, the means `reference` and `new` (geometric ones of what is a logarithm), and
-            their `difference` in standard deviations; the reference is weighted to the prevalence of the new images.
+        acquisition: a row per `feature` of `COMPARED_FEATURES`: the means `reference` and `new` (geometric ones of
+            what is a logarithm), and their `difference` in standard deviations; the reference is weighted to the
+            prevalence of the new images.
         categories: a row per view and manufacturer: `field`, `value`, and the shares `reference` and `new`, NaN where
             none is known.
         farthest: the images with the largest distance: `sha256`, `time`, `probability` and `distance`, in multiples of
@@ -85,7 +88,7 @@ class Comparison:
     tests: pd.DataFrame
     prevalence: PrevalenceEstimate
     expected_prevalence: float
-    traits: pd.DataFrame
+    acquisition: pd.DataFrame
     categories: pd.DataFrame
     farthest: pd.DataFrame
     periods: pd.DataFrame
@@ -116,10 +119,11 @@ def compare(reference: pd.DataFrame, new: pd.DataFrame, expected_prevalence: flo
     a probability of at most `SIGNIFICANCE_LEVEL`.
 
     Args:
-        reference: a row per labeled image: `label`, `group`, `CATEGORIES`, `TRAITS`; and for validation images, NaN for
-            others, `score`, `probability` and `predicted` of the model, and `embedding`, None where not computed.
+        reference: a row per labeled image: `label`, `group`, `CATEGORIES`, `ACQUISITION_FEATURES`; and for validation
+            images, NaN for others, `score`, `probability` and `predicted` of the model, and `embedding`, None where not
+            computed.
         new: a row per image, each once: `time`, `sha256`, `score`, `probability`, `label` (predicted), `agreement`,
-            `embedding`, `CATEGORIES` and `TRAITS`.
+            `embedding`, `CATEGORIES` and `ACQUISITION_FEATURES`.
         expected_prevalence: the share of positives that is no shift; by default that of the validation images.
     """
     validation = reference[reference["score"].notna()]
@@ -159,7 +163,7 @@ def compare(reference: pd.DataFrame, new: pd.DataFrame, expected_prevalence: flo
         tests=table,
         prevalence=estimate,
         expected_prevalence=expected,
-        traits=_compare_traits(acquisition, new_acquisition, weights),
+        acquisition=_compare_acquisition(acquisition, new_acquisition, weights),
         categories=pd.concat([_compare_category(reference, new, field) for field in CATEGORIES], ignore_index=True),
         farthest=farthest.nlargest(FARTHEST, "distance"),
         periods=periods,
@@ -233,7 +237,7 @@ def _describe_failure(comparison: Comparison, test: dict[Any, Any]) -> str:
             "each other."
         )
     if name == "acquisition":
-        return f"{describe_traits(comparison.traits)} ({auroc})."
+        return f"{describe_acquisition(comparison.acquisition)} ({auroc})."
     rows = comparison.categories[comparison.categories["field"] == name]
     change = rows.iloc[int((rows["new"] - rows["reference"]).abs().to_numpy().argmax())]
     return (
@@ -242,20 +246,20 @@ def _describe_failure(comparison: Comparison, test: dict[Any, Any]) -> str:
     )
 
 
-def describe_traits(traits: pd.DataFrame) -> str:
-    """Say in which traits the new images differ most, with both means."""
-    large = traits[traits["difference"].abs() >= LARGE_DIFFERENCE]
-    large = large.sort_values("difference", key=np.abs, ascending=False)[:MAX_SENTENCE_TRAITS]
+def describe_acquisition(features: pd.DataFrame) -> str:
+    """Say in which features, from `Comparison.acquisition`, the new images differ most, with both means."""
+    large = features[features["difference"].abs() >= LARGE_DIFFERENCE]
+    large = large.sort_values("difference", key=np.abs, ascending=False)[:MAX_SENTENCE_FEATURES]
     if large.empty:
         return (
             f"They differ in how they were acquired, but in no single figure by {LARGE_DIFFERENCE} standard deviations"
         )
     parts = []
     for row in large.to_dict("records"):
-        trait = ALL_TRAITS[row["trait"]]
-        word = trait.more if row["difference"] > 0 else trait.less
+        feature = COMPARED_FEATURES[row["feature"]]
+        word = feature.more if row["difference"] > 0 else feature.less
         means = " against ".join(f"{row[name]:.3g}" for name in ("new", "reference"))
-        parts.append(f"{word} ({trait.label} {means})")
+        parts.append(f"{word} ({feature.label} {means})")
     return f"They are {', '.join(parts)}"
 
 
@@ -273,8 +277,8 @@ def _describe_prevalence(comparison: Comparison) -> str:
 
 
 def _acquisition(table: pd.DataFrame) -> pd.DataFrame:
-    traits = table[list(TRAITS)].astype(float)
-    return traits.assign(**{IS_JPEG: traits["quantization"].notna().astype(float)})
+    features = table[list(ACQUISITION_FEATURES)].astype(float)
+    return features.assign(**{IS_JPEG: features["quantization"].notna().astype(float)})
 
 
 def _test(feature_sets: dict[str, tuple[pd.DataFrame, np.ndarray, np.ndarray]]) -> pd.DataFrame:
@@ -379,17 +383,17 @@ def _class_weights(labels: np.ndarray, share: float) -> np.ndarray:
     return np.asarray(np.where(labels == 1, share / positives, (1 - share) / (1 - positives)))
 
 
-def _compare_traits(reference: pd.DataFrame, new: pd.DataFrame, weights: np.ndarray) -> pd.DataFrame:
+def _compare_acquisition(reference: pd.DataFrame, new: pd.DataFrame, weights: np.ndarray) -> pd.DataFrame:
     rows = []
-    for name, trait in ALL_TRAITS.items():
-        row = {"trait": name, "reference": np.nan, "new": np.nan, "difference": np.nan}
+    for name, feature in COMPARED_FEATURES.items():
+        row = {"feature": name, "reference": np.nan, "new": np.nan, "difference": np.nan}
         is_known, values = reference[name].notna().to_numpy(), new[name].dropna().to_numpy()
         old_values, old_weights = reference[name].to_numpy()[is_known], weights[is_known]
         mean = np.average(old_values, weights=old_weights) if old_weights.sum() > 0 else np.nan
         if np.isfinite(mean):
-            row["reference"] = trait.convert(mean)
+            row["reference"] = feature.convert(mean)
         if len(values):
-            row["new"] = trait.convert(values.mean())
+            row["new"] = feature.convert(values.mean())
         if np.isfinite(mean) and len(values):
             variance = np.average((old_values - mean) ** 2, weights=old_weights)
             row["difference"] = (values.mean() - mean) / max(np.sqrt((variance + values.var()) / 2), MIN_SCALE)

@@ -151,8 +151,6 @@ def default_convolution_precision() -> Iterator[None]:
 class CandidateGraph(nn.Module):
     """What `Candidate.predict` computes, as one module."""
 
-    resize: Tensor
-
     def __init__(self, candidate: Candidate) -> None:
         super().__init__()
         self._members = [list(member.networks) for member in candidate.members.values()]
@@ -160,11 +158,6 @@ class CandidateGraph(nn.Module):
         self._combination = Combination(candidate.config)
         # All members have the same preprocessing, which `params.yaml` gives.
         self._first = self._members[0][0]
-        size = self._first.architecture.size
-        # A resize is linear: the product with the matrix that resizing the unit vectors gives.
-        unit_vectors, shape = torch.eye(candidate.packed_size).double()[None, None], (size, candidate.packed_size)
-        resize = interpolate(unit_vectors, shape, mode="bilinear", antialias=True)[0, 0]
-        self.register_buffer("resize", resize if self._first.adjusts else resize.float())
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Classify gray images (N, packed_size, packed_size), uint8.
@@ -182,12 +175,11 @@ class CandidateGraph(nn.Module):
 
     def _resize(self, images: Tensor) -> Tensor:
         """Compute what `Classifier.resize` does, without the operator that ONNX lacks."""
-        network, resize = self._first, self.resize
-        gray = images.to(resize.dtype)
-        if network.lung_field:
-            gray = preprocessing.resample(gray, network.lung_field(images), network.architecture.size)
-        elif resize.shape[0] != resize.shape[1]:
-            gray = resize @ gray @ resize.T
+        network, size = self._first, self._first.architecture.size
+        gray = images.double() if network.adjusts else images.float()
+        if network.lung_field or gray.shape[-1] != size:
+            boxes = network.lung_field(images) if network.lung_field else _float64([0.0, 0.0, 1.0, 1.0])[None]
+            gray = preprocessing.resample(gray, boxes, size)
         return network.adjust(gray) if network.adjusts else gray
 
 

@@ -20,8 +20,8 @@ from pipeline.core.errors import UserError
 from pipeline.data import images
 from pipeline.data.dicom import read_metadata
 from pipeline.data.views import BASIC_PROJECTIONS, possible_projections
-from pipeline.evaluation.acquisition import compute_traits
-from pipeline.evaluation.monitoring import CATEGORIES, TRAITS
+from pipeline.evaluation import acquisition
+from pipeline.evaluation.monitoring import ACQUISITION_FEATURES, CATEGORIES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +39,7 @@ MANUFACTURER = re.compile(
 HINT = "give the log that --log of cxr predict or cxr serve wrote"
 TEXTS = ["version", "content_hash", "sha256", *CATEGORIES]
 PREDICTIONS = ["score", "probability", "label", "agreement"]
-NUMBERS = ["width", "height", "bytes", "jpeg_quantization", *TRAITS, *PREDICTIONS]
+NUMBERS = ["width", "height", "bytes", "jpeg_quantization", *ACQUISITION_FEATURES, *PREDICTIONS]
 
 
 def describe_image(data: bytes, shape: tuple[int, int], pixels: np.ndarray) -> dict[str, Any]:
@@ -53,16 +53,17 @@ def describe_image(data: bytes, shape: tuple[int, int], pixels: np.ndarray) -> d
     Returns:
         `sha256` of the content; `view` and `manufacturer` of a DICOM, as `NORMALIZE` has them, else empty; `width`,
         `height`, `bytes` and `jpeg_quantization` as in the manifest; `brightness` and `contrast`, mean and standard
-        deviation of the gray levels; and the columns of `acquisition.compute_traits`.
+        deviation of the gray levels; and the columns of `acquisition.compute_features`.
     """
     height, width = shape
     jpeg_quantization, metadata = images.jpeg_quantization(data), read_metadata(data)
     file = {"width": width, "height": height, "bytes": len(data), "jpeg_quantization": jpeg_quantization}
+    features = describe_pixels(pixels[None], pd.DataFrame([file])).iloc[0]
     return {
         "sha256": hashlib.sha256(data).hexdigest(),
         **{name: normalize(metadata[name]) for name, normalize in NORMALIZE.items()},
         **file,
-        **dict(zip(TRAITS, describe_pixels(pixels[None], pd.DataFrame([file])).iloc[0].tolist(), strict=True)),
+        **dict(zip(ACQUISITION_FEATURES, features.tolist(), strict=True)),
     }
 
 
@@ -85,12 +86,12 @@ NORMALIZE = {"view": normalize_view, "manufacturer": normalize_manufacturer}  # 
 
 
 def describe_pixels(images: np.ndarray, files: pd.DataFrame) -> pd.DataFrame:
-    """Return `monitoring.TRAITS` of images, uint8 (N, S, S), from files (N rows), see `acquisition.compute_traits`."""
+    """Return the `ACQUISITION_FEATURES` of images, as `acquisition.compute_features` takes them."""
     levels = {
         "brightness": images.mean(axis=(1, 2), dtype=float),
         "contrast": images.std(axis=(1, 2), dtype=float),
     }
-    return pd.concat([pd.DataFrame(levels, files.index), compute_traits(images, files)], axis="columns")[list(TRAITS)]
+    return acquisition.compute_features(images, files).assign(**levels)[list(ACQUISITION_FEATURES)]
 
 
 class PredictionLog:

@@ -49,8 +49,9 @@ def load_reference(config: Config, name: str) -> pd.DataFrame:
         name: of the candidate, from `find_candidate`.
 
     Returns:
-        A row per training or validation image: `label`, `group`, `view`, `manufacturer`, the traits, and of validation
-        images `score`, `probability`, `predicted` and, of at most `MAX_EMBEDDED` of the first fold, `embedding`.
+        A row per training or validation image: `label`, `group`, `view`, `manufacturer`, the acquisition features, and
+        of validation images `score`, `probability`, `predicted` and, of at most `MAX_EMBEDDED` of the first fold,
+        `embedding`.
     """
     folds = config.active.split.validation_folds
     table = read_split(Path("data"), folds)

@@ -18,8 +18,8 @@ GRID, MIN_EDGE, MARGIN = 32, 0.5, 5 / 128  # cells; share of the image's edge; a
 # Both lungs in a box, from top to bottom: top and bottom of a part, in heights of the box, and distance of its inner
 # and outer limits from the box's midline, in half widths.
 LUNGS = (0.08, 0.25, 0.18, 0.65), (0.25, 0.55, 0.18, 0.82), (0.55, 0.82, 0.25, 0.92)
-USUAL_BOX = 0.075, 0.1, 0.925, 0.86  # left, top, right and bottom in the exposed part of the image
-USUAL_SPREAD = 0.5, 0.5, 0.5, 0.7  # ten standard deviations of these; so far away, a side costs a correlation of 1
+USUAL_BOX = (0.075, 0.925), (0.1, 0.86)  # left and right, top and bottom in the exposed part of the image
+USUAL_SPREAD = (0.5, 0.5), (0.5, 0.7)  # ten standard deviations of these; so far away, a side costs a correlation of 1
 MIN_CORRELATION = 0.1  # a box with less is no better than chance
 BLACK = 20  # gray level of what was not exposed, or less
 BLUR = 0.15  # standard deviation of the Gaussian that removes shading, share of the edge
@@ -35,19 +35,19 @@ class LungField(nn.Module):
     do not count. The constants fit 46 radiographs of covid-chestxray-dataset with lung masks, and phantoms.
     """
 
+    whole: Tensor
     intervals: Tensor
     rows: Tensor
     columns: Tensor
     blur: Tensor
-    before: Tensor
     usual: Tensor
     spread: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        cells = torch.arange(GRID, dtype=torch.float64)
-        ends = [(start, end) for start in range(GRID) for end in range(start + 1, GRID + 1)]
-        intervals = torch.tensor([pair for pair in ends if pair[1] - pair[0] >= MIN_EDGE * GRID], dtype=torch.float64)
+        cells, shortest = torch.arange(GRID, dtype=torch.float64), round(MIN_EDGE * GRID)
+        ends = [(start, end) for start in range(GRID) for end in range(start + shortest, GRID + 1)]
+        intervals = torch.tensor(ends, dtype=torch.float64)
         start, length = intervals[:, :1], intervals.diff(dim=1)
         middle, half = start + length / 2, length / 2
 
@@ -55,6 +55,7 @@ class LungField(nn.Module):
             return (torch.minimum(cells + 1, last) - torch.maximum(cells, first)).clamp(0, 1)
 
         buffers = {  # in float64, so that rounding decides on no box
+            "whole": torch.tensor([[0, 0, 1, 1]], dtype=torch.float64),
             "intervals": intervals / GRID,  # (K, 2), the sides of boxes
             "rows": torch.stack([cover(start + top * length, start + bottom * length) for top, bottom, *_ in LUNGS]),
             "columns": torch.stack([
@@ -62,9 +63,8 @@ class LungField(nn.Module):
                 for *_, low, high in LUNGS
             ]),
             "blur": torch.exp(-0.5 * ((cells[:, None] - cells) / (BLUR * GRID)) ** 2),
-            "before": torch.ones(GRID, GRID, dtype=torch.float64).tril(),
-            "usual": torch.tensor(USUAL_BOX, dtype=torch.float64),
-            "spread": torch.tensor(USUAL_SPREAD, dtype=torch.float64),
+            "usual": torch.tensor(USUAL_BOX, dtype=torch.float64)[:, None],
+            "spread": torch.tensor(USUAL_SPREAD, dtype=torch.float64)[:, None],
         }  # fmt: skip
         for name, value in buffers.items():
             self.register_buffer(name, value, persistent=False)
@@ -75,24 +75,17 @@ class LungField(nn.Module):
         Returns:
             float64 (B, 4), with edges of at least `MIN_EDGE`; the whole image where no box looks like lungs.
         """
-        whole = _whole(images.shape[0], images.device)
-        gray = resample(images.double(), whole, GRID)[:, 0]
-        exposed = self._exposed(gray)
+        gray = resample(images.double(), self.whole, GRID)[:, 0]
+        exposed = _exposed(gray)
         correlation = self._correlation(self._contrast(gray, exposed), exposed)
-        score = correlation - self._cost(_limits(exposed))
-        best = (1e6 * score).round().flatten(1).argmax(dim=1)  # of equal ones the first, however they are rounded
-        down, across = (self.intervals[index] for index in (best // len(self.intervals), best % len(self.intervals)))
-        box = torch.stack([across[:, 0], down[:, 0], across[:, 1], down[:, 1]], dim=1)
+        score = (1e6 * (correlation - self._cost(exposed))).round().flatten(1)
+        best = score.argmax(dim=1, keepdim=True)  # of equal ones the first, however they are rounded
+        down, across = self.intervals[best // len(self.intervals)], self.intervals[best % len(self.intervals)]
+        box = torch.cat([across, down], dim=1).mT.flatten(1)
         margin = MARGIN * (box[:, 2:] - box[:, :2])
         box = torch.cat([box[:, :2] - margin, box[:, 2:] + margin], dim=1).clamp(0, 1)
-        is_found = correlation.flatten(1).gather(1, best[:, None]) >= MIN_CORRELATION
-        return torch.where(is_found, box, whole)
-
-    def _exposed(self, gray: Tensor) -> Tensor:
-        """Return 1 for cells (B, GRID, GRID) with something brighter than `BLACK` on the way to each side, else 0."""
-        bright = (gray > BLACK).double()
-        to_sides = self.before @ bright, self.before.T @ bright, bright @ self.before, bright @ self.before.T
-        return (torch.stack(to_sides).amin(dim=0) > 0).double()
+        is_found = correlation.flatten(1).gather(1, best) >= MIN_CORRELATION
+        return torch.where(is_found, box, self.whole)
 
     def _contrast(self, gray: Tensor, exposed: Tensor) -> Tensor:
         """Equalize the histogram, and subtract the mean of the exposed cells around each cell."""
@@ -107,46 +100,31 @@ class LungField(nn.Module):
             return (self.rows @ values[:, None] @ self.columns.mT).sum(dim=1)
 
         count = exposed.sum(dim=(1, 2), keepdim=True).clamp(min=1)
-        mean = (exposed * contrast).sum(dim=(1, 2), keepdim=True) / count
-        deviation = exposed * (contrast - mean)
-        variance = (deviation**2).sum(dim=(1, 2), keepdim=True) / count
-        inside = sum_over_lungs(exposed).clamp(min=1e-6)
-        share = (inside / count).clamp(1e-6, 1 - 1e-6)
-        darkness = -sum_over_lungs(deviation) / inside  # of the lungs, relative to the mean
-        return darkness * (share / (1 - share) / variance.clamp(min=1e-6)).sqrt()
+        deviation = exposed * (contrast - (exposed * contrast).sum(dim=(1, 2), keepdim=True) / count)
+        squares, inside = (deviation**2).sum(dim=(1, 2), keepdim=True), sum_over_lungs(exposed)
+        return -sum_over_lungs(deviation) / (inside * (1 - inside / count) * squares).clamp(min=1e-6).sqrt()
 
-    def _cost(self, limits: Tensor) -> Tensor:
-        """Return the squared deviations of the sides of every box from the usual one: (B, K, K)."""
-        of_axes = []
-        for axis in (0, 1):
-            start, end = limits[:, axis, None, None], limits[:, axis + 2, None, None]
-            sides = (self.intervals - start) / (end - start)
-            of_axes.append((((sides - self.usual[axis::2]) / self.spread[axis::2]) ** 2).sum(dim=2))
-        across, down = of_axes
+    def _cost(self, exposed: Tensor) -> Tensor:
+        """Return the squared deviations of the sides of every box from the usual one: (B, K, K).
+
+        The exposed part consists of the columns and rows that are exposed for more than half as long as the longest
+        one. It is the whole image where that is less than a quarter of an edge.
+        """
+        lengths = torch.stack([exposed.sum(dim=1), exposed.sum(dim=2)], dim=1)
+        is_long = (2 * lengths > lengths.amax(dim=2, keepdim=True)).long()
+        limits = torch.stack([is_long.argmax(dim=2), GRID - is_long.flip(2).argmax(dim=2)], dim=2).double() / GRID
+        is_small = limits.diff(dim=2).amin(dim=1, keepdim=True) < 0.25
+        limits = torch.where(is_small, self.whole.view(2, 2).mT, limits)[:, :, None]
+        sides = (self.intervals - limits[..., :1]) / limits.diff(dim=3)
+        across, down = (((sides - self.usual) / self.spread) ** 2).sum(dim=3).unbind(dim=1)
         return down[:, :, None] + across[:, None]
 
 
-def _limits(exposed: Tensor) -> Tensor:
-    """Return the boxes, float64 (B, 4), of the rows and columns that are exposed for half as long as the longest one.
-
-    It is the whole image where that is less than a quarter of an edge.
-    """
-    cells, sides = torch.arange(GRID, device=exposed.device), list[Tensor]()
-    for dimension in (1, 2):
-        length = exposed.sum(dim=dimension)
-        is_long = 2 * length > length.amax(dim=1, keepdim=True)
-        first = torch.where(is_long, cells, GRID).amin(dim=1)
-        last = torch.where(is_long, cells + 1, 0).amax(dim=1)
-        sides += [first, last]
-    left, right, top, bottom = sides
-    limits = torch.stack([left, top, right, bottom], dim=1).double() / GRID
-    is_small = (limits[:, 2:] - limits[:, :2]).amin(dim=1, keepdim=True) < 0.25
-    return torch.where(is_small, _whole(exposed.shape[0], exposed.device), limits)
-
-
-def _whole(count: int, device: torch.device) -> Tensor:
-    """Return the box of the whole image, float64 (count, 4): 0, 0, 1, 1."""
-    return (torch.arange(4, device=device) // 2).double().expand(count, 4)
+def _exposed(gray: Tensor) -> Tensor:
+    """Return 1 for cells (B, GRID, GRID) with something brighter than `BLACK` on the way to each side, else 0."""
+    bright = (gray > BLACK).long()
+    counts = [count for side in (1, 2) for count in (bright.cumsum(side), bright.flip(side).cumsum(side).flip(side))]
+    return (torch.stack(counts).amin(dim=0) > 0).double()
 
 
 def resample(images: Tensor, boxes: Tensor, size: int) -> Tensor:
@@ -154,27 +132,27 @@ def resample(images: Tensor, boxes: Tensor, size: int) -> Tensor:
 
     Args:
         images: float (B, 1, H, W).
-        boxes: float64 (B, 4), as from `LungField`; what is outside of the image becomes 0.
+        boxes: float64 (B, 4), as from `LungField`, or (1, 4) for all; what is outside of the image becomes 0.
         size: edge of the result.
 
     Returns:
         (B, 1, size, size), in the type of the images.
     """
     rows, columns = (
-        _interpolation(boxes[:, axis], boxes[:, axis + 2], length, size).to(images.dtype)[:, None]
+        interpolation_matrices(boxes[:, axis], boxes[:, axis + 2], length, size).to(images.dtype)[:, None]
         for axis, length in ((1, images.shape[-2]), (0, images.shape[-1]))
     )
     return rows @ images @ columns.mT
 
 
-def _interpolation(start: Tensor, end: Tensor, length: int, size: int) -> Tensor:
+def interpolation_matrices(start: Tensor, end: Tensor, length: int, size: int) -> Tensor:
     """Return the matrices (B, size, length) that interpolate `size` values from `start` to `end` (B,), shares."""
     step = ((end - start) * length / size)[:, None]  # no number that is exact in float64 only, see `_round`
     center = start[:, None] * length + (torch.arange(size, device=start.device) + 0.5) * step
     pixel = torch.arange(length, device=start.device) + 0.5
     weights = (1 - (center[..., None] - pixel).abs() / step.clamp(min=1)[..., None]).clamp(min=0)
     is_inside = (center >= 0) & (center <= length)
-    return is_inside[..., None] * weights / weights.sum(dim=2, keepdim=True).clamp(min=1e-6)
+    return weights / torch.where(is_inside, weights.sum(dim=2).clamp(min=1e-6), torch.inf)[..., None]
 
 
 def insert(images: Tensor, boxes: Tensor) -> Tensor:
@@ -265,10 +243,15 @@ def equalize(images: Tensor) -> Tensor:
     A level becomes the share of pixels below it, and of half of those that have it, from 0 to 255.
     """
     levels = images.flatten(1).long()
-    counts = torch.zeros(levels.shape[0], 256, dtype=torch.int64, device=levels.device)
-    counts.scatter_add_(1, levels, torch.ones_like(levels))  # whole numbers, whose sum has no order
+    counts = count_levels(levels)
     ranks = (2 * counts.cumsum(dim=1) - counts).float() * (255 / (2 * levels.shape[1]))
     return ranks.gather(1, levels).view_as(images)
+
+
+def count_levels(levels: Tensor) -> Tensor:
+    """Count the pixels of each gray level: int64 (B, 256), of whole gray levels, int64 (B, N)."""
+    counts = torch.zeros(levels.shape[0], 256, dtype=torch.int64, device=levels.device)
+    return counts.scatter_add_(1, levels, torch.ones_like(levels))  # whole numbers, whose sum has no order
 
 
 def views(images: Tensor, test_time_augmentation: str) -> list[Tensor]:

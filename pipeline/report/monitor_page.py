@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.dates import AutoDateLocator, ConciseDateFormatter, date2num
 
 from pipeline.evaluation.dataset_shift import SIGNIFICANCE_LEVEL
-from pipeline.evaluation.monitoring import ALL_TRAITS, OUTLIER_PERCENTILE, PREVALENCE, Comparison, describe
+from pipeline.evaluation.monitoring import COMPARED_FEATURES, OUTLIER_PERCENTILE, PREVALENCE, Comparison, describe
 from pipeline.report.charts import FAINT_LINE, SERIES_1, SERIES_2, render_chart
 from pipeline.report.model_table import MISSING
 from pipeline.report.page import template_environment
@@ -45,7 +45,7 @@ def render_page(comparison: Comparison, model: str, counts: Mapping[str, str]) -
         ),
         tables={
             "tests": _test_table(comparison),
-            "traits": _trait_table(comparison),
+            "acquisition": _acquisition_table(comparison),
             "categories": _category_table(comparison),
             "periods": _period_table(comparison),
             "farthest": _farthest_table(comparison),
@@ -78,12 +78,12 @@ def _test_table(comparison: Comparison) -> ReportTable:
     return table
 
 
-def _trait_table(comparison: Comparison) -> ReportTable:
+def _acquisition_table(comparison: Comparison) -> ReportTable:
     table = ReportTable(["mean", "came in", "of the model", "difference in standard deviations"])
-    for row in comparison.traits.to_dict("records"):
+    for row in comparison.acquisition.to_dict("records"):
         unknown = "not known of any image"
         values = (Estimate(row[name], reason=unknown if pd.isna(row[name]) else "") for name in ("new", "reference"))
-        table.add(ALL_TRAITS[row["trait"]].label, *values, _format_difference(row["difference"]))
+        table.add(COMPARED_FEATURES[row["feature"]].label, *values, _format_difference(row["difference"]))
     return table
 
 

@@ -11,10 +11,10 @@ from torch import Generator, Tensor
 from torch.nn.functional import affine_grid, grid_sample, one_hot, pad
 
 from pipeline.core.config import TrainParams
+from pipeline.models.preprocessing import count_levels, interpolation_matrices
 
 # Up to this frequency, in cycles per edge, amplitudes are style: 0.01 of an edge of 512 pixels (Yang and Soatto 2020).
 STYLE_FREQUENCY = 5
-GRAY_LEVELS = 256
 JPEG_BLOCK = 8  # pixels per edge
 # Table K.1 of ITU-T T.81, by row: steps between the quantized amplitudes of a block's luminance.
 JPEG_LUMINANCE_STEPS = torch.tensor(
@@ -148,8 +148,7 @@ def match_histograms(images: Tensor, index: Tensor) -> Tensor:
         float32 (B, C, S, S).
     """
     levels = images.flatten(1).round().long()
-    # Sums of whole numbers, which do not depend on their order.
-    counts = levels.new_zeros(len(levels), GRAY_LEVELS).scatter_add_(1, levels, torch.ones_like(levels))
+    counts = count_levels(levels)
     ranks = counts.cumsum(1)
     matched = torch.searchsorted(2 * ranks.index_select(0, index), 2 * ranks - counts).float()
     return matched.gather(1, levels).view(images.shape)
@@ -191,28 +190,12 @@ def coarsen(images: Tensor, scale: Tensor) -> Tensor:
         float32 (B, C, S, S).
     """
     size = images.shape[-1]
-    coarse_size = (size * scale).round().clamp(min=1).view(-1, 1, 1, 1)
-    fine_size = torch.full_like(coarse_size, size)
-    matrix = _resize_matrix(coarse_size, fine_size, size) @ _resize_matrix(fine_size, coarse_size, size)
+    scale = (size * scale).round().clamp(min=1) / size
+    # The coarse image lies at the start of one of `size`, whose rest is 0.
+    down, up = (interpolation_matrices(torch.zeros_like(end), end, size, size) for end in (1 / scale, scale))
+    matrix = (up @ down)[:, None]
+    matrix /= matrix.sum(dim=-1, keepdim=True)  # without what `up` takes from the rest
     return (matrix @ images.float() @ matrix.mT).clamp_(0, 255)
-
-
-def _resize_matrix(old_size: Tensor, new_size: Tensor, size: int) -> Tensor:
-    """Return what `interpolate` multiplies the columns with, if it is bilinear and antialiased.
-
-    Args:
-        old_size: pixels before, float32 (B, 1, 1, 1), whole numbers up to `size`.
-        new_size: pixels after, as `old_size`.
-        size: of the matrices.
-
-    Returns:
-        float32 (B, 1, size, size); rows from `new_size` mean nothing, and columns from `old_size` are zero.
-    """
-    pixel = torch.arange(size, device=old_size.device)
-    ratio = old_size / new_size
-    center = (pixel[:, None] + 0.5) * ratio - 0.5  # in pixels before
-    weights = (1 - (pixel - center).abs() / ratio.clamp(min=1)).clamp_(min=0) * (pixel < old_size)
-    return weights / weights.sum(-1, keepdim=True).clamp_(min=1e-6)
 
 
 def draw_jpeg_steps(count: int, min_quality: int, generator: Generator) -> Tensor:
