@@ -1,10 +1,10 @@
 """How well a linear classifier on frozen features of a timm backbone does on a source that it was not trained on.
 
 PROJECT is a folder whose data/ is prepared and split; SOURCE is left out of training and predicted. The features are
-those of an image with equalized gray levels and of its mirror image, at strides 8, 16 and 32 of the backbone and of all
-three together, as the means of a grid of 1, 2 × 2 or 4 × 4 fields. Each is classified by logistic regression, less
-regularized with a greater C. A line tells the AUROC, with its 95 % interval over patients. The last line is chosen by
-folds, as in bench/shortcuts.py: its AUROC does not profit from the choice by the same patients.
+those of an image with equalized gray levels and of its mirror image: the feature maps at strides 8, 16 and 32, and all
+three together, pooled to 1, 2 × 2 or 4 × 4 means. Each is classified by logistic regression, less regularized with a
+greater C. Each line gives the AUROC, with its 95 % interval over patients. The last line is chosen by folds, as in
+bench/shortcuts.py: its AUROC does not profit from the choice by the same patients.
 
 python bench/frozen_features.py PROJECT SOURCE BACKBONE IMAGE_SIZE
 """
@@ -34,19 +34,21 @@ REGULARIZATIONS = (0.01, 0.1, 1.0)
 
 
 @torch.inference_mode()
-def extract(network: Classifier, pixels: Tensor) -> list[Tensor]:
-    """Return for each stride the means of 4 × 4 fields, float32 (B, 2, C, 4, 4), of images and mirror images."""
+def extract(network: Classifier, pixels: Tensor) -> dict[int, list[Tensor]]:
+    """Return, by grid, the features of each stride: float32 (B, 2, width), of the images and their mirror images."""
     views = [network.normalize(network.resize(one)) for one in (pixels, pixels.flip(-1))]
-    of_views = [network.backbone.forward_intermediates(view, intermediates_only=True) for view in views]  # type: ignore[operator]
-    pairs = list(zip(*of_views, strict=True))[-len(STRIDES) :]
-    return [adaptive_avg_pool2d(torch.cat(pair), 4).unflatten(0, (2, -1)).transpose(0, 1) for pair in pairs]
+    maps = [torch.stack(of_views, dim=1) for of_views in zip(*map(network.compute_feature_maps, views), strict=True)]
+    return {
+        grid: [adaptive_avg_pool2d(one.flatten(0, 1), grid).reshape(len(pixels), 2, -1) for one in maps]
+        for grid in GRIDS
+    }
 
 
 def main(project: Path, source: str, backbone: str, size: int) -> None:
     table, recipe = read_project(project, source)
     pack = PackedImages(project / "data/images.npy", torch.device("cpu"))
     architecture = Architecture(
-        backbone, [], 0.0, size, recipe.normalization, pack.images.shape[-1], pack.resize, "equalize"
+        backbone, [], 0.0, size, recipe.normalization, pack.size, pack.resize, "equalize", feature_maps=len(STRIDES)
     )
     with tempfile.TemporaryDirectory() as weights:
         write_pretrained_weights(backbone, "imagenet", Path(weights))
@@ -55,12 +57,11 @@ def main(project: Path, source: str, backbone: str, size: int) -> None:
     is_external = (table["subset"] == "external").to_numpy()
     rows = np.flatnonzero(table["subset"].isin(["train", "validation", "external"]))
     batches = [extract(network, pack.read(batch)) for batch in torch.from_numpy(rows).split(32)]
-    of_strides = [torch.cat(maps) for maps in zip(*batches, strict=True)]
     table, is_external = table.iloc[rows], is_external[rows]
     labels, groups, scores = table["label"].to_numpy(int), table["group"].to_numpy()[is_external], {}
     for grid, regularization in product(GRIDS, REGULARIZATIONS):
-        pooled = [adaptive_avg_pool2d(maps.flatten(0, 1), grid).reshape(len(rows), 2, -1) for maps in of_strides]
-        by_stride = dict(zip(map(str, STRIDES), pooled, strict=True)) | {"all": torch.cat(pooled, 2)}
+        of_strides = [torch.cat(batch) for batch in zip(*(batch[grid] for batch in batches), strict=True)]
+        by_stride = dict(zip(map(str, STRIDES), of_strides, strict=True)) | {"all": torch.cat(of_strides, dim=2)}
         for stride, features in by_stride.items():
             of_training, of_external = features[~is_external].numpy(), features[is_external].numpy()
             model = make_pipeline(

@@ -114,6 +114,15 @@ def test_the_benchmark_of_the_startup_time_prints_its_result(demo_project):
     assert line["seconds"] > 0
 
 
+def test_the_benchmark_of_frozen_features_predicts_a_source_that_is_left_out(demo_project, run_here):
+    *lines, chosen = run_here(
+        "python bench/frozen_features.py", str(demo_project), "B", "timm/tf_efficientnet_lite0", "64"
+    )
+    assert len(lines) == 36
+    assert all(0 < float(line["auroc"].split()[0]) < 1 for line in lines)
+    assert set(chosen["chosen"]) <= {line["features"] for line in lines}
+
+
 def copy_with_changed_predictions(
     project: Path, target: Path, name: str, change: Callable[[pd.Series, pd.Series], pd.Series]
 ) -> Path:

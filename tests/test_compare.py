@@ -227,7 +227,7 @@ def test_the_terminal_has_a_table_of_metrics_the_parameters_that_differ_and_cave
     assert " 2 of 2 " in rows[0]
     (row,) = [line for line in output.splitlines() if "train.keep" in line and "Caveat" not in line]
     assert row.split()[1::2] == ["train.keep", "best_f1", "last"]
-    assert output.count("Caveat: shuffled chose its epochs on these images (train.keep: best_f1)") == 1
+    assert output.count("Caveat: shuffled chose its epochs on the validation images (train.keep: best_f1)") == 1
     assert json.loads((tmp_path / "c.json").read_text()) == compare("shuffled better")
     with Image.open(tmp_path / "c.png") as picture:
         assert len(picture.convert("RGB").getcolors(maxcolors=100_000)) > 10  # more than an empty canvas
@@ -353,6 +353,25 @@ def test_on_the_held_out_source_the_threshold_and_the_recalibration_are_those_of
         assert metrics["external", SEED_MEAN, metric] == pytest.approx(np.mean(values)), metric
 
 
+@pytest.mark.parametrize(
+    ("sections", "fitted"),
+    [
+        ({}, {"recalibrated_loss"}),
+        ({"evaluate": {"operating_point": "best_f1"}}, {"recalibrated_loss", "f1", "recall", "specificity"}),
+        ({"bag": {"method": "greedy"}}, {*METRICS}),
+    ],
+)
+def test_what_is_fitted_on_the_validation_set_has_no_interval_on_the_held_out_source(sections, fitted):
+    a, b = (random_predictions(80, 24, seed).sample(frac=1, random_state=0) for seed in (0, 1))
+    metrics = comparing.compare_recipes(recipe("A", a, external=40), recipe("B", b, external=40, **sections)).metrics
+    of_bag = metrics[(metrics["images"] == "external") & (metrics["model"] == BAG)].set_index("metric")
+    withheld = of_bag["reason"].str.startswith("none: it also varies with the validation set")
+    assert set(of_bag.index[withheld]) == fitted
+    assert of_bag.loc[withheld, ["low", "high"]].isna().all(axis=None)
+    assert of_bag.loc[~withheld, "low"].notna().all()
+    assert not metrics.loc[metrics["images"] == "validation", "reason"].str.startswith("none: it also varies").any()
+
+
 def test_a_source_that_only_one_recipe_held_out_is_refused():
     table = random_predictions()
     sides = recipe("A", table, external=10), recipe("B", table)
@@ -372,9 +391,9 @@ def test_undefined_metrics_have_a_reason(positives):
 
 def test_the_loss_of_bags_that_err_on_no_patient_has_no_interval_and_says_why():
     table = random_predictions()
-    surer = table.assign(**{seed: table["label"] * 0.9 + table[seed] * 0.05 for seed in ("seed-0", "seed-1")})
-    less = table.assign(**{seed: table["label"] * 0.6 + table[seed] * 0.3 for seed in ("seed-0", "seed-1")})
-    metrics = comparing.compare_recipes(recipe("A", less), recipe("B", surer)).metrics.set_index(["model", "metric"])
+    better = table.assign(**{seed: table["label"] * 0.9 + table[seed] * 0.05 for seed in ("seed-0", "seed-1")})
+    worse = table.assign(**{seed: table["label"] * 0.6 + table[seed] * 0.3 for seed in ("seed-0", "seed-1")})
+    metrics = comparing.compare_recipes(recipe("A", worse), recipe("B", better)).metrics.set_index(["model", "metric"])
     assert metrics.loc[(BAG, "loss"), "difference"] < 0
     assert metrics.loc[(BAG, "loss"), "reason"].startswith("fewer than 3 patients with a probability on the wrong side")
 

@@ -65,7 +65,7 @@ DEFAULTS = {
         "label_smoothing": 0.0, "group_dro": 0.0, "domain_adversarial": 0.0,
         "optimizer": "adamw", "reset_optimizer_each_epoch": False, "lr": 1e-3, "eps": 1e-8,
         "weight_decay": 0.01, "ema_decay": 0.0, "swa_epochs": 0, "schedule": "cosine", "warmup_epochs": 0.0,
-        "feature_views": 0, "feature_grid": 0, "test_time_augmentation": "none", "precision": "float32",
+        "feature_views": 0, "feature_maps": 0, "test_time_augmentation": "none", "precision": "float32",
         "channels_last": True, "fused": False, "compile": False, "loader_threads": 1, "cpu_threads": 2,
     },
     "evaluate": {
@@ -254,10 +254,10 @@ def test_other_old_names_are_refused_with_the_new_ones(tmp_path):
             {"feature_views": 2, "cutmix_alpha": 1.0},
             "feature_views: features are computed once, and cutmix_alpha joins",
         ),
-        ({"feature_grid": 2}, "feature_grid: these features are computed once; set feature_views to 1 or more, or "),
+        ({"feature_maps": 3}, "feature_maps: these features are computed once; set feature_views to 1 or more, or "),
         (
-            {"feature_grid": 2, "feature_views": 1, "backbone": "alexnet"},
-            "feature_grid: only networks of timm give their feature maps; set backbone to timm/<name>, or this to 0",
+            {"feature_maps": 3, "feature_views": 1, "backbone": "alexnet"},
+            "feature_maps: only networks of timm give their feature maps; set backbone to timm/<name>, or this to 0",
         ),
     ],
 )

@@ -260,8 +260,8 @@ VARIANTS = {
     "ema": {"ema_decay": 0.9, "optimizer": "sgd", "image_size": 40},
     "groups": {**GROUP_LEVERS, "swa_epochs": 1, "gradient_accumulation_steps": 2},
     "features": {"feature_views": 3, "frozen_epochs": 1, "mixup_alpha": 0.4, "test_time_augmentation": "flip"},
-    "grid of features": {
-        "backbone": LITE, "image_size": 64, "feature_grid": 2, "feature_views": 2, "frozen_epochs": 1,
+    "feature maps": {
+        "backbone": LITE, "image_size": 64, "feature_maps": 3, "feature_views": 2, "frozen_epochs": 1,
     },
     "preprocessing": {
         "lung_crop": True, "marker_mask": True, "border_mask": 0.1, "intensity_normalization": "equalize",

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 PIXELS = torch.randint(0, 256, (3, 96, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 LABELS = [0, 1, 1]
+LITE = "timm/tf_efficientnet_lite0"
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +52,19 @@ def test_a_heatmap_is_the_mean_of_the_members_and_leaves_out_those_that_do_not_c
     assert maps == pytest.approx(first, abs=1e-6)
 
 
-def test_a_heatmap_explains_every_feature_map_of_a_grid():
+def test_a_heatmap_of_feature_maps_shows_the_terms_of_the_logit():
     torch.manual_seed(0)
-    architecture = Architecture("timm/tf_efficientnet_lite0", [], 0.0, 128, "imagenet", 96, "stretch", feature_grid=2)
-    network = Classifier(architecture).eval()
+    network = Classifier(Architecture(LITE, [], 0.0, 160, "imagenet", 96, "stretch", feature_maps=3)).eval()
+    inputs = network.normalize(network.resize(PIXELS))
     with torch.no_grad():
-        network.head.logits.weight[:, 40 * 4 :] = 0  # the first map, at a stride of 8, has 40 channels
-    maps = compute_heatmaps(network, PIXELS, LABELS)
-    assert maps.shape == (3, 128, 128)
-    assert 0.3 < maps.max() <= 1
+        network.head.scaler.mean.copy_(network.extract_features(inputs[:1])[0])
+        network.head.logits.weight[:, 40:] = 0  # of the two later maps: the first, at a stride of 8, has 40 channels
+        (first, *_), weight = network.compute_feature_maps(inputs), network.head.logits.weight[1, :40]
+        deviation = first - network.head.scaler.mean[:40, None, None]
+        expected = interpolate(torch.einsum("c,bchw->bhw", weight, deviation)[:, None], (160, 160), mode="bilinear")
+    expected = expected[:, 0].relu()
+    maps = compute_heatmaps(network, PIXELS, [1, 1, 1])
+    assert maps == pytest.approx((expected / expected.amax(dim=(1, 2), keepdim=True)).numpy(), abs=1e-5)
 
 
 def test_heatmaps_and_predictions_at_the_same_time_do_not_disturb_each_other(model):

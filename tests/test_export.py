@@ -88,7 +88,7 @@ def test_onnx_runtime_gives_the_probabilities_of_predict_for_any_number_of_image
 
 @pytest.mark.parametrize(
     ("size", "changes"),  # smaller than the images, equal, and larger
-    [(32, {}), (48, {}), (64, {}), (64, {"backbone": "timm/tf_efficientnet_lite0", "feature_grid": 3})],
+    [(32, {}), (48, {}), (64, {}), (64, {"backbone": "timm/tf_efficientnet_lite0", "feature_maps": 3})],
 )
 def test_the_graph_resizes_as_predict_does(size, changes):
     architecture = replace(SQUEEZENET, size=size, packed_size=48, **changes)
@@ -292,10 +292,10 @@ def test_a_folder_for_the_hub_is_complete_or_not_there(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_grid_of_features_is_not_exported_for_the_hub(tmp_path):
-    model = make_candidate(replace(SQUEEZENET, backbone="timm/tf_efficientnet_lite0", feature_grid=2), [1])
+def test_means_of_feature_maps_are_not_exported_for_the_hub(tmp_path):
+    model = make_candidate(replace(SQUEEZENET, backbone="timm/tf_efficientnet_lite0", feature_maps=3), [1])
     message = error_message(export_huggingface.write_huggingface, model, tmp_path / "hub", ORIGIN, "demo", "")
-    assert message.startswith("train.feature_grid: neither timm nor torch loads such a model by name; run: cxr export")
+    assert message.startswith("train.feature_maps: timm loads no such model by name; run: cxr export")
     assert not (tmp_path / "hub").exists()
 
 

@@ -152,10 +152,10 @@ def test_a_damaged_file_is_replaced_with_a_warning(pack, weights, caplog):
 
 
 @pytest.mark.parametrize("averages", [{}, {"ema_decay": 0.9}])
-def test_grid_features_are_standardized_by_the_training_images(pack, weights, averages):
+def test_means_of_feature_maps_are_standardized_by_the_training_images(pack, weights, averages):
     torch.manual_seed(0)
     save_file(backbones.build_backbone(LITE).state_dict(), weights / "backbone.safetensors")
-    result = train(pack, weights, backbone=LITE, feature_grid=2, image_size=64, **averages)
+    result = train(pack, weights, backbone=LITE, feature_maps=3, image_size=64, **averages)
     (file,) = cache_files(weights)
     as_they_are = load_file(file)["features"][:, 0].numpy()
     scaler = StandardScaler().fit(as_they_are[:16])

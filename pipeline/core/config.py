@@ -423,11 +423,8 @@ class TrainParams(Section):
         ge=0,
         description="Views per image, the first not augmented, of which a frozen backbone computes features once.",
     )
-    feature_grid: int = Field(
-        0,
-        ge=0,
-        le=8,
-        description="Fields per edge whose means in the backbone's last feature maps are the features; 0 is off.",
+    feature_maps: int = Field(
+        0, ge=0, le=4, description="The backbone's last feature maps whose means are its features; 0 is off."
     )
     test_time_augmentation: Literal["none", "flip", "crops"] = Field(
         "none", description="Views whose mean is the prediction: none, flip, or crops (and flip)."
@@ -460,14 +457,14 @@ class TrainParams(Section):
                 raise ValueError(f"features are computed once, and {name} joins images anew; set one of them to 0")
         return views
 
-    @field_validator("feature_grid")
+    @field_validator("feature_maps")
     @classmethod
-    def _check_feature_grid(cls, grid: int, info: ValidationInfo) -> int:
-        if grid and not info.data.get("feature_views"):
+    def _check_feature_maps(cls, maps: int, info: ValidationInfo) -> int:
+        if maps and info.data.get("feature_views") == 0:
             raise ValueError("these features are computed once; set feature_views to 1 or more, or this to 0")
-        if grid and not info.data.get("backbone", "").startswith("timm/"):
+        if maps and not info.data.get("backbone", "timm/").startswith("timm/"):
             raise ValueError("only networks of timm give their feature maps; set backbone to timm/<name>, or this to 0")
-        return grid
+        return maps
 
     @field_validator("mixup_pairing")
     @classmethod

@@ -26,7 +26,13 @@ from pipeline.evaluation.metric_tables import (
     cross_fit_recalibration,
     unavailable_predictions,
 )
-from pipeline.evaluation.metrics import CONFIDENCE_LEVEL, LOWER_IS_BETTER, METRIC_LABELS, apply_threshold
+from pipeline.evaluation.metrics import (
+    CONFIDENCE_LEVEL,
+    LOWER_IS_BETTER,
+    METRIC_LABELS,
+    THRESHOLD_METRICS,
+    apply_threshold,
+)
 
 FILES = [
     "params.yaml", "data/manifest.csv", "data/split.csv", "predictions/validation.csv", "predictions/external.csv",
@@ -117,23 +123,23 @@ def compare_recipes(a: Recipe, b: Recipe) -> Comparison:
     left_out = {
         side: [name for name in recipe.config.model_names if name not in seeds] for side, recipe in (("a", a), ("b", b))
     }
-    metrics = _give_reasons(pd.concat(tables).reset_index(drop=True))
+    metrics = _give_reasons(_withhold_intervals(pd.concat(tables).reset_index(drop=True), a, b))
     return Comparison(seeds, left_out, image_sets, differing_parameters(a, b), metrics, _caveats(a, b))
 
 
 def check_same_images(a: Recipe, b: Recipe) -> None:
     """Raise a UserError unless both were evaluated on the same images, with the same labels and groups."""
-    names, tables = f"{a.name} and {b.name}", [pd.concat([side.predictions, side.external]) for side in (a, b)]
-    ours, theirs = (set(table.index) for table in tables)
-    if ours != theirs or len(a.external) != len(b.external):
+    names, (one, other) = f"{a.name} and {b.name}", [pd.concat([side.predictions, side.external]) for side in (a, b)]
+    ours, theirs = set(one.index), set(other.index)
+    if ours != theirs or set(a.external.index) != set(b.external.index):
         raise UserError(
             f"{names} were evaluated on different images ({len(ours)} and {len(theirs)}, {len(ours & theirs)} of them "
             "in both): one of them may have been trained on what the other is evaluated on; give both the same data "
             "and split parameters, then run: dvc repro"
         )
-    mine, other = tables[0], tables[1].loc[tables[0].index]
+    other = other.loc[one.index]
     for column, meaning in (("xxh128", "contents"), ("label", "labels"), ("group", "patient groups")):
-        differs = mine[column].ne(other[column])
+        differs = one[column].ne(other[column])
         if differs.any():
             raise UserError(
                 f"{names} have different {meaning} for {differs.sum()} of the {len(ours)} images, such as "
@@ -167,7 +173,8 @@ def compare_seeds(
 
     Returns:
         A row per metric: `metric`, the means `a` (theirs) and `b` (ours), their `difference`, `low` and
-        `high` from `seed_mean_interval`, and `seeds_better`, the number of seeds for which ours is better.
+        `high` from `seed_mean_interval`, and `seeds_better`, the number of seeds for which ours is better, missing
+        where that is undefined.
     """
     rows = []
     for metric in metrics:
@@ -175,6 +182,7 @@ def compare_seeds(
             np.column_stack([sample[metric].to_numpy(dtype=float) for sample in samples]) for samples in (ours, theirs)
         )
         differences = our_values - their_values
+        better = int(((differences[0] < 0) if metric in LOSSES else (differences[0] > 0)).sum())
         low, high = seed_mean_interval(differences)
         rows.append(
             {
@@ -184,7 +192,7 @@ def compare_seeds(
                 "difference": differences[0].mean(),
                 "low": low,
                 "high": high,
-                "seeds_better": int(((differences[0] < 0) if metric in LOSSES else (differences[0] > 0)).sum()),
+                "seeds_better": pd.NA if np.isnan(differences[0]).any() else better,
             }
         )
     return pd.DataFrame(rows).astype({"seeds_better": "Int64"})
@@ -290,10 +298,27 @@ def _compare_models(
     return pd.concat(tables)
 
 
-def _bootstrap_metrics(validation: ValidationSet, raw: Predictions, recalibrated: Predictions) -> pd.DataFrame:
+def _bootstrap_metrics(images: ValidationSet, raw: Predictions, recalibrated: Predictions) -> pd.DataFrame:
     """Return `METRICS` on every resample."""
-    loss: Any = np.nan if recalibrated.reason else validation.bootstrap_metrics(recalibrated)["loss"]
-    return validation.bootstrap_metrics(raw).assign(**{RECALIBRATED_LOSS: loss})[METRICS]
+    loss: Any = np.nan if recalibrated.reason else images.bootstrap_metrics(recalibrated)["loss"]
+    return images.bootstrap_metrics(raw).assign(**{RECALIBRATED_LOSS: loss})[METRICS]
+
+
+def _withhold_intervals(metrics: pd.DataFrame, a: Recipe, b: Recipe) -> pd.DataFrame:
+    """Replace the intervals of what depends on a fit on the validation set by a `reason`, on the held-out source.
+
+    All seeds share that validation set, whose variation neither they nor the patients of the source show.
+    """
+    sections = [recipe.config.active for recipe in (a, b)]
+    fitted = [RECALIBRATED_LOSS]
+    if any(section.evaluate.operating_point != "half" for section in sections):
+        fitted += THRESHOLD_METRICS
+    is_fitted = metrics["metric"].isin(fitted)
+    if any(section.bag.method == "greedy" for section in sections):
+        is_fitted |= metrics["model"] == BAG
+    is_fitted &= metrics["images"] == "external"
+    reason = metrics["reason"].mask(is_fitted, "none: it also varies with the validation set, on which it is fitted")
+    return metrics.assign(reason=reason, **{end: metrics[end].mask(is_fitted) for end in ("low", "high")})
 
 
 def _give_reasons(metrics: pd.DataFrame) -> pd.DataFrame:
@@ -309,8 +334,8 @@ def _give_reasons(metrics: pd.DataFrame) -> pd.DataFrame:
 
 def _caveats(a: Recipe, b: Recipe) -> list[str]:
     return [
-        f"{recipe.name} chose its epochs on these images (train.keep: {recipe.config.active.train.keep}), so its "
-        "figures are too good, the more so the more epochs it chose from"
+        f"{recipe.name} chose its epochs on the validation images (train.keep: {recipe.config.active.train.keep}), so "
+        "its figures there are too good, the more so the more epochs it chose from"
         for recipe in {a.name: a, b.name: b}.values()
         if recipe.config.active.train.keep != "last"
     ]

@@ -145,8 +145,8 @@ def _write(candidate: Candidate, folder: Path, origin: Mapping[str, str], title:
         folders[name] = ["."] if is_single else [name] if len(folds) == 1 else folds
         networks |= zip(folders[name], member.networks, strict=True)
     first, config, classes = next(iter(networks.values())), candidate.config, list(candidate.finding.class_names)
-    if first.architecture.feature_grid:
-        raise UserError("train.feature_grid: neither timm nor torch loads such a model by name; run: cxr export --onnx")
+    if first.architecture.feature_maps:
+        raise UserError("train.feature_maps: timm loads no such model by name; run: cxr export MODEL --onnx FILE")
     own = {path: _to_timm(network) for path, network in networks.items()}
     is_timm = None not in own.values()
     description = describe_ensemble(candidate, origin) | {"folders": folders}

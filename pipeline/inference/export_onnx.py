@@ -151,6 +151,8 @@ def default_convolution_precision() -> Iterator[None]:
 class CandidateGraph(nn.Module):
     """What `Candidate.predict` computes, as one module."""
 
+    resize: Tensor
+
     def __init__(self, candidate: Candidate) -> None:
         super().__init__()
         self._members = [list(member.networks) for member in candidate.members.values()]
@@ -158,6 +160,9 @@ class CandidateGraph(nn.Module):
         self._combination = Combination(candidate.config)
         # All members have the same preprocessing, which `params.yaml` gives.
         self._first = self._members[0][0]
+        edges = torch.zeros(1).double(), torch.ones(1).double()  # of the whole image
+        matrix = preprocessing.interpolation_matrices(*edges, candidate.packed_size, self._first.architecture.size)[0]
+        self.register_buffer("resize", matrix if self._first.adjusts else matrix.float())
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Classify gray images (N, packed_size, packed_size), uint8.
@@ -175,11 +180,12 @@ class CandidateGraph(nn.Module):
 
     def _resize(self, images: Tensor) -> Tensor:
         """Compute what `Classifier.resize` does, without the operator that ONNX lacks."""
-        network, size = self._first, self._first.architecture.size
-        gray = images.double() if network.adjusts else images.float()
-        if network.lung_field or gray.shape[-1] != size:
-            boxes = network.lung_field(images) if network.lung_field else _float64([0.0, 0.0, 1.0, 1.0])[None]
-            gray = preprocessing.resample(gray, boxes, size)
+        network, resize = self._first, self.resize
+        gray = images.to(resize.dtype)
+        if network.lung_field:
+            gray = preprocessing.resample(gray, network.lung_field(images), network.architecture.size)
+        elif resize.shape[0] != resize.shape[1]:
+            gray = resize @ gray @ resize.T
         return network.adjust(gray) if network.adjusts else gray
 
 

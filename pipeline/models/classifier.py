@@ -1,6 +1,6 @@
 """The classifier, a backbone and a head with their preprocessing, and its storage as safetensors."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +17,6 @@ from pipeline.core.config import Resize
 from pipeline.core.errors import UserError
 from pipeline.core.files import atomic_path, read_json, sha256_of_file, write_json
 from pipeline.models import backbones, preprocessing
-from pipeline.models.pooling import FixedAveragePool2d
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Mean and standard deviation of each channel, of gray levels from 0 to 1.
@@ -28,7 +27,6 @@ NORMALIZATIONS = {
 }
 WEIGHTS_FILE, DESCRIPTION_FILE = "model.safetensors", "model.json"  # in the folder of a saved model
 POSITIVE_CLASS = 1  # index in the logits
-FEATURE_MAPS = 3  # the last ones, of a grid of features
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Architecture:
     border_mask: float = 0.0  # share of the edge
     marker_mask: bool = False
     test_time_augmentation: str = "none"
-    feature_grid: int = 0  # fields per edge of the feature maps; 0 for the backbone's own features
+    feature_maps: int = 0  # the last ones, whose means are the features; 0 for the backbone's own features
 
 
 class Classifier(nn.Module):
@@ -59,13 +57,10 @@ class Classifier(nn.Module):
         self.architecture = architecture
         self.backbone = backbones.build_backbone(architecture.backbone)
         mean, std = NORMALIZATIONS[architecture.normalization]
-        grid = architecture.feature_grid
-        # The first module gives heatmaps a layer to look at: its output is the whole feature map.
-        pools = [nn.Sequential(nn.Identity(), FixedAveragePool2d((grid, grid))) for _ in range(FEATURE_MAPS)]
-        self.feature_pools = nn.ModuleList(pools if grid else [])
         self.backbone.eval()
         width = backbones.feature_count(self.extract_features, architecture.size, len(mean))
-        self.head = Head(width, architecture.head_hidden, architecture.dropout, standardize=grid > 0)
+        standardize = architecture.feature_maps > 0
+        self.head = Head(width, architecture.head_hidden, architecture.dropout, standardize=standardize)
         scale = 1 / (255 * torch.tensor(std).view(-1, 1, 1))
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("shift", -255 * scale * torch.tensor(mean).view(-1, 1, 1), persistent=False)
@@ -114,14 +109,19 @@ class Classifier(nn.Module):
     def extract_features(self, images: Tensor) -> Tensor:
         """Compute the backbone's features (B, width) for images from `normalize`.
 
-        With `feature_grid`, they are the means of fields of its last `FEATURE_MAPS` feature maps. Layers before the
-        last one, and positions in the image, can transfer better (Evci et al. 2022, arXiv:2201.03529).
+        With `feature_maps`, they are the means of its last feature maps; layers before the last one can transfer better
+        (Evci et al. 2022, arXiv:2201.03529).
         """
-        if not self.feature_pools:
-            features: Tensor = self.backbone(images)
-            return features.flatten(1)
-        maps = self.backbone.forward_intermediates(images, intermediates_only=True)[-FEATURE_MAPS:]  # type: ignore[operator]
-        return torch.cat([pool(one).flatten(1) for pool, one in zip(self.feature_pools, maps, strict=True)], dim=1)
+        if self.architecture.feature_maps:
+            return torch.cat([one.mean(dim=(2, 3)) for one in self.compute_feature_maps(images)], dim=1)
+        features: Tensor = self.backbone(images)
+        return features.flatten(1)
+
+    def compute_feature_maps(self, images: Tensor) -> list[Tensor]:
+        """Compute the last `feature_maps` feature maps, (B, C, H, W) each, of a backbone of timm."""
+        count, backbone = self.architecture.feature_maps, self.backbone
+        maps: list[Tensor] = backbone.forward_intermediates(images, count, intermediates_only=True)  # type: ignore[operator]
+        return maps
 
     @torch.inference_mode()
     def predict_proba(self, pixels: Tensor) -> Tensor:
@@ -204,11 +204,15 @@ class FeatureScaler(nn.Module):
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("std", torch.ones(width))
 
-    def fit(self, features: np.ndarray) -> None:
-        """Take mean and standard deviation from features (N, width), float32; constant ones are not divided."""
-        std = features.std(axis=0, dtype=np.float64)
-        self.mean.copy_(torch.from_numpy(features.mean(axis=0, dtype=np.float64)))
-        self.std.copy_(torch.from_numpy(np.where(std > 0, std, 1.0)))
+    def fit(self, batches: Iterable[np.ndarray]) -> None:
+        """Take mean and standard deviation from features (B, width), float32; constant ones are not divided."""
+        from sklearn.preprocessing import StandardScaler
+
+        scaler = StandardScaler()
+        for features in batches:
+            scaler.partial_fit(features)
+        self.mean.copy_(torch.from_numpy(scaler.mean_))
+        self.std.copy_(torch.from_numpy(scaler.scale_))
 
     def forward(self, features: Tensor) -> Tensor:
         return (features - self.mean) / self.std

@@ -1,4 +1,8 @@
-"""Grad-CAM heatmaps of the regions that contribute to a score (Selvaraju et al. 2017, arXiv:1610.02391)."""
+"""Heatmaps of the regions that contribute to a score: Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391).
+
+Where the features are the means of feature maps, it is the sum of their class activation maps (Zhou et al. 2016,
+arXiv:1512.04150), which show every term of the score.
+"""
 
 import copy
 from collections.abc import Sequence
@@ -6,11 +10,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from pipeline.models import preprocessing
 from pipeline.models.classifier import Classifier
 
 MIN_MAP_SIZE = 4  # edge of the feature map: a coarser one cannot separate the center from the border
+EPS = 1e-7
 COLORMAP, OPACITY = "inferno", 0.65  # of heatmaps over radiographs; the opacity is that of the highest value
 
 
@@ -33,21 +39,36 @@ def compute_heatmaps(network: Classifier, pixels: Tensor, classes: Sequence[int]
         network = _copy_without_gradients(network)
         pixels = pixels.cpu().clone()  # a tensor of inference mode has no gradients
         inputs = network.normalize(network.resize(pixels)).requires_grad_()
-        with GradCAM(network, target_layers(network)) as cam:
-            maps = np.asarray(cam(inputs, [ClassifierOutputTarget(label) for label in classes]))
+        if network.architecture.feature_maps:
+            maps = _class_activation_maps(network, inputs, classes)
+        else:
+            with GradCAM(network, [target_layer(network)]) as cam:
+                maps = np.asarray(cam(inputs, [ClassifierOutputTarget(label) for label in classes]))
         if network.lung_field is None:
             return maps
         boxes = network.lung_field(pixels.unsqueeze(1))
         return preprocessing.insert(torch.from_numpy(maps)[:, None], boxes)[:, 0].numpy()
 
 
-def target_layers(network: Classifier) -> list[nn.Module]:
-    """Return the last layer of the backbone whose output is a feature map with edges of at least `MIN_MAP_SIZE`.
+def _class_activation_maps(network: Classifier, inputs: Tensor, classes: Sequence[int]) -> np.ndarray:
+    """Return where the feature maps raise the logit above that of the mean image of the training set."""
+    with torch.no_grad():
+        maps = network.compute_feature_maps(inputs)
+    features = torch.cat([one.mean(dim=(2, 3)) for one in maps], dim=1).requires_grad_()
+    logits = network.head(features)[torch.arange(len(inputs)), torch.tensor(classes)]
+    (gradients,) = torch.autograd.grad(logits.sum(), features)
+    total, start = torch.zeros(len(inputs), 1, *inputs.shape[2:]), 0
+    for one in maps:
+        channels = slice(start, start := start + one.shape[1])
+        deviation = one - network.head.scaler.mean[channels, None, None]  # type: ignore[index]
+        terms = (gradients[:, channels, None, None] * deviation).sum(dim=1, keepdim=True)
+        total += interpolate(terms, total.shape[2:], mode="bilinear")
+    positive = total[:, 0].relu()
+    return (positive / positive.amax(dim=(1, 2), keepdim=True).clamp(min=EPS)).numpy()
 
-    With `feature_grid`, all feature maps are explained, and the heatmap is the mean of theirs.
-    """
-    if network.feature_pools:
-        return [pool[0] for pool in network.feature_pools]  # type: ignore[index]
+
+def target_layer(network: Classifier) -> nn.Module:
+    """Return the last layer of the backbone whose output is a feature map with edges of at least `MIN_MAP_SIZE`."""
     layers: list[nn.Module] = []
 
     def record_layer(module: nn.Module, _: object, output: object) -> None:
@@ -60,7 +81,7 @@ def target_layers(network: Classifier) -> list[nn.Module]:
         network(network.normalize(torch.zeros(1, 1, size, size)))
     for hook in hooks:
         hook.remove()
-    return layers[-1:]
+    return layers[-1]
 
 
 def _copy_without_gradients(network: Classifier) -> Classifier:

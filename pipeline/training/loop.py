@@ -34,6 +34,7 @@ from pipeline.training.schedule import build_optimizer, learning_rate_at
 
 AUTOCAST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 CHECKPOINT_SECONDS = 300  # between checkpoints within an epoch
+ROWS_AT_ONCE = 1024  # of features that are copied to be standardized
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Trainer:
                 border_mask=params.border_mask,
                 marker_mask=params.marker_mask,
                 test_time_augmentation=params.test_time_augmentation,
-                feature_grid=params.feature_grid,
+                feature_maps=params.feature_maps,
             )
         )
         load_pretrained(self.network, weights)
@@ -237,10 +238,11 @@ class Trainer:
         rows = torch.cat([self.train_rows, self.validation_rows]).sort()[0]
         with report_out_of_memory(self.params):
             self.features = load_features(self.network, self.params, self.pack, rows, folder, self.stop)
+            scaler = self.network.head.scaler
+            if isinstance(scaler, FeatureScaler):
+                scaler.fit(map(self.features.read_first, self.train_rows.split(ROWS_AT_ONCE)))
+                self.eval_model.head.scaler.load_state_dict(scaler.state_dict())
         self.memory_format = torch.contiguous_format  # of features, which have no height and width
-        for network in {self.network, self.eval_model}:
-            if isinstance(network.head.scaler, FeatureScaler):
-                network.head.scaler.fit(self.features.read_first(self.train_rows))
 
     def _start_phase(self) -> None:
         """Freeze or unfreeze the backbone; data parallelism and compilation must be set up after that."""
@@ -479,6 +481,11 @@ def report_out_of_memory(params: TrainParams) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not memory.is_out_of_memory(error):
             raise
+        if params.feature_views:
+            raise UserError(
+                f"out of memory with train.feature_views = {params.feature_views} at train.image_size = "
+                f"{params.image_size}; lower one of the two"
+            ) from error
         raise UserError(
             f"out of memory with train.batch_size = {params.batch_size} at train.image_size = {params.image_size}; "
             f"raise train.gradient_accumulation_steps = {params.gradient_accumulation_steps} (the same batch in "
