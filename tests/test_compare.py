@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import chdir
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -60,7 +61,7 @@ subsets = {"validation": files, "external": external}
 if sys.argv[1:] != ["seeds"]:
     pathlib.Path("data").mkdir(exist_ok=True)
     images = [(subset, *image) for subset, of_subset in subsets.items() for image in of_subset]
-    rows = ["file,xxh128,patient", *(f"{file},0{number}e5," for _, file, _, number in images)]
+    rows = ["file,bytes,xxh128,patient", *(f"{file},{number},0{number}e5," for _, file, _, number in images)]
     pathlib.Path("data/manifest.csv").write_text("\\n".join(rows) + "\\n")
     rows = ["file,group,subset,fold", *(f"{file},p{patient},{subset},0" for subset, file, _, patient in images)]
     pathlib.Path("data/split.csv").write_text("\\n".join(rows) + "\\n")
@@ -315,7 +316,8 @@ def random_predictions(count: int = 40, positives: int = 12, seed: int = 0) -> p
     label = (np.arange(count) < positives).astype(int)
     seeds = {f"seed-{number}": rng.uniform(0, 1, count) * 0.6 + 0.4 * label for number in (0, 1)}
     files = pd.Index([f"{number:03}.png" for number in range(count)], name="file")
-    return pd.DataFrame({"label": label, "group": [f"p{n // 2}" for n in range(count)], "xxh128": files} | seeds, files)
+    content = {"bytes": range(count), "xxh128": files}
+    return pd.DataFrame({"label": label, "group": [f"p{n // 2}" for n in range(count)]} | content | seeds, files)
 
 
 @pytest.mark.parametrize(
@@ -327,6 +329,14 @@ def test_images_of_the_same_name_that_are_not_the_same_are_refused(column, meani
     other.loc["003.png", column] = 0 if column == "label" else "other"
     message = error_message(comparing.compare_recipes, recipe("A", table), recipe("B", other))
     assert message.startswith(f"A and B have different {meaning} for 1 of the 40 images, such as 003.png;")
+
+
+def test_recipes_with_another_image_size_are_compared_on_the_same_files():
+    table, other = random_predictions(), random_predictions(seed=1).assign(xxh128="of other pixels")
+    sides = recipe("A", table), recipe("B", other, prepare={"image_size": 64})
+    assert comparing.compare_recipes(*sides).metrics["difference"].notna().any()
+    message = error_message(comparing.compare_recipes, sides[0], replace(sides[1], predictions=other.assign(bytes=1)))
+    assert message.startswith("A and B have different contents for 39 of the 40 images, such as 000.png;")
 
 
 def test_the_order_of_the_images_does_not_matter():

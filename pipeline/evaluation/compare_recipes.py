@@ -49,9 +49,9 @@ COLUMNS = ["images", "model", "metric", "a", "b", "difference", "low", "high", "
 class Recipe:
     """One side of a comparison.
 
-    `predictions` has a row per validation image, indexed by file, with `label`, `group`, `xxh128` (of the image's file)
-    and a column of P(positive) per seed; `external` is the same for the held-out source, without rows if there is none.
-    `commit` is that of a Git revision, None for a folder.
+    `predictions` has a row per validation image, indexed by file, with `label`, `group`, `bytes` (size of the file),
+    `xxh128` (of the stored pixels) and a column of P(positive) per seed; `external` is the same for the held-out
+    source, without rows if there is none. `commit` is that of a Git revision, None for a folder.
     """
 
     name: str
@@ -91,7 +91,10 @@ def load_recipe(folder: Path, name: str, commit: str | None = None) -> Recipe:
         for table in ("manifest.csv", "split.csv")
     )
     predictions, external = (
-        read_csv(folder / "predictions" / table).set_index("file").join(manifest["xxh128"]).join(split["group"])
+        read_csv(folder / "predictions" / table)
+        .set_index("file")
+        .join(manifest[["bytes", "xxh128"]])
+        .join(split["group"])
         for table in ("validation.csv", "external.csv")
     )
     return Recipe(name, load_config(folder / "params.yaml"), predictions, external, commit)
@@ -138,7 +141,9 @@ def check_same_images(a: Recipe, b: Recipe) -> None:
             "and split parameters, then run: dvc repro"
         )
     other = other.loc[one.index]
-    for column, meaning in (("xxh128", "contents"), ("label", "labels"), ("group", "patient groups")):
+    # Other parameters of `prepare`, such as the image size, give other pixels of the same image.
+    content = "xxh128" if a.config.active.prepare == b.config.active.prepare else "bytes"
+    for column, meaning in ((content, "contents"), ("label", "labels"), ("group", "patient groups")):
         differs = one[column].ne(other[column])
         if differs.any():
             raise UserError(
