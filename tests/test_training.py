@@ -344,7 +344,10 @@ class ToyNetwork(torch.nn.Module):
         self.backbone, self.head = torch.nn.Sequential(*layers), Head(32, [], 0.0)
 
     def forward(self, images, masks=()):
-        return self.head(self.backbone(images), masks)
+        return self.head(self.extract_features(images), masks)
+
+    def extract_features(self, images):
+        return self.backbone(images)
 
 
 def train_toy(strength: float, seed: int) -> tuple[float, float]:

@@ -17,7 +17,6 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Generator, Tensor
-from xxhash import xxh3_128_hexdigest
 
 from pipeline.core.config import TrainParams
 from pipeline.core.errors import Interrupted
@@ -151,7 +150,7 @@ def _fingerprint(network: Classifier, params: TrainParams, pack: PackedImages, r
     content: dict[str, Any] = {
         "params": params.model_dump(exclude=HEAD_ONLY),
         "resize": pack.resize,
-        "images": xxh3_128_hexdigest(pack.images),  # as fast as they are read
+        "images": hashlib.sha256(pack.images).hexdigest(),
         "rows": rows.tolist(),
         "weights": {name: _sha256(value) for name, value in network.backbone.state_dict().items()},
         "code": {
