@@ -48,7 +48,7 @@ def compare(a: str, b: str, json_file: Path | None, png: Path | None) -> None:
         return
     if json_file:
         write_json(json_file, content)
-    _print_comparison(recipe_a, recipe_b, comparison)
+    _print_comparison(content)
 
 
 def load_experiment(name: str) -> "Recipe":
@@ -159,35 +159,35 @@ def _to_json(content: Any) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False)
 
 
-def _print_comparison(a: "Recipe", b: "Recipe", comparison: "Comparison") -> None:
+def _print_comparison(content: dict[str, Any]) -> None:
     from rich.table import Column, Table
 
     from pipeline.evaluation.compare_recipes import LABELS
 
-    content = _json_content(a, b, comparison)
+    a, b, seeds = content["a"]["name"], content["b"]["name"], len(content["seeds"])
     titles = {"validation": "Validation set", "external": f"Held-out source {content['held_out_source']}"}
-    headers = ("", "metric", a.name, b.name, "difference", "95 % interval", f"seeds better with {b.name}")
+    headers = ("", "metric", a, b, "difference", "95 % interval", f"seeds better with {b}")
     for images, counts in content["images"].items():
         title = (
-            f"{titles[images]}, {b.name} minus {a.name}: {counts['images']} images of {counts['patients']} patients "
-            f"({counts['positives']} of {counts['positive_patients']} positive), {len(comparison.seeds)} seeds"
+            f"{titles[images]}, {b} minus {a}: {counts['images']} images of {counts['patients']} patients "
+            f"({counts['positives']} of {counts['positive_patients']} positive), {seeds} seeds"
         )
         table = Table(*(Column(header, overflow="fold") for header in headers), title=title, title_justify="left")
         for row in content["metrics"]:
             if row["images"] == images:
-                table.add_row(row["model"], LABELS[row["metric"]], *_format_row(row, len(comparison.seeds)))
+                table.add_row(row["model"], LABELS[row["metric"]], *_format_row(row, seeds))
         print_table(table)
-    parameters = Table("parameter", a.name, b.name, title="Parameters that differ", title_justify="left")
+    parameters = Table("parameter", a, b, title="Parameters that differ", title_justify="left")
     for row in content["parameters"]:
         parameters.add_row(row["parameter"], *("–" if row[side] is None else str(row[side]) for side in ("a", "b")))
     if content["parameters"]:
         print_table(parameters)
     else:
         click.echo("No parameter differs.")
-    for side, recipe in (("a", a), ("b", b)):
-        if names := comparison.left_out[side]:
-            click.echo(f"Only {recipe.name} has {', '.join(names)}, left out here and in the bag.")
-    for caveat in comparison.caveats:
+    for side in (content["a"], content["b"]):
+        if names := side["seeds_left_out"]:
+            click.echo(f"Only {side['name']} has {', '.join(names)}, left out here and in the bag.")
+    for caveat in content["caveats"]:
         click.echo(f"Caveat: {caveat}.")
 
 

@@ -70,9 +70,9 @@ class Comparison:
         left_out: for `a` and `b`, the names of those that only this one has.
         image_sets: the images that both were evaluated on: `validation`, and `external` if a source is held out.
         parameters: a row per parameter that differs: `parameter`, `a`, `b`.
-        metrics: a row per image set (`images`), model (`SEED_MEAN` or `BAG`) and metric: its value for
-            `a` and `b`, the `difference` b minus a with the ends of its 95 % interval, the number of `seeds_better`
-            with b, and the `reason` where there is no interval.
+        metrics: a row per image set (`images`), model (`SEED_MEAN` or `BAG`) and metric: its value for `a` and `b`, the
+            `difference` b minus a with the ends of its 95 % interval, the number of `seeds_better` with b, and the
+            `reason` where there is no interval.
         caveats: what to know before believing the figures.
     """
 

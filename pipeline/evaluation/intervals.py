@@ -29,7 +29,7 @@ from pipeline.evaluation.metrics import (
 QUANTILES = [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2]
 NORMAL_QUANTILE = float(ndtri(QUANTILES[1]))
 LOG2_DRAWS = 12  # of sensitivity and specificity
-FEW = 3  # errors, or correct images
+MAX_POISSON_COUNT = 3  # errors, or correct images
 MIN_ERRORS = 3  # groups with an image whose P(positive) is on the wrong side of one half
 DISAGREEMENT = 0.5  # of a group per class, added to the standard errors of differences between two models
 EPS = 1e-12  # smallest difference between values, and of roots from 0, 1 and the estimate
@@ -90,8 +90,8 @@ def t_correction(count: float, group_count: int) -> float:
 def wilson_quantiles(proportion: float, size: float, quantiles: np.ndarray) -> np.ndarray:
     """Return the confidence distribution of a proportion that has Wilson's limits (1927) as its quantiles.
 
-    Where at most `FEW` images are on one side, the limit on that side is the Poisson one of Brown, Cai and DasGupta
-    (2001, section 4.1.1), because Wilson's covers too rarely for true proportions close to 0 and 1.
+    Where at most `MAX_POISSON_COUNT` images are on one side, the limit on that side is the Poisson one of Brown, Cai
+    and DasGupta (2001, section 4.1.1), because Wilson's covers too rarely for true proportions close to 0 and 1.
 
     Args:
         proportion: observed, in [0, 1].
@@ -102,10 +102,10 @@ def wilson_quantiles(proportion: float, size: float, quantiles: np.ndarray) -> n
     spread = quantiles * np.sqrt(proportion * (1 - proportion) / size + quantiles**2 / (4 * size**2))
     values = (center + spread) / (1 + quantiles**2 / size)
     tails = 2 * ndtr(-np.abs(quantiles))
-    if 0 < size * (1 - proportion) <= FEW:
+    if 0 < size * (1 - proportion) <= MAX_POISSON_COUNT:
         poisson = 1 - gammaincinv(size * (1 - proportion), tails) / size
         values = np.where(quantiles > 0, np.maximum(values, poisson), values)
-    if 0 < size * proportion <= FEW:
+    if 0 < size * proportion <= MAX_POISSON_COUNT:
         poisson = gammaincinv(size * proportion, tails) / size
         values = np.where(quantiles < 0, np.minimum(values, poisson), values)
     return np.asarray(np.clip(values, 0, 1))

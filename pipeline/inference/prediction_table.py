@@ -25,7 +25,7 @@ REQUIRED = {  # columns of the tables of predictions, with their types
     "version": "str", "threshold": "float", "prevalence": "float",
 }  # fmt: skip
 COLUMNS = REQUIRED | {"heatmap": "str", "referred": "Int64"}
-SHOWN = ["probability", "label", "agreement"]  # on a terminal, with the file
+TERMINAL_COLUMNS = ["probability", "label", "agreement"]  # with the file
 MAX_HEAD = 2**16  # bytes of the first line of a table
 ROWS_PER_GROUP = 2000  # of Parquet, which are in memory until they are written
 
@@ -156,7 +156,7 @@ def _round(value: Any) -> Any:
 
 def _format_text(rows: pd.DataFrame, with_header: bool) -> str:
     """Format rows for people; names, which are last, are never cut."""
-    columns = [*SHOWN, "referred"] if "referred" in rows else SHOWN
+    columns = [*TERMINAL_COLUMNS, "referred"] if "referred" in rows else TERMINAL_COLUMNS
     lines = ["  ".join([*columns, "file"])] if with_header else []
     for row in rows.to_dict("records"):
         cells = {"probability": "–", "label": "–", "agreement": "–", "referred": "yes" if row.get("referred") else "no"}

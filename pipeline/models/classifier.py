@@ -113,7 +113,7 @@ class Classifier(nn.Module):
         (Evci et al. 2022, arXiv:2201.03529).
         """
         if self.architecture.feature_maps:
-            return torch.cat([one.mean(dim=(2, 3)) for one in self.compute_feature_maps(images)], dim=1)
+            return pool_feature_maps(self.compute_feature_maps(images))
         features: Tensor = self.backbone(images)
         return features.flatten(1)
 
@@ -146,6 +146,11 @@ class Classifier(nn.Module):
     def embed(self, pixels: Tensor) -> Tensor:
         """Return the backbone's features, float32 (B, width), of gray images (B, H, W), uint8."""
         return self.extract_features(self.normalize(self.resize(pixels))).float()
+
+
+def pool_feature_maps(maps: Sequence[Tensor]) -> Tensor:
+    """Return the means of feature maps, (B, C, H, W) each, one after the other: (B, width)."""
+    return torch.cat([one.mean(dim=(2, 3)) for one in maps], dim=1)
 
 
 class Head(nn.Module):

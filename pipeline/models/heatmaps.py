@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from pipeline.models import preprocessing
-from pipeline.models.classifier import Classifier
+from pipeline.models.classifier import Classifier, pool_feature_maps
 
 MIN_MAP_SIZE = 4  # edge of the feature map: a coarser one cannot separate the center from the border
 EPS = 1e-7
@@ -54,7 +54,7 @@ def _class_activation_maps(network: Classifier, inputs: Tensor, classes: Sequenc
     """Return where the feature maps raise the logit above that of the mean image of the training set."""
     with torch.no_grad():
         maps = network.compute_feature_maps(inputs)
-    features = torch.cat([one.mean(dim=(2, 3)) for one in maps], dim=1).requires_grad_()
+    features = pool_feature_maps(maps).requires_grad_()
     logits = network.head(features)[torch.arange(len(inputs)), torch.tensor(classes)]
     (gradients,) = torch.autograd.grad(logits.sum(), features)
     total, start = torch.zeros(len(inputs), 1, *inputs.shape[2:]), 0

@@ -60,11 +60,6 @@ class FrozenFeatures:
         views = torch.randint(1 + augmented, rows.shape, generator=generator).numpy()
         return torch.from_numpy(self.values[self._find(rows), np.where(views, views + self.prediction_views - 1, 0)])
 
-    def read_first(self, rows: Tensor) -> np.ndarray:
-        """Return the features of the images at `rows` (B,) as they are: float32 (B, width)."""
-        first: np.ndarray = self.values[self._find(rows), 0]
-        return first
-
     def _find(self, rows: Tensor) -> np.ndarray:
         # In the calling thread; torch would start a thread pool per calling thread.
         return np.searchsorted(self.rows, rows.numpy())

@@ -240,7 +240,8 @@ class Trainer:
             self.features = load_features(self.network, self.params, self.pack, rows, folder, self.stop)
             scaler = self.network.head.scaler
             if isinstance(scaler, FeatureScaler):
-                scaler.fit(map(self.features.read_first, self.train_rows.split(ROWS_AT_ONCE)))
+                batches = self.train_rows.split(ROWS_AT_ONCE)
+                scaler.fit(self.features.read(rows)[:, 0].numpy() for rows in batches)  # the images as they are
                 self.eval_model.head.scaler.load_state_dict(scaler.state_dict())
         self.memory_format = torch.contiguous_format  # of features, which have no height and width
 
