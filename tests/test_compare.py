@@ -307,8 +307,9 @@ def test_another_project_is_refused(compared, tmp_path):
 def recipe(name: str, table: pd.DataFrame, seeds: Sequence[int] = (0, 1), external: int = 0, **sections) -> Recipe:
     """Return a recipe whose held-out source has the last images of the table."""
     content = {"profile": "x", "seeds": list(seeds), "x": {"evaluate": {"resamples": 40}} | sections}
-    validation = len(table) - external
-    return Recipe(name, Config.model_validate(content), table.iloc[:validation], table.iloc[validation:])
+    validation, held_out = table.iloc[: len(table) - external], table.iloc[len(table) - external :]
+    predictions = {"validation": validation} | ({"external": held_out} if external else {})
+    return Recipe(name, Config.model_validate(content), predictions)
 
 
 def random_predictions(count: int = 40, positives: int = 12, seed: int = 0) -> pd.DataFrame:
@@ -335,7 +336,8 @@ def test_recipes_with_another_image_size_are_compared_on_the_same_files():
     table, other = random_predictions(), random_predictions(seed=1).assign(xxh128="of other pixels")
     sides = recipe("A", table), recipe("B", other, prepare={"image_size": 64})
     assert comparing.compare_recipes(*sides).metrics["difference"].notna().any()
-    message = error_message(comparing.compare_recipes, sides[0], replace(sides[1], predictions=other.assign(bytes=1)))
+    changed = replace(sides[1], predictions={"validation": other.assign(bytes=1)})
+    message = error_message(comparing.compare_recipes, sides[0], changed)
     assert message.startswith("A and B have different contents for 39 of the 40 images, such as 000.png;")
 
 

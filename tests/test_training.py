@@ -65,6 +65,13 @@ def weights(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def _remove_checkpoints(weights):
+    """Without it, they are 3 GB in the end."""
+    yield
+    shutil.rmtree(weights / "checkpoints", ignore_errors=True)
+
+
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory):
     """24 images; every second one has a bright center."""

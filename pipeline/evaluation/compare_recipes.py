@@ -5,7 +5,7 @@ a multi-reader multi-case study.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +49,14 @@ COLUMNS = ["images", "model", "metric", "a", "b", "difference", "low", "high", "
 class Recipe:
     """One side of a comparison.
 
-    `predictions` has a row per validation image, indexed by file, with `label`, `group`, `bytes` (size of the file),
-    `xxh128` (of the stored pixels) and a column of P(positive) per seed; `external` is the same for the held-out
-    source, without rows if there is none. `commit` is that of a Git revision, None for a folder.
+    `predictions` has a table for `validation`, and one for `external` if a source is held out: a row per image, indexed
+    by file, with `label`, `group`, `bytes` (size of the file), `xxh128` (of the stored pixels) and a column of
+    P(positive) per seed. `commit` is that of a Git revision, None for a folder.
     """
 
     name: str
     config: Config
-    predictions: pd.DataFrame
-    external: pd.DataFrame
+    predictions: Mapping[str, pd.DataFrame]
     commit: str | None = None
 
 
@@ -90,14 +89,16 @@ def load_recipe(folder: Path, name: str, commit: str | None = None) -> Recipe:
         pd.read_csv(folder / "data" / table, dtype=str, keep_default_na=False).set_index("file")
         for table in ("manifest.csv", "split.csv")
     )
-    predictions, external = (
-        read_csv(folder / "predictions" / table)
+    predictions = {
+        image_set: read_csv(folder / "predictions" / f"{image_set}.csv")
         .set_index("file")
         .join(manifest[["bytes", "xxh128"]])
         .join(split["group"])
-        for table in ("validation.csv", "external.csv")
-    )
-    return Recipe(name, load_config(folder / "params.yaml"), predictions, external, commit)
+        for image_set in ("validation", "external")
+    }
+    if predictions["external"].empty:
+        del predictions["external"]
+    return Recipe(name, load_config(folder / "params.yaml"), predictions, commit)
 
 
 def compare_recipes(a: Recipe, b: Recipe) -> Comparison:
@@ -110,6 +111,10 @@ def compare_recipes(a: Recipe, b: Recipe) -> Comparison:
         UserError: they were not evaluated on the same images, or have no seed in common.
     """
     check_same_images(a, b)
+    a, b = (
+        replace(recipe, predictions={name: table.sort_index() for name, table in recipe.predictions.items()})
+        for recipe in (a, b)
+    )
     seeds = [name for name in a.config.model_names if name in b.config.model_names]
     if not seeds:
         raise UserError(
@@ -119,7 +124,7 @@ def compare_recipes(a: Recipe, b: Recipe) -> Comparison:
     resamples = max(recipe.config.active.evaluate.resamples for recipe in (a, b))
     image_sets = {
         name: ValidationSet(table["label"].to_numpy(), table["group"].to_numpy(), resamples)
-        for name, table in _prediction_tables(a).items()
+        for name, table in a.predictions.items()
     }
     ours, theirs = (_predict_models(image_sets["validation"], recipe, seeds) for recipe in (b, a))
     tables = [_compare_models(image_sets[name], ours[name], theirs[name]).assign(images=name) for name in image_sets]
@@ -132,9 +137,9 @@ def compare_recipes(a: Recipe, b: Recipe) -> Comparison:
 
 def check_same_images(a: Recipe, b: Recipe) -> None:
     """Raise a UserError unless both were evaluated on the same images, with the same labels and groups."""
-    names, (one, other) = f"{a.name} and {b.name}", [pd.concat([side.predictions, side.external]) for side in (a, b)]
+    names, (one, other) = f"{a.name} and {b.name}", [pd.concat(side.predictions, names=["images"]) for side in (a, b)]
     ours, theirs = set(one.index), set(other.index)
-    if ours != theirs or set(a.external.index) != set(b.external.index):
+    if ours != theirs:
         raise UserError(
             f"{names} were evaluated on different images ({len(ours)} and {len(theirs)}, {len(ours & theirs)} of them "
             "in both): one of them may have been trained on what the other is evaluated on; give both the same data "
@@ -148,7 +153,7 @@ def check_same_images(a: Recipe, b: Recipe) -> None:
         if differs.any():
             raise UserError(
                 f"{names} have different {meaning} for {differs.sum()} of the {len(ours)} images, such as "
-                f"{differs.idxmax()}; give both the same data, then run: dvc repro"
+                f"{differs.idxmax()[1]}; give both the same data, then run: dvc repro"
             )
 
 
@@ -238,12 +243,6 @@ def seed_mean_interval(
     return (mean - half_width, mean + half_width) if half_width > 0 else (np.nan, np.nan)
 
 
-def _prediction_tables(recipe: Recipe) -> dict[str, pd.DataFrame]:
-    """Return the tables of predictions that have images, in the order of the files' names."""
-    tables = {"validation": recipe.predictions.sort_index(), "external": recipe.external.sort_index()}
-    return {name: table for name, table in tables.items() if name == "validation" or len(table)}
-
-
 def _predict_models(
     validation: ValidationSet, recipe: Recipe, seeds: Sequence[str]
 ) -> dict[str, dict[str, tuple[Predictions, Predictions]]]:
@@ -251,7 +250,7 @@ def _predict_models(
 
     They are by the name of the image set, then of the model.
     """
-    tables, bag = _prediction_tables(recipe), recipe.config.active.bag
+    tables, bag = recipe.predictions, recipe.config.active.bag
     members = {seed: [seed] for seed in seeds}
     if bag_members := [name for name in recipe.config.bag_members if name in seeds]:
         members[BAG] = bag_members

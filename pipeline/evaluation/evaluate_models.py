@@ -391,8 +391,8 @@ def build_bag_tables(
     }
     return {
         "metrics/disagreement.csv": ensemble.pairwise_disagreement(validation[members], bag.threshold),
-        "plots/bag_growth.csv": ensemble.metric_by_ensemble_size(validation["label"].to_numpy(), validation, bag),
-        "predictions/disputed.csv": pd.concat(disagreements, names=["subset"]).reset_index("subset"),
+        "plots/bag_ensemble_size.csv": ensemble.metric_by_ensemble_size(validation["label"].to_numpy(), validation, bag),
+        "predictions/disagreements.csv": pd.concat(disagreements, names=["subset"]).reset_index("subset"),
     }
 
 

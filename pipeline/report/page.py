@@ -124,7 +124,7 @@ def compute_heatmaps(results: Results, networks: Networks, rows: np.ndarray, mem
 def disagreement_examples(results: Results) -> list[ExampleImage]:
     """Return the images on which the votes of the members are closest to a tie."""
     count, class_names = len(results.config.bag_members), results.config.active.finding.class_names
-    table = read_csv(Path("predictions/disputed.csv"))
+    table = read_csv(Path("predictions/disagreements.csv"))
     table["margin"] = (2 * table["votes"] - count).abs()
     return [
         ExampleImage(
@@ -188,7 +188,7 @@ def _template_context(results: Results) -> dict[str, Any]:
         "sample_size": min(gradcam.SAMPLE_SIZE, len(results.validation)),
         "uniform_border_share": gradcam.UNIFORM_BORDER_SHARE,
         "disagreement_examples": disagreement_examples(results),
-        "disagreement_count": len(pd.read_csv("predictions/disputed.csv")),
+        "disagreement_count": len(pd.read_csv("predictions/disagreements.csv")),
     }
 
 
@@ -254,7 +254,7 @@ def _draw_charts(results: Results) -> dict[str, str]:
         references = {name: prevalence for name, prevalence in references.items() if prevalence is not None}
         drawn["prevalence"] = charts.prevalence_chart(by_prevalence, references)
     if len(results.config.bag_members) > 1:
-        drawn["ensemble_size"] = charts.ensemble_size_chart(pd.read_csv("plots/bag_growth.csv"))
+        drawn["ensemble_size"] = charts.ensemble_size_chart(pd.read_csv("plots/bag_ensemble_size.csv"))
     return drawn
 
 
