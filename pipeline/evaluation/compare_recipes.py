@@ -149,11 +149,11 @@ def check_same_images(a: Recipe, b: Recipe) -> None:
     # Other parameters of `prepare`, such as the image size, give other pixels of the same image.
     content = "xxh128" if a.config.active.prepare == b.config.active.prepare else "bytes"
     for column, meaning in ((content, "contents"), ("label", "labels"), ("group", "patient groups")):
-        differs = one[column].ne(other[column])
+        differs = one[column].ne(other[column]).droplevel("images")
         if differs.any():
             raise UserError(
                 f"{names} have different {meaning} for {differs.sum()} of the {len(ours)} images, such as "
-                f"{differs.idxmax()[1]}; give both the same data, then run: dvc repro"
+                f"{differs.idxmax()}; give both the same data, then run: dvc repro"
             )
 
 

@@ -385,14 +385,19 @@ def build_bag_tables(
 ) -> dict[str, pd.DataFrame]:
     """Build the tables of how the members differ, and of F1 by the number of members."""
     members, validation = config.bag_members, predictions["validation"]
-    disagreements = {
-        subset: ensemble.images_with_disagreement(table, ensemble.combine(table, bag), len(members))
-        for subset, table in predictions.items()
-    }
+    disagreements = pd.concat(
+        {
+            subset: ensemble.images_with_disagreement(table, ensemble.combine(table, bag), len(members))
+            for subset, table in predictions.items()
+        },
+        names=["subset"],
+    )
     return {
         "metrics/disagreement.csv": ensemble.pairwise_disagreement(validation[members], bag.threshold),
-        "plots/bag_ensemble_size.csv": ensemble.metric_by_ensemble_size(validation["label"].to_numpy(), validation, bag),
-        "predictions/disagreements.csv": pd.concat(disagreements, names=["subset"]).reset_index("subset"),
+        "plots/bag_ensemble_size.csv": ensemble.metric_by_ensemble_size(
+            validation["label"].to_numpy(), validation, bag
+        ),
+        "predictions/disagreements.csv": disagreements.reset_index("subset"),
     }
 
 
