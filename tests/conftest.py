@@ -286,7 +286,7 @@ def make_prepared_project(demo_project, empty_store, tmp_path_factory) -> Callab
     def make(**train) -> Path:
         target = tmp_path_factory.mktemp("prepared") / "project"
         shutil.copytree(demo_project, target, symlinks=True)
-        for folder in ("models", "checkpoints", "mlartifacts", ".dvc/cache"):
+        for folder in ("models", "checkpoints", "mlartifacts"):
             shutil.rmtree(target / folder)
         shutil.copy(empty_store, target / "mlflow.db")
         edit_params(target, lambda params: params["demo"]["train"].update(train))
