@@ -340,10 +340,10 @@ def check_agreement(bench: Bench) -> None:
 
     def compare_candidates() -> float:
         params, seeds = bench.recipe(**ALEXNET, epochs=2), range(3)
-        members, pixels = {f"seed-{seed}": train_briefly(params, seed) for seed in seeds}, draw(params.image_size)
+        members, pixels = {f"seed-{seed}": [train_briefly(params, seed)] for seed in seeds}, draw(params.image_size)
         ensemble = EnsembleConfig(list(members), "mean", "mean", [1.0] * len(seeds), 0.5)
         expected = Candidate(members, ensemble, FindingParams()).predict(pixels)
-        moved = {name: network.to(bench.device) for name, network in members.items()}
+        moved = {name: [network.to(bench.device)] for name, (network,) in members.items()}
         actual = Candidate(moved, ensemble, FindingParams()).predict(pixels)
         return float((actual["probability"] - expected["probability"]).abs().max())
 
@@ -448,9 +448,9 @@ def measure_inference(bench: Bench) -> None:
     def measure(changes: dict[str, Any], members: int) -> float:
         params = bench.recipe(**changes)
         pack = bench.pack(params.image_size, 4096)
-        networks = {f"seed-{seed}": place_classifier(bench, params, seed) for seed in range(members)}
+        models = {f"seed-{seed}": [place_classifier(bench, params, seed)] for seed in range(members)}
         rows = list(range(len(pack.images) // (2 if members > 1 else 1)))
-        predict = partial(probability_table, networks, pack, rows)
+        predict = partial(probability_table, models, pack, rows)
         return round(len(rows) * repeat_rate(bench, predict, 1.0, warmup=1, least=2), 1)
 
     for name, case in bench.few(cases).items():

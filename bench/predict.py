@@ -3,9 +3,9 @@
 Compared with the arithmetic alone (`arithmetic`: decoded pixels, one member after the other, on the same threads; the
 goal is 3/4 of it), with one network after the other, each spread over all cores, on contiguous batches of 32
 (`sequential`), and with a loop that loads every member for every image (`plain`, on few images). `bfloat16` is
-`--precision bfloat16`.
+`--precision bfloat16`. With `frozen`, the members have the same backbone, as training leaves it that keeps it frozen.
 
-python bench/predict.py [IMAGES] [BACKBONE] [SIZE] [ROUNDS] [MEMBERS]
+python bench/predict.py [IMAGES] [BACKBONE] [SIZE] [ROUNDS] [MEMBERS] [frozen]
 """
 
 import json
@@ -19,12 +19,13 @@ from common import UNIQUE_IMAGES, alternate, radiographs, seconds
 from joblib import cpu_count
 
 from pipeline.core import memory
+from pipeline.core.errors import UserError
 from pipeline.core.parallel import map_in_threads
 from pipeline.data import images
 from pipeline.evaluation.ensemble import EnsembleConfig
 from pipeline.inference import candidate, image_files
 from pipeline.inference import files as inference_files
-from pipeline.inference.apply_networks import apply_networks
+from pipeline.inference.apply_networks import apply_networks, check_precision
 from pipeline.models import classifier
 from pipeline.models.classifier import Architecture, Classifier
 
@@ -32,13 +33,24 @@ PLAIN_IMAGES = 4
 CPU = torch.device("cpu")
 
 
-def main(count: int = 64, backbone: str = "alexnet", size: int = 224, rounds: int = 3, members: int = 10) -> None:
+def main(
+    count: int = 64,
+    backbone: str = "alexnet",
+    size: int = 224,
+    rounds: int = 3,
+    members: int = 10,
+    backbones: str = "trained",
+) -> None:
     memory.retain_freed_memory()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         models = [folder / f"seed-{index}" for index in range(members)]
+        architecture = Architecture(backbone, [256, 128], 0, size, "none", size, "stretch")
+        first = Classifier(architecture)
         for model in models:
-            network = Classifier(Architecture(backbone, [256, 128], 0, size, "none", size, "stretch"))
+            network = Classifier(architecture)
+            if backbones == "frozen":
+                network.backbone = first.backbone
             classifier.save_weights([network], model)
             classifier.save_description(network, model, {})
         config = EnsembleConfig([model.name for model in models], "mean", "mean", [1 / members] * members, 0.5)
@@ -46,33 +58,29 @@ def main(count: int = 64, backbone: str = "alexnet", size: int = 224, rounds: in
         files, jpegs = [folder / f"{index}.jpg" for index in range(count)], radiographs(min(count, UNIQUE_IMAGES))
         for index, file in enumerate(files):
             file.write_bytes(jpegs[index % UNIQUE_IMAGES])
-        bags = [candidate.load_candidate(folder / "bag", CPU, one) for one in ("float32", "bfloat16")]
+        bag, in_bfloat16 = (candidate.load_candidate(folder / "bag", CPU, one) for one in ("float32", "bfloat16"))
         networks = [
-            classifier.load_classifier(model, CPU).to(memory_format=torch.contiguous_format) for model in models
+            classifier.load_networks(model, CPU)[0].to(memory_format=torch.contiguous_format) for model in models
         ]
-        measurements = [
-            *(partial(predict_together, bag, files) for bag in bags),
-            partial(compute_only, bags[0], files, size),
-            partial(predict_in_sequence, networks, files, size),
-            partial(predict_plainly, models, files[:PLAIN_IMAGES], size),
-        ]
-        for warm_up in measurements:
+        measurements = {
+            "per_second": partial(predict_together, bag, files),
+            "arithmetic": partial(compute_only, bag, files, size),
+            "sequential": partial(predict_in_sequence, networks, files, size),
+            "plain": partial(predict_plainly, models, files[:PLAIN_IMAGES], size),
+        }
+        try:
+            check_precision("bfloat16", CPU)
+            measurements["bfloat16"] = partial(predict_together, in_bfloat16, files)
+        except UserError:  # this processor has no instructions for it
+            pass
+        for warm_up in measurements.values():
             warm_up()
-        our_rate, bfloat16_rate, arithmetic_rate, sequential_rate, plain_rate = alternate(*measurements, rounds=rounds)
-    settings = {"images": count, "backbone": backbone, "size": size, "members": members}
-    rates = {
-        "per_second": our_rate,
-        "bfloat16": bfloat16_rate,
-        "arithmetic": arithmetic_rate,
-        "sequential": sequential_rate,
-        "plain": plain_rate,
-    }
-    ratios = {
-        "arithmetic_ratio": round(our_rate / arithmetic_rate, 2),
-        "ratio": round(our_rate / sequential_rate, 2),
-        "bfloat16_ratio": round(bfloat16_rate / sequential_rate, 2),
-        "plain_ratio": round(our_rate / plain_rate, 1),
-    }
+        rates = dict(zip(measurements, alternate(*measurements.values(), rounds=rounds), strict=True))
+    settings = {"images": count, "backbone": backbone, "size": size, "members": members, "backbones": backbones}
+    ratios = {"ratio": round(rates["per_second"] / rates["sequential"], 2)}
+    ratios |= {f"{name}_ratio": round(rates["per_second"] / rates[name], 2) for name in ("arithmetic", "plain")}
+    if "bfloat16" in rates:
+        ratios["bfloat16_ratio"] = round(rates["bfloat16"] / rates["sequential"], 2)
     print(json.dumps(settings | {name: round(rate, 1) for name, rate in rates.items()} | ratios))
 
 
@@ -89,7 +97,7 @@ def compute_only(bag: candidate.Candidate, files: list[Path], size: int) -> floa
     batches = torch.stack([decode(file, size) for file in files]).split(bag.batch_size)
 
     def compute() -> None:
-        for network in bag.members.values():
+        for (network,) in bag.members.values():
             for _ in apply_networks([network.predict_proba], batches, CPU):
                 pass
 
@@ -112,7 +120,7 @@ def predict_plainly(models: list[Path], files: list[Path], size: int) -> float:
     def predict() -> None:
         for file in files:
             for model in models:
-                classifier.load_classifier(model, CPU).predict_proba(decode(file, size)[None])
+                classifier.load_networks(model, CPU)[0].predict_proba(decode(file, size)[None])
 
     return len(files) / seconds(predict)
 

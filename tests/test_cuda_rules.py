@@ -341,9 +341,9 @@ def test_evaluation_and_prediction_on_the_device_agree_with_the_cpu(folder):
 
     def predict(device):
         pack = PackedImages(folder / "images.npy", torch.device(device))
-        evaluated = probability_table({"a": network.to(device)}, pack, list(range(24)))["a"]
+        evaluated = probability_table({"a": [network.to(device)]}, pack, list(range(24)))["a"]
         config = EnsembleConfig(["a"], "mean", "mean", [1.0], 0.5)
-        candidate = Candidate({"a": network}, config, FindingParams())
+        candidate = Candidate({"a": [network]}, config, FindingParams())
         return evaluated.to_numpy(), candidate.predict(torch.from_numpy(np.load(folder / "images.npy")))[
             "score"
         ].to_numpy()

@@ -111,7 +111,7 @@ def test_best_model_breaks_ties_of_f1_by_loss_then_by_order():
 # Predictions
 
 
-def test_probability_table_has_a_column_per_network_and_the_rows_in_the_requested_order(tmp_path):
+def test_probability_table_has_a_column_per_model_and_the_rows_in_the_requested_order(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (7, 40, 40)).astype(np.uint8)
     np.save(tmp_path / "images.npy", images)
     architecture = {
@@ -122,11 +122,11 @@ def test_probability_table_has_a_column_per_network_and_the_rows_in_the_requeste
         "packed_size": 40,
         "resize": "stretch",
     }
-    networks = {name: Classifier(Architecture("squeezenet1_1", **architecture)).eval() for name in ("seed-3", "seed-1")}
+    models = {name: [Classifier(Architecture("squeezenet1_1", **architecture)).eval()] for name in ("seed-3", "seed-1")}
     rows = [6, 0, 3, 2, 5]
-    table = probability_table(networks, PackedImages(tmp_path / "images.npy", torch.device("cpu")), rows)
+    table = probability_table(models, PackedImages(tmp_path / "images.npy", torch.device("cpu")), rows)
     assert list(table.columns) == ["seed-3", "seed-1"]
-    for name, network in networks.items():
+    for name, (network,) in models.items():
         expected = [network.predict_proba(torch.from_numpy(images[row : row + 1])).item() for row in rows]
         assert table[name].to_numpy() == pytest.approx(expected, abs=1e-5)
 
@@ -164,7 +164,8 @@ def test_model_table_has_the_corrected_headline_first_and_says_what_each_column_
     model_table.write_table(tmp_path, table, model_table.describe_estimates(table, intervals))
     assert (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()[-1] == (
         "Corrected for selection on the validation set: seed-0. Not selected on the validation set: seed-1. "
-        "Apparent, that is selected on the validation set and therefore optimistic: seed-0, bag (vote)."
+        "Apparent, that is selected on the validation set and therefore optimistic: seed-0, bag (vote). "
+        "Log loss is that of the scores, before recalibration."
     )
 
 

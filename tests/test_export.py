@@ -29,7 +29,7 @@ from pipeline.evaluation import ensemble
 from pipeline.evaluation.ensemble import EnsembleConfig
 from pipeline.inference import export_huggingface, export_onnx
 from pipeline.inference.candidate import Candidate
-from pipeline.models.classifier import Architecture, Classifier, FoldEnsemble, place_for_inference
+from pipeline.models.classifier import Architecture, Classifier, place_for_inference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -47,8 +47,7 @@ def make_candidate(architecture: Architecture, networks: list[int], **fields) ->
     torch.manual_seed(0)
     members = {}
     for seed, count in enumerate(networks):
-        folds = [place_for_inference(Classifier(architecture), CPU) for _ in range(count)]
-        members[f"seed-{seed}"] = folds[0] if count == 1 else FoldEnsemble(folds)
+        members[f"seed-{seed}"] = [place_for_inference(Classifier(architecture), CPU) for _ in range(count)]
     values = {"method": "mean", "tie": "mean", "weights": [1 / len(members)] * len(members), "threshold": 0.5} | fields
     finding = FindingParams(name="pneumonia", positive="ill", negative="not *ill*")
     return Candidate(members, EnsembleConfig(list(members), **values), finding)
@@ -253,7 +252,7 @@ def test_timm_loads_every_network_with_its_labels_and_its_preprocessing(tmp_path
     architecture = Architecture("timm/tf_efficientnet_lite0", [], 0.2, 64, "imagenet", 80, "pad")
     model = make_candidate(architecture, [2, 1])
     with torch.no_grad():
-        model.members["seed-1"].head.logits.weight *= 1e5  # rounding of large logits
+        model.members["seed-1"][0].head.logits.weight *= 1e5  # rounding of large logits
     (tmp_path / "empty").mkdir()  # an empty folder is as good as a new one, and stays the same one
     (tmp_path / "hub").symlink_to("empty")
     inode = (tmp_path / "empty").stat().st_ino
@@ -261,8 +260,8 @@ def test_timm_loads_every_network_with_its_labels_and_its_preprocessing(tmp_path
     export_huggingface.write_huggingface(model, target, ORIGIN, "demo 3", "")
     assert (tmp_path / "hub").is_symlink()
     assert (tmp_path / "empty").stat().st_ino == inode
-    ours = dict(zip(["seed-0/fold-0", "seed-0/fold-1"], model.members["seed-0"].networks, strict=True))
-    ours["seed-1"] = model.members["seed-1"]
+    ours = dict(zip(["seed-0/fold-0", "seed-0/fold-1"], model.members["seed-0"], strict=True))
+    (ours["seed-1"],) = model.members["seed-1"]
     inputs = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     for folder, network in ours.items():
         theirs = timm.create_model(f"local-dir:{tmp_path / 'hub' / folder}", pretrained=True).eval()

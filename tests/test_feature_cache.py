@@ -15,7 +15,7 @@ from pipeline.core.config import TrainParams
 from pipeline.core.errors import Interrupted
 from pipeline.data.dataset import PackedImages
 from pipeline.models import backbones
-from pipeline.models.classifier import load_classifier, save_description, save_weights
+from pipeline.models.classifier import load_networks, save_description, save_weights
 from pipeline.training import determinism, feature_cache, loop
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.distributed import ProcessGroup
@@ -133,7 +133,8 @@ def test_an_interrupted_training_ends_in_the_same_bytes(pack, weights, stop_call
         trainer = loop.Trainer(params(**FROZEN), 0, table(), pack, weights, ProcessGroup())
         return trainer.run(checkpoint, lambda *_: None, stop)
 
-    with pytest.raises(Interrupted):
+    message = "24 images; dvc repro computes them again" if stop_call == 1 else "step 1; dvc repro resumes from there"
+    with pytest.raises(Interrupted, match=f"{message}$"):
         run(lambda: 15 if next(calls) == stop_call else 0)
     assert len(cache_files(weights)) == (stop_call > 1)
     resumed = run(lambda: 0)
@@ -167,7 +168,7 @@ def test_means_of_feature_maps_are_standardized_by_the_training_images(pack, wei
     torch.testing.assert_close(result.predictions[:, -1], expected, rtol=1e-4, atol=1e-4)
     save_weights([result.network], weights)
     save_description(result.network, weights, {})
-    loaded = load_classifier(weights, pack.device)
+    (loaded,) = load_networks(weights, pack.device)
     probabilities = loaded.predict_proba(pack.read(torch.arange(16, 24)))
     torch.testing.assert_close(probabilities, expected, rtol=1e-3, atol=1e-4)
 

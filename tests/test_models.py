@@ -239,7 +239,7 @@ def saved(tmp_path):
 
 def test_a_loaded_model_predicts_bitwise_equal_probabilities(saved):
     network, folder = saved
-    loaded = classifier.load_classifier(folder, CPU)
+    (loaded,) = classifier.load_networks(folder, CPU)
     assert not loaded.training
     assert loaded.architecture == network.architecture
     assert torch.equal(loaded.predict_proba(make_pixels()), network.predict_proba(make_pixels()))
@@ -251,7 +251,7 @@ def test_a_model_from_before_an_option_is_loaded_without_it(saved):
     for name in ("intensity_normalization", "lung_crop", "border_mask", "marker_mask", "test_time_augmentation"):
         del description[name]
     (folder / "model.json").write_text(json.dumps(description))
-    assert classifier.load_classifier(folder, CPU).architecture == network.architecture
+    assert classifier.load_networks(folder, CPU)[0].architecture == network.architecture
 
 
 def test_the_description_contains_the_weights_hash_and_the_metadata(saved):
@@ -280,7 +280,7 @@ def test_weights_saved_with_channels_last_are_loaded_correctly(tmp_path):
     expected = network.predict_proba(make_pixels())
     classifier.save_weights([network], tmp_path)
     classifier.save_description(network, tmp_path, {})
-    loaded = classifier.load_classifier(tmp_path, CPU)
+    (loaded,) = classifier.load_networks(tmp_path, CPU)
     assert torch.equal(loaded.predict_proba(make_pixels()), expected)
 
 
@@ -288,21 +288,19 @@ def test_weights_that_do_not_match_the_description_are_an_error(saved):
     network, folder = saved
     nn.init.zeros_(network.head.logits.weight)
     classifier.save_weights([network], folder)
-    message, weights = error_message(classifier.load_classifier, folder, CPU), folder / "model.safetensors"
+    message, weights = error_message(classifier.load_networks, folder, CPU), folder / "model.safetensors"
     assert message == f"{weights}: not the weights that model.json describes; run: dvc checkout {weights}"
 
 
-def test_a_cross_validated_model_is_the_mean_of_the_networks_of_its_folds(tmp_path):
+def test_the_networks_of_the_folds_are_loaded_in_order(tmp_path):
     networks = [classifier.place_for_inference(Classifier(architecture()), CPU) for _ in range(11)]
     classifier.save_weights(networks, tmp_path)
     classifier.save_description(networks[0], tmp_path, {})
     pixels = make_pixels()
-    expected = [network.predict_proba(pixels) for network in networks]
     loaded = classifier.load_networks(tmp_path, CPU)  # fold 10 comes after fold 9, not after fold 1
-    assert all(torch.equal(one.predict_proba(pixels), other) for one, other in zip(loaded, expected, strict=True))
-    mean = classifier.load_classifier(tmp_path, CPU)
-    assert torch.equal(mean.predict_proba(pixels), torch.stack(expected).mean(dim=0))
-    assert mean.architecture == networks[0].architecture
+    assert [one.architecture for one in loaded] == [one.architecture for one in networks]
+    for one, other in zip(loaded, networks, strict=True):
+        assert torch.equal(one.predict_proba(pixels), other.predict_proba(pixels))
 
 
 @pytest.mark.parametrize("missing", ["model.safetensors", "model.json"])
@@ -310,7 +308,7 @@ def test_an_error_names_the_missing_file_of_a_model(saved, missing):
     _, folder = saved
     (folder / missing).unlink()
     with pytest.raises(FileNotFoundError, match=missing):
-        classifier.load_classifier(folder, CPU)
+        classifier.load_networks(folder, CPU)
 
 
 # Pretrained weights
@@ -809,5 +807,7 @@ def test_a_refused_connection_is_an_error(tmp_path, mirror):
 
 
 def test_a_url_without_a_file_name_is_an_error(tmp_path, mirror):
-    error_message(pretrained.write_pretrained_weights, SMALL, f"{mirror}/missing/", tmp_path)
-    error_message(pretrained.write_pretrained_weights, SMALL, mirror, tmp_path)
+    for url in (mirror, f"{mirror}/"):
+        message = error_message(pretrained.write_pretrained_weights, SMALL, url, tmp_path)
+        assert message == f"{url}: names no file; give the URL of the weights' file"
+    assert Mirror.requests == []

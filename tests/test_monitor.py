@@ -33,7 +33,7 @@ from pipeline.inference.candidate import Candidate, agreement
 from pipeline.inference.prediction_log import PredictionLog, describe_image, read_log
 from pipeline.inference.reference import find_candidate, hash_of_candidate
 from pipeline.models import classifier
-from pipeline.models.classifier import Architecture, Classifier, FoldEnsemble
+from pipeline.models.classifier import Architecture, Classifier
 from pipeline.report import monitor_page
 
 SIZE = 32
@@ -94,7 +94,7 @@ def network() -> Classifier:
 @pytest.fixture(scope="module")
 def model(network) -> Candidate:
     config = EnsembleConfig(["seed-0"], "mean", "mean", [1.0], 0.5)
-    return Candidate({"seed-0": network}, config, FindingParams())
+    return Candidate({"seed-0": [network]}, config, FindingParams())
 
 
 @pytest.fixture(scope="module")
@@ -257,6 +257,13 @@ def test_a_log_is_not_compared_with_too_few_patients(project, model, monkeypatch
     )
 
 
+def test_a_share_of_positives_of_too_few_patients_has_no_interval(monkeypatch):
+    estimate = monitoring.PrevalenceEstimate(np.ones(3), 1.0, reason="x")
+    monkeypatch.setattr(monitoring, "estimate_prevalence", lambda *_: estimate)
+    table = pd.DataFrame({"label": [0, 1, 1], "score": [0.1, 0.8, 0.9], "group": [0, 1, 2]})
+    assert np.isnan(monitoring._estimate_prevalence(table, table).low)
+
+
 def test_the_page_shows_when_it_began_and_is_accessible(project, model):
     from axe_playwright_python.sync_playwright import Axe
     from playwright.sync_api import sync_playwright
@@ -359,11 +366,11 @@ def test_a_cross_validated_member_embeds_with_the_network_of_the_first_fold(netw
     torch.manual_seed(1)
     other = classifier.place_for_inference(Classifier(network.architecture), CPU)
     pixels = torch.randint(0, 256, (3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    of_folds = Candidate({"seed-0": FoldEnsemble([network, other])}, model.config, FindingParams())
+    of_folds = Candidate({"seed-0": [network, other]}, model.config, FindingParams())
     embedding = prediction_log.embed(model, pixels)
     assert (prediction_log.embed(of_folds, pixels) == embedding).all()
     # As the content hash, it is the same in any order of the members.
-    members = {"a": network, "b": other}
+    members = {"a": [network], "b": [other]}
     both, turned = (Candidate({key: members[key] for key in order}, replace(model.config, members=list(order)),
                               FindingParams()) for order in ("ab", "ba"))  # fmt: skip
     assert (prediction_log.embed(both, pixels) == prediction_log.embed(turned, pixels)).all()

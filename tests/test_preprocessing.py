@@ -235,7 +235,7 @@ def test_every_option_changes_the_prediction_and_an_exported_graph_does_the_same
     pixels[0, 4:9, 4:7] = 255
     network = make_network(**options)
     config = EnsembleConfig(["a"], "mean", "mean", [1.0], 0.5)
-    candidate = Candidate({"a": network}, config, FindingParams())
+    candidate = Candidate({"a": [network]}, config, FindingParams())
     with torch.inference_mode():
         graph = CandidateGraph(candidate)(pixels)
     expected = candidate.predict(pixels)["probability"].to_numpy()

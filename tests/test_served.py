@@ -56,7 +56,7 @@ def test_evaluation_files_and_the_served_model_give_the_same_probabilities(tmp_p
     network = Classifier(Architecture("squeezenet1_1", **options, packed_size=pack.size, resize=pack.resize))
     classifier.save_weights([network], tmp_path / "seed-0")
     classifier.save_description(network, tmp_path / "seed-0", {})
-    networks = {"seed-0": classifier.load_classifier(tmp_path / "seed-0", CPU)}
+    networks = {"seed-0": classifier.load_networks(tmp_path / "seed-0", CPU)}
     config = EnsembleConfig(["seed-0"], "mean", "mean", [1.0], 0.5, 2.0, -1.0, 0.125)
     candidate.assemble_candidate(tmp_path / "candidate", tmp_path, config)
     evaluated = probability_table(networks, pack, list(rows.index[1:]))
@@ -91,7 +91,7 @@ def make_candidate(members: int, precision: apply_networks.Precision = "float32"
     networks = {}
     for seed in range(members):
         torch.manual_seed(seed)
-        networks[f"seed-{seed}"] = classifier.place_for_inference(Classifier(architecture), CPU)
+        networks[f"seed-{seed}"] = [classifier.place_for_inference(Classifier(architecture), CPU)]
     config = EnsembleConfig(list(networks), "mean", "mean", [1 / members] * members, 0.5)
     return candidate.Candidate(networks, config, FindingParams(), precision)
 
@@ -105,10 +105,9 @@ def test_probabilities_depend_neither_on_cores_nor_on_threads(monkeypatch):
         monkeypatch.setattr(apply_networks, "cpu_count", lambda cores=cores: cores)
         torch.set_num_threads(threads)
         pd.testing.assert_frame_equal(make_candidate(3).predict(PIXELS), expected, check_exact=True)
-    alone = make_candidate(1).members["seed-0"].predict_proba(PIXELS[:1]).item()
-    methods = [make_candidate(1).members["seed-0"].predict_proba]
-    (first,) = next(apply_networks.apply_networks(methods, [PIXELS[:1]], CPU))
-    assert first.item() == alone
+    members = make_candidate(1).members
+    (first,) = next(apply_networks.predict_members(members.values(), [PIXELS[:1]], CPU))
+    assert first.item() == members["seed-0"][0].predict_proba(PIXELS[:1]).item()
 
 
 def test_few_batches_wait_for_their_networks(monkeypatch):
@@ -145,8 +144,8 @@ def saved_model(tmp_path_factory) -> mlflow.pyfunc.PyFuncModel:
     folder = tmp_path_factory.mktemp("model")
     model = make_candidate(2)
     for name, network in model.members.items():
-        classifier.save_weights([network], folder / name)
-        classifier.save_description(network, folder / name, {})
+        classifier.save_weights(network, folder / name)
+        classifier.save_description(network[0], folder / name, {})
     candidate.assemble_candidate(folder / "candidate", folder, model.config)
     mlflow.pyfunc.save_model(
         folder / "saved",

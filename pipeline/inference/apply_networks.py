@@ -1,6 +1,7 @@
 """Networks over batches of images, with every core of the CPU or with a GPU."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import Literal
 
@@ -10,12 +11,38 @@ from torch import Tensor
 
 from pipeline.core.errors import UserError
 from pipeline.core.parallel import map_in_threads
+from pipeline.models.classifier import Classifier
+from pipeline.models.members import average_folds, group_by_backbone, predict_group
 
 Precision = Literal["float32", "bfloat16"]
 
-# Images per forward pass. The last bits of a probability depend on it, so evaluation, prediction of files and serving
-# share it. 16 fit a CPU's caches, and from there on torch computes 1x1 convolutions in one thread with oneDNN.
+# Images per forward pass. The last bits of a probability depend on it, so evaluation and prediction of many files
+# share it; serving also uses smaller ones. 16 fit a CPU's caches, and from there on torch computes 1x1 convolutions in
+# one thread with oneDNN.
 BATCH_SIZES = {"cpu": 16, "cuda": 64}
+
+
+def predict_members(
+    members: Collection[Sequence[Classifier]],
+    batches: Iterable[Tensor],
+    device: torch.device,
+    precision: Precision = "float32",
+) -> Iterator[Tensor]:
+    """Predict P(positive) by the members of an ensemble for every batch, see `apply_networks`.
+
+    Args:
+        members: the networks of each, of which the mean counts; a shared backbone computes its features once.
+        batches: gray images (B, S, S), uint8.
+        device: where the networks are.
+        precision: float32, or autocast to bfloat16.
+
+    Yields:
+        For each batch, in order, (B, members), float32, on the CPU.
+    """
+    groups = group_by_backbone(members)
+    methods = [partial(predict_group, group) for group in groups]
+    for of_groups in apply_networks(methods, batches, device, precision):
+        yield average_folds(members, groups, of_groups)
 
 
 def apply_networks(
@@ -23,8 +50,8 @@ def apply_networks(
     batches: Iterable[Tensor],
     device: torch.device,
     precision: Precision = "float32",
-) -> Iterator[Tensor]:
-    """Apply methods of networks, such as `Classifier.predict_proba`, to every batch.
+) -> Iterator[list[Tensor]]:
+    """Apply methods of networks, such as `Classifier.embed`, to every batch.
 
     On a CPU, each core applies one method to one batch. A network that is spread over the cores waits in every layer
     for the slowest of them, which another program may be using; and no result depends on the number of cores.
@@ -36,7 +63,7 @@ def apply_networks(
         precision: float32, or autocast to bfloat16.
 
     Yields:
-        For each batch, in order, what the methods return: (B, methods, ...), float32, on the CPU.
+        For each batch, in order, what the methods return, on the CPU.
     """
 
     def apply(job: tuple[Callable[[Tensor], Tensor], Tensor]) -> Tensor:
@@ -53,7 +80,7 @@ def apply_networks(
     else:
         results = map(apply, jobs)
     while of_batch := list(islice(results, len(methods))):
-        yield torch.stack(of_batch, dim=1).cpu()
+        yield [output.cpu() for output in of_batch]
 
 
 def check_precision(precision: Precision, device: torch.device) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,25 +17,33 @@ from pipeline.core.errors import UserError
 from pipeline.core.files import read_json, write_json
 from pipeline.evaluation import ensemble
 from pipeline.evaluation.ensemble import EnsembleConfig
-from pipeline.inference.apply_networks import BATCH_SIZES, Precision, apply_networks
+from pipeline.inference.apply_networks import BATCH_SIZES, Precision, predict_members
 from pipeline.models import classifier
-from pipeline.models.classifier import DESCRIPTION_FILE, WEIGHTS_FILE, Architecture, Classifier, FoldEnsemble
+from pipeline.models.classifier import DESCRIPTION_FILE, WEIGHTS_FILE, Architecture, Classifier
+from pipeline.models.members import share_backbones
 
 
 class Candidate:
-    """Classifiers that predict together the probability of a finding, as an `EnsembleConfig` combines them."""
+    """Models that predict together the probability of a finding, as an `EnsembleConfig` combines them.
+
+    Args:
+        members: the networks of each model, by its name: one, or one per fold.
+        config: how the models are combined.
+        finding: what the labels mean.
+        precision: of the arithmetic.
+    """
 
     def __init__(
         self,
-        members: Mapping[str, Classifier | FoldEnsemble],
+        members: Mapping[str, Sequence[Classifier]],
         config: EnsembleConfig,
         finding: FindingParams,
         precision: Precision = "float32",
     ) -> None:
         self.members, self.config, self.finding, self.precision = members, config, finding, precision
-        architectures = [network.architecture for network in members.values()]
-        ((self.packed_size, self.resize),) = {(one.packed_size, one.resize) for one in architectures}
-        self.device = next(iter(members.values())).scale.device
+        first = [networks[0] for networks in members.values()]
+        ((self.packed_size, self.resize),) = {(one.architecture.packed_size, one.architecture.resize) for one in first}
+        self.device = first[0].scale.device
         self.batch_size = BATCH_SIZES[self.device.type]
 
     def predict(self, pixels: Tensor) -> pd.DataFrame:
@@ -49,8 +57,7 @@ class Candidate:
 
     def predict_batches(self, batches: Iterable[Tensor]) -> Iterator[pd.DataFrame]:
         """Classify batches of `batch_size` images as `predict` does; some batches are read ahead."""
-        methods = [network.predict_proba for network in self.members.values()]
-        for probabilities in apply_networks(methods, batches, self.device, self.precision):
+        for probabilities in predict_members(self.members.values(), batches, self.device, self.precision):
             members = pd.DataFrame(probabilities.numpy(), columns=list(self.members))
             yield pd.concat([ensemble.predict(members, self.config), members], axis="columns")
 
@@ -90,7 +97,8 @@ def hash_candidate(fields: Mapping[str, Any], models: Path) -> str:
     """Return the `content_hash` of the candidate with this candidate.json and the members in the folder `models`."""
     descriptions = [read_json(models / name / DESCRIPTION_FILE) for name in fields["members"]]
     members = [
-        {key: one[key] for key in (*Architecture.__dataclass_fields__, "weights_sha256")} for one in descriptions
+        {key: one[key] for key in (*Architecture.__dataclass_fields__, "weights_sha256") if key in one}
+        for one in descriptions  # older ones lack the last fields of the architecture
     ]
     members.sort(key=lambda member: str(member["weights_sha256"]))
     config = {key: value for key, value in fields.items() if key != "members"}
@@ -119,7 +127,8 @@ def load_candidate(folder: Path, device: torch.device, precision: Precision = "f
             raise UserError(f"{folder / 'candidate.json'}: written by an earlier release; train again with: dvc repro")
         finding = read_finding(fields)
         config = EnsembleConfig(**{key: value for key, value in fields.items() if key != "finding"})
-        members = {name: classifier.load_classifier(folder / name, device) for name in config.members}
+        members = {name: classifier.load_networks(folder / name, device) for name in config.members}
     except FileNotFoundError as error:
         raise UserError(f"{error.filename}: not found; this is not a complete model of this pipeline") from None
+    share_backbones(members.values())
     return Candidate(members, config, finding, precision)

@@ -1,6 +1,6 @@
 """Predictions of every model for the validation, test and external images."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +13,10 @@ from pipeline.core.files import atomic_path, write_csv
 from pipeline.core.progress import track_progress
 from pipeline.data.dataset import PackedImages
 from pipeline.evaluation import ensemble, shortcuts
-from pipeline.inference.apply_networks import BATCH_SIZES, apply_networks
+from pipeline.inference.apply_networks import BATCH_SIZES, apply_networks, predict_members
 from pipeline.models import classifier, soup
-from pipeline.models.classifier import Classifier, FoldEnsemble
+from pipeline.models.classifier import Classifier
+from pipeline.models.members import share_backbones
 
 SOUP = "soup"  # the model with the average of the members' weights
 EMBEDDING_SIZE = 64
@@ -52,17 +53,16 @@ def predict_dataset(config: Config, table: pd.DataFrame, device: torch.device) -
     if not unavailable_reason:
         by_fold = zip(*(networks[name] for name in members), strict=True)
         networks[SOUP] = [soup.average_weights(of_fold) for of_fold in by_fold]
-
+    share_backbones(networks.values())
     pack = PackedImages(Path("data/images.npy"), device)
     is_validation = table["subset"] == "validation"
     predictions = []
     for index, fold in enumerate(folds):
-        of_fold = {name: of_folds[index] for name, of_folds in networks.items()}
+        of_fold = {name: [of_folds[index]] for name, of_folds in networks.items()}
         rows = list(table.index[is_validation & (table["fold"] == fold)])
         predictions.append(probability_table(of_fold, pack, rows))
-    ensembles = {name: FoldEnsemble(of_folds) for name, of_folds in networks.items()}
     rows = list(table.index[table["subset"].isin(["test", "external"])])
-    predictions.append(probability_table(ensembles, pack, rows))
+    predictions.append(probability_table(networks, pack, rows))
 
     probabilities = pd.concat(predictions).sort_index()
     probed = table.index[shortcuts.choose_probed(table, folds[0])]
@@ -107,20 +107,18 @@ def embed_images(
     batches, kept = (torch.tensor(values).split(size) for values in (rows, is_kept))
     projections, features = list[torch.Tensor](), list[torch.Tensor]()
     pixels = track_progress(pack.batches(batches), "embedding", len(batches))
-    for outputs, of_batch in zip(apply_networks([network.embed], pixels, pack.device), kept, strict=True):
-        shape = (outputs.shape[-1], EMBEDDING_SIZE)
+    for (outputs,), of_batch in zip(apply_networks([network.embed], pixels, pack.device), kept, strict=True):
+        shape = (outputs.shape[1], EMBEDDING_SIZE)
         projection = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-        projections.append(outputs[:, 0] @ torch.from_numpy(projection))
-        features.append(outputs[of_batch, 0])
+        projections.append(outputs @ torch.from_numpy(projection))
+        features.append(outputs[of_batch])
     return torch.cat(projections).numpy(), torch.cat(features).numpy()
 
 
-def probability_table(
-    networks: Mapping[str, Classifier | FoldEnsemble], pack: PackedImages, rows: list[int]
-) -> pd.DataFrame:
-    """Return P(positive), with a column per network, for the images at `rows` of the pack, which are the index."""
+def probability_table(models: Mapping[str, Sequence[Classifier]], pack: PackedImages, rows: list[int]) -> pd.DataFrame:
+    """Return P(positive), with a column per model, for the images at `rows` of the pack, which are the index."""
     batches = torch.tensor(rows, dtype=torch.int64).split(BATCH_SIZES[pack.device.type]) if rows else ()
     pixels = track_progress(pack.batches(batches), "predicting", len(batches))
-    probabilities = list(apply_networks([network.predict_proba for network in networks.values()], pixels, pack.device))
-    values = torch.cat(probabilities).numpy() if probabilities else np.empty((0, len(networks)), np.float32)
-    return pd.DataFrame(values, index=rows, columns=list(networks))
+    probabilities = list(predict_members(models.values(), pixels, pack.device))
+    values = torch.cat(probabilities).numpy() if probabilities else np.empty((0, len(models)), np.float32)
+    return pd.DataFrame(values, index=rows, columns=list(models))

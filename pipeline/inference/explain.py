@@ -29,9 +29,7 @@ def explain(candidate: Candidate, pixels: Tensor, labels: Sequence[int]) -> np.n
         Heatmaps, float32 (N, packed_size, packed_size), in [0, 1]; all 0 where no region contributes.
     """
     members = zip(candidate.members.values(), candidate.config.weights, strict=True)
-    weighted = [
-        (network, weight / len(member.networks)) for member, weight in members if weight for network in member.networks
-    ]
+    weighted = [(network, weight / len(of_folds)) for of_folds, weight in members if weight for network in of_folds]
     size = (candidate.packed_size,) * 2
 
     def explain_by(job: tuple[Classifier, float]) -> Tensor:

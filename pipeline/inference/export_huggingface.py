@@ -139,11 +139,11 @@ def write_huggingface(candidate: Candidate, folder: Path, origin: Mapping[str, s
 
 def _write(candidate: Candidate, folder: Path, origin: Mapping[str, str], title: str, card: str) -> None:
     folders, networks = dict[str, list[str]](), dict[str, Classifier]()
-    is_single = sum(len(member.networks) for member in candidate.members.values()) == 1
-    for name, member in candidate.members.items():
-        folds = [f"{name}/fold-{fold}" for fold in range(len(member.networks))]
+    is_single = sum(map(len, candidate.members.values())) == 1
+    for name, of_folds in candidate.members.items():
+        folds = [f"{name}/fold-{fold}" for fold in range(len(of_folds))]
         folders[name] = ["."] if is_single else [name] if len(folds) == 1 else folds
-        networks |= zip(folders[name], member.networks, strict=True)
+        networks |= zip(folders[name], of_folds, strict=True)
     first, config, classes = next(iter(networks.values())), candidate.config, list(candidate.finding.class_names)
     if first.architecture.feature_maps:
         raise UserError("train.feature_maps: timm loads no such model by name; run: cxr export MODEL --onnx FILE")

@@ -22,6 +22,8 @@ from pipeline.evaluation.ensemble import EnsembleConfig
 from pipeline.inference.candidate import Candidate
 from pipeline.inference.export_metadata import describe_ensemble
 from pipeline.models import preprocessing
+from pipeline.models.classifier import predict_resized
+from pipeline.models.members import average_folds, group_by_backbone
 
 PRODUCER = "covid-xray"
 MAX_WEIGHTS = 2_000_000_000  # bytes; a file in ONNX's format holds 2 GiB
@@ -155,8 +157,9 @@ class CandidateGraph(nn.Module):
 
     def __init__(self, candidate: Candidate) -> None:
         super().__init__()
-        self._members = [list(member.networks) for member in candidate.members.values()]
-        self.networks = nn.ModuleList(network for networks in self._members for network in networks)
+        self._members = list(candidate.members.values())
+        self._groups = group_by_backbone(self._members)
+        self.networks = nn.ModuleList(network for group in self._groups for network in group)
         self._combination = Combination(candidate.config)
         # All members have the same preprocessing, which `params.yaml` gives.
         self._first = self._members[0][0]
@@ -171,11 +174,7 @@ class CandidateGraph(nn.Module):
             Score and probability, float32 (N,), label, int64 (N,), and P(positive) of the members, float32 (N, M).
         """
         gray = self._resize(images.unsqueeze(1))
-        of_members = [
-            torch.stack([network.predict_resized(gray) for network in networks]).mean(dim=0)
-            for networks in self._members
-        ]
-        members = torch.stack(of_members, dim=1)
+        members = average_folds(self._members, self._groups, [predict_resized(group, gray) for group in self._groups])
         return (*self._combination(members), members)
 
     def _resize(self, images: Tensor) -> Tensor:

@@ -173,10 +173,10 @@ def embed(candidate: "Candidate", pixels: "Tensor") -> np.ndarray:
     """
     from pipeline.inference.apply_networks import apply_networks
 
-    networks = (member.networks[0] for member in candidate.members.values())
+    networks = (networks[0] for networks in candidate.members.values())
     network = min(networks, key=lambda one: list(one.parameters())[-1].tolist())  # of the head
     batches = apply_networks([network.embed], pixels.split(candidate.batch_size), candidate.device)
-    features = np.concatenate([batch[:, 0].numpy() for batch in batches])
+    features = np.concatenate([of_batch.numpy() for (of_batch,) in batches])
     shape = (features.shape[1], EMBEDDING_SIZE)
     return np.asarray(features @ np.random.default_rng(0).standard_normal(shape, dtype=np.float32))
 

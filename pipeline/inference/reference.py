@@ -71,7 +71,7 @@ def load_reference(config: Config, name: str) -> pd.DataFrame:
     if len(embedded) > MAX_EMBEDDED:
         embedded = np.sort(np.random.default_rng(0).choice(embedded, MAX_EMBEDDED, replace=False))
     members = {
-        member: classifier.load_classifier(Path("models", member), torch.device("cpu"))
+        member: classifier.load_networks(Path("models", member), torch.device("cpu"))
         for member in ensemble_config.members
     }
     embeddings = embed(

@@ -66,11 +66,6 @@ class Classifier(nn.Module):
         self.register_buffer("shift", -255 * scale * torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.lung_field = preprocessing.LungField() if architecture.lung_crop else None
 
-    @property
-    def networks(self) -> Sequence["Classifier"]:
-        """Itself, as the only one; see `FoldEnsemble`."""
-        return [self]
-
     def resize(self, pixels: Tensor) -> Tensor:
         """Crop, resize, mask and adjust gray images (B, H, W), uint8, as the architecture says.
 
@@ -126,15 +121,7 @@ class Classifier(nn.Module):
     @torch.inference_mode()
     def predict_proba(self, pixels: Tensor) -> Tensor:
         """Predict P(positive), float32 (B,), for gray images (B, H, W), uint8, on the model's device."""
-        return self.predict_resized(self.resize(pixels))
-
-    def predict_resized(self, images: Tensor) -> Tensor:
-        """Predict P(positive), float32 (B,), for images from `resize`: the mean of the views of each."""
-        of_views = [
-            self(self.normalize(view)).float().softmax(1)[:, POSITIVE_CLASS]
-            for view in preprocessing.views(images, self.architecture.test_time_augmentation)
-        ]
-        return torch.stack(of_views).mean(dim=0)
+        return predict_resized([self], self.resize(pixels))[:, 0]
 
     @torch.inference_mode()
     def predict_from_features(self, features: Tensor) -> Tensor:
@@ -146,6 +133,26 @@ class Classifier(nn.Module):
     def embed(self, pixels: Tensor) -> Tensor:
         """Return the backbone's features, float32 (B, width), of gray images (B, H, W), uint8."""
         return self.extract_features(self.normalize(self.resize(pixels))).float()
+
+
+def predict_resized(networks: Sequence[Classifier], images: Tensor) -> Tensor:
+    """Predict P(positive), the mean of the views of each image.
+
+    Args:
+        networks: of one architecture, with the same backbone, which computes the features once.
+        images: from `Classifier.resize`.
+
+    Returns:
+        Float32 (B, networks).
+    """
+    first = networks[0]
+    views = preprocessing.views(images, first.architecture.test_time_augmentation)
+    features = [first.extract_features(first.normalize(view)) for view in views]
+    probabilities = [
+        torch.stack([network.head(one).float().softmax(1)[:, POSITIVE_CLASS] for one in features]).mean(dim=0)
+        for network in networks
+    ]
+    return torch.stack(probabilities, dim=1)
 
 
 def pool_feature_maps(maps: Sequence[Tensor]) -> Tensor:
@@ -249,19 +256,6 @@ def place_for_inference(network: Classifier, device: torch.device) -> Classifier
     return network.to(memory_format=torch.channels_last) if device.type == "cpu" else network
 
 
-class FoldEnsemble:
-    """The networks of one cross-validated seed, one per fold; on new images, P(positive) is their mean."""
-
-    def __init__(self, networks: Sequence[Classifier]) -> None:
-        self.networks = networks
-        self.architecture, self.scale = networks[0].architecture, networks[0].scale
-
-    @torch.inference_mode()
-    def predict_proba(self, pixels: Tensor) -> Tensor:
-        """Predict P(positive), see `Classifier.predict_proba`."""
-        return torch.stack([network.predict_proba(pixels) for network in self.networks]).mean(dim=0)
-
-
 def save_weights(networks: Sequence[Classifier], folder: Path) -> None:
     """Write the weights to the folder, as safetensors.
 
@@ -286,14 +280,8 @@ def save_description(network: Classifier, folder: Path, metadata: dict[str, Any]
     write_json(folder / DESCRIPTION_FILE, {**asdict(network.architecture), "weights_sha256": digest, **metadata})
 
 
-def load_classifier(folder: Path, device: torch.device) -> Classifier | FoldEnsemble:
-    """Load a saved model in evaluation mode; see `load_networks`."""
-    networks = load_networks(folder, device)
-    return networks[0] if len(networks) == 1 else FoldEnsemble(networks)
-
-
 def load_networks(folder: Path, device: torch.device) -> list[Classifier]:
-    """Load the network of every fold in evaluation mode; no code in the files is executed.
+    """Load the networks of a saved model, one per fold, in evaluation mode; no code in the files is executed.
 
     Raises:
         FileNotFoundError: a file is missing.

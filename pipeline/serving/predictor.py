@@ -16,6 +16,7 @@ from joblib import cpu_count
 from pipeline.inference import explain
 from pipeline.inference.candidate import agreement
 from pipeline.inference.decoding import DecodedImage
+from pipeline.models.members import group_by_backbone
 from pipeline.serving import metrics
 from pipeline.serving.served_model import ServedModel
 
@@ -77,8 +78,9 @@ class Predictor:
     def _predict(self, model: ServedModel, jobs: list[PredictJob]) -> None:
         try:
             pixels = _stack([job.image for job in jobs])
-            # A network works on a batch on one core, so fewer networks than cores get more and smaller batches.
-            parts = ceil(cpu_count() / len(model.candidate.members)) if model.candidate.device.type == "cpu" else 1
+            # A backbone works on a batch on one core, so fewer backbones than cores get more and smaller batches.
+            backbones = len(group_by_backbone(model.candidate.members.values()))
+            parts = ceil(cpu_count() / backbones) if model.candidate.device.type == "cpu" else 1
             size = min(ceil(len(jobs) / parts), model.candidate.batch_size)
             table = pd.concat(model.candidate.predict_batches(pixels.split(size)), ignore_index=True)
             self._log(model, jobs, pixels, table)
