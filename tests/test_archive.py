@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import fsspec
 import pandas as pd
 import pytest
 from click.testing import CliRunner
@@ -540,17 +541,21 @@ def test_a_file_name_that_is_no_utf8_is_read_again(tmp_path):
 # Folders
 
 
-def test_a_folder_lists_files_behind_links_once_and_nothing_of_file_managers(tmp_path):
-    folder = write_files(tmp_path / "input", {"a/1.png": b"1", "2.png": b"2", ".DS_Store": b"", "a/._1.png": b""})
+def test_a_folder_lists_files_behind_links_once_and_nothing_hidden_nor_of_file_managers(tmp_path, caplog):
+    files = {"a/1.png": b"1", "2.png": b"2", ".DS_Store": b"", "a/._1.png": b"", ".git/x/3.png": b"", "Thumbs.db": b""}
+    folder = write_files(tmp_path / ".cache/input", files)  # it may be hidden itself
     write_files(tmp_path / "other", {"3.png": b"3"})
     (folder / "link").symlink_to(tmp_path / "other")
     (folder / "loop").symlink_to(folder)
     (folder / "a/up").symlink_to("..")
-    (folder / "dangling.png").symlink_to("nowhere")
+    for name in ("dangling.png", "a/dangling.png", ".#edited.csv"):
+        (folder / name).symlink_to("nowhere")
     os.mkfifo(folder / "pipe")
     opened = open_source_folder(str(folder), "a folder")
     assert opened.files == ["2.png", "a/1.png", "link/3.png"]
     assert opened.read_bytes("link/3.png") == b"3"
+    lost = "2 symbolic links lead to nothing and are left out, the first is a/dangling.png; restore their files (git-"
+    assert [record.message for record in caplog.records if lost in record.message]
     with pytest.raises(UserError, match="a web server does not list its files"):
         open_source_folder("https://user:secret@host/images?token=secret", "a folder")
     with (folder / "2.png").open("wb") as out:
@@ -570,6 +575,33 @@ def test_what_is_not_listed_is_missing_whatever_else_is_wrong(tmp_path, caplog):
     assert f"{folder.root}: '4.png' not found (1 missing in total)" in error_message(
         write_zip_of_files, rows, folder, tmp_path / "raw.zip"
     )
+    repeated = pd.concat([rows.iloc[[0]], rows.iloc[[0]], rows.iloc[[2]], rows.iloc[[2]], rows.iloc[[2]]])
+    assert error_message(write_zip_of_files, repeated, folder, tmp_path / "raw.zip") == (
+        "1.png: 2 images have this name, and 1 other names are of several images; give each a unique name"
+    )
+
+
+def test_a_file_in_a_bucket_that_is_no_folder_or_too_large_is_an_error(tmp_path, monkeypatch):
+    files = fsspec.filesystem("memory")
+    files.pipe({"/hospital/data.zip": b"PK", "/hospital/large.png": b"12345"})
+    zipped = TableParams(source="table", path="memory://hospital/data.zip")
+    message = error_message(fetch_source, zipped, tmp_path / "raw.zip")
+    assert message.startswith("memory://hospital/data.zip: a file, not a folder; download it first, and set download.")
+    folder = open_source_folder("memory://hospital", "a folder")
+    assert folder.files == ["data.zip", "large.png"]
+    monkeypatch.setattr(layout, "MAX_MEMBER_SIZE", 4)
+    assert folder.read_bytes("data.zip") == b"PK"
+    message = error_message(folder.read_bytes, "large.png")
+    assert message.startswith("memory://hospital/large.png: too large for an image (5 bytes)")
+
+
+def test_a_disk_that_is_too_small_for_the_copy_is_named_before_anything_is_written(tmp_path, monkeypatch):
+    archive = write_zip(tmp_path / "own.zip", MEMBERS)
+    (tmp_path / "project").mkdir()
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 50}))
+    message = error_message(fetch_source, params(archive), tmp_path / "project/raw.zip")
+    assert message.startswith(f"{tmp_path}/project: 0.00 GB do not fit, the disk has 0.00 GB free; free disk space")
+    assert not list((tmp_path / "project").iterdir())
 
 
 # DVC

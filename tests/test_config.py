@@ -460,6 +460,15 @@ def test_broken_yaml_is_refused(tmp_path, text):
     assert config_error(path).startswith("not valid YAML: ")
 
 
+def test_a_key_that_a_section_has_twice_is_refused(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text(
+        "profile: local\nlocal:\n  download: {source: archive}\n  finding: {}\n  download: {source: phantom}\n"
+    )
+    error = "not valid YAML: duplicate key 'download' in \"<unicode string>\", line 5, column 3"
+    assert config_error(path).startswith(error)
+
+
 def test_a_file_in_another_encoding_is_refused(tmp_path):
     path = tmp_path / "params.yaml"
     path.write_bytes("profile: démo".encode("latin-1"))

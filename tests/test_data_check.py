@@ -6,10 +6,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, archive_members, encode_jpeg, error_line_of, invoke, output_of, write_files, write_zip
+from conftest import (
+    ROOT,
+    archive_members,
+    edit_params,
+    encode_jpeg,
+    error_line_of,
+    invoke,
+    output_of,
+    write_files,
+    write_zip,
+)
 from PIL import Image
 
 from pipeline.data.source_folder import LocalFolder
+from pipeline.data.sources import covid_chestxray
 
 
 @pytest.fixture(autouse=True)
@@ -77,8 +88,17 @@ def test_the_path_of_the_profile_is_the_default(folder):
     set_download(folder, {"source": "archive", "path": "own.zip"})
     for command in ("cxr data check", "cxr data check own.zip"):
         output = output_of(command)
-        assert "download:" not in output  # nothing was guessed
+        assert output.startswith("profile            local: own.zip\n")  # nothing was guessed
         assert "6 images: 4 negative, 2 positive" in output
+    edit_params(folder, lambda params: params.update(profile="demo"))
+    edit_params(folder, lambda params: params["demo"]["prepare"].update(excluded_files=["of-the-demo.jpg"]))
+    edit_params(folder, lambda params: params["demo"]["download"].update(train=8, test=4))
+    result = invoke("cxr data check")
+    assert result.stdout.startswith("profile            demo: phantom\n")
+    assert result.stderr.startswith("Error: params.yaml: prepare.excluded_files: no image is named")
+    assert output_of("cxr data check own.zip").startswith("profile            local: own.zip\n")
+    (folder / "own.zip").rename(folder / "other.zip")
+    assert "6 images: 4 negative, 2 positive" in output_of("cxr data check other.zip")
 
 
 def test_a_guessed_table_becomes_complete_by_its_labels(folder):
@@ -120,6 +140,12 @@ def test_class_folders_are_recognized_also_in_a_zip(folder, caplog):
     (folder / "own/list.csv").write_text("study,finding\n1.2.3,flu\n")
     invoke("cxr data check own")
     assert "own: no column of its 1 tables, the first is list.csv, names images or folders; folders are" in caplog.text
+    (folder / "own/list.csv").write_text("finding,finding\nflu,flu\n")
+    invoke("cxr data check own")
+    assert "own/list.csv: column 'finding' occurs 2 times; rename or delete one" in caplog.text
+    (folder / "own/list.csv").rename(folder / "own/list.XLSX")
+    invoke("cxr data check own")
+    assert "own/list.XLSX: a spreadsheet, which is not read; save it as CSV in UTF-8" in caplog.text
 
 
 CHEXPERT = "Path,Sex,Age,Frontal/Lateral,AP/PA,No Finding,Pneumonia\n"
@@ -187,6 +213,15 @@ def test_errors_name_the_path_of_the_user(folder):
     assert error_line_of("cxr data check other.zip").startswith("Error: other.zip: has no train_labels.csv;")
     (folder / "broken.zip").write_bytes(b"PK")
     assert error_line_of("cxr data check broken.zip").startswith("Error: broken.zip: ")
+    write_zip(folder / "own.xlsx", {"sheet.xml": b""})
+    error = "Error: own.xlsx: a spreadsheet; save it as CSV in UTF-8 and check that"
+    assert error_line_of("cxr data check own.xlsx") == error
+    (folder / "own.csv").write_text("finding,finding\nflu,flu\n")
+    assert error_line_of("cxr data check own.csv").startswith("Error: ./own.csv: column 'finding' occurs 2 times;")
+    (folder / "own.csv").write_text("finding\nflu\n")
+    assert error_line_of("cxr data check own.csv").endswith(": no column of own.csv names images or folders")
+    (folder / "own.csv").write_text(f"{','.join(covid_chestxray.COLUMNS)}\n")
+    assert "no column of" not in error_line_of("cxr data check own.csv")
     assert not (folder / "contact_sheet.jpg").exists()
 
 

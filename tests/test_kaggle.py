@@ -241,7 +241,7 @@ def test_a_data_set_that_does_not_exist_or_is_private_is_named(kaggle, target):
 
 def test_a_disk_that_is_too_small_is_an_error_before_the_download(kaggle, target, monkeypatch):
     kaggle.length = 10**18
-    assert "the download needs 1000000000.00 GB, but the disk has" in error_message(download, target)
+    assert ": 1000000000.00 GB do not fit, the disk has" in error_message(download, target)
     assert file_sizes(target) == {}
 
 

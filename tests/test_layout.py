@@ -129,6 +129,11 @@ def test_a_duplicate_line_is_named(tmp_path):
     assert message.startswith(f"{SAMPLE} line 3: t000.jpg is listed twice")
 
 
+def test_a_line_without_a_name_is_an_error(tmp_path):
+    message = layout_error(write_archive(tmp_path, train_labels=labels(*label_lines(), ",1", ",1")))
+    assert message == f"{LABELS} line 8: File is empty; name the image or delete the line"
+
+
 def test_a_file_in_train_and_in_test_is_an_error(tmp_path):
     sample = "File,Label\na000.jpg,0\nt000.jpg,0\nt001.jpg,0\nt002.jpg,0\n"
     message = layout_error(write_archive(tmp_path, test__test__a000=b"x", sample_submission=sample))
@@ -562,6 +567,7 @@ def read_renamed(tmp_path, rename, **more) -> layout.Layout:
 @pytest.mark.parametrize("separator", ["/", "\\"])
 def test_folders_around_everything_and_what_file_managers_add_are_ignored(tmp_path, separator):
     more = {"__MACOSX/data/._train_labels.csv": b"", "data/v1/train/train/._a000.jpg": b"", "data/.DS_Store": b""}
+    more["data/.git/train_labels.csv"] = b""
     more = {name.replace("/", separator): data for name, data in more.items()}
     result = read_renamed(tmp_path, lambda name: f"data/v1/{name}".replace("/", separator), **more, readme=b"")
     assert len(result.images) == 9

@@ -504,6 +504,7 @@ def test_a_list_of_python_is_several_findings_with_a_separator_and_one_without(t
         (SETS.replace("png,0", "png,2"), {}, "neither download.positive nor download.negative (1 rows: '2' 1); add it"),
         (SETS.replace("png,0", "png,2"), {}, "labels.csv line 3: label is '2', which is in neither"),
         (SETS.replace("png,0", "png,"), {"negative": "others"}, "line 3: label is '', which is in neither"),
+        (SETS.replace("png,0", "png,NA"), {"negative": "others"}, "line 3: label is 'NA', which is in neither"),
         (SETS.replace("test", "dev"), {}, "line 4: set is 'dev'; it must be train or test (2 rows: 'dev' 2); add"),
         (SETS, {"keep": {"set": ["validation"]}}, "no row is left; left out by download.keep: 4 (set is 'test' 2"),
         (SETS, {"keep": {"view": ["PA"]}}, "labels.csv: no column 'view'"),
@@ -573,6 +574,8 @@ def test_values_that_no_row_has_and_unknown_labels_of_test_images_are_named(tmp_
     assert "values of download.ignore that no row has: 1, the first is 'unclaer'" in caplog.text
     fetch(table(tmp_path, SETS.replace("3.png,1", "3.png,maybe")), tmp_path)
     assert "test images whose label is in no list: 1 ('maybe' 1)" in caplog.text
+    rows = fetch(table(tmp_path, SETS.replace("png,0", "png,none"), **listed), tmp_path)  # no finding
+    assert [row[1] for row in rows.values()] == [1, 0, 1, 0]
     message = fails(table(tmp_path, SETS, positive=[2], negative=[0, 1]), tmp_path)
     assert message.endswith("labels.csv: no image is positive; download.positive is '2'; label is '0' 2, '1' 2")
 

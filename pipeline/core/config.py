@@ -259,7 +259,7 @@ class TableParams(Section):
     )
     positive: list[TableValue] = Field(["1"], min_length=1, description="Positive values of the column label.")
     negative: list[TableValue] | Literal["others"] = Field(
-        ["0"], min_length=1, description="Negative values; others: all others but empty ones."
+        ["0"], min_length=1, description="Negative values; others: all others but empty ones and NA."
     )
     ignore: list[TableValue] = Field([], description="Values of the column label whose rows are left out.")
     repeated: Literal["error", "majority", "any"] = Field(
@@ -518,7 +518,7 @@ class EvaluateParams(Section):
         "platt", description="Of the probabilities: none, temperature, or platt (temperature and bias)."
     )
     expected_prevalence: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        None, description="Prevalence where the model will be used, or null."
+        None, description="Prevalence where the model will be used, assumed of the test set too; or null."
     )
     resamples: int = Field(2000, gt=0, description="Bootstrap resamples for the intervals.")
 
@@ -625,6 +625,17 @@ class Config(Section):
         return self.active.finding.model_name or f"covid-xray-{self.profile}"
 
 
+class StrictLoader(yaml.SafeLoader):
+    """Refuses a key that a section has twice, as DVC does; PyYAML would take the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for index, (key, _) in enumerate(node.value):
+            if key.value in keys[:index]:
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key.value!r}", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def load_config(path: Path = Path("params.yaml")) -> Config:
     """Read and check the whole file, not only the profile in use.
 
@@ -632,7 +643,7 @@ def load_config(path: Path = Path("params.yaml")) -> Config:
         UserError: the file is missing or not YAML, or a key is unknown, renamed or out of range.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = StrictLoader(path.read_text(encoding="utf-8")).get_single_data()
     except FileNotFoundError:
         raise UserError(f"{path}: not found; run from the repository's root") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -26,7 +26,7 @@ def rename_in_errors(names: Mapping[str, str]) -> Iterator[None]:
 
 
 class Interrupted(Exception):  # noqa: N818  # not an error
-    """Stopped by a signal, with all progress on disk."""
+    """Stopped by a signal; the message says where, and from where the next run goes on."""
 
     def __init__(self, signal: int, message: str) -> None:
         super().__init__(message)

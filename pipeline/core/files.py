@@ -35,6 +35,7 @@ BLANKS = "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\u200b\u200c\u
 SEPARATORS = ",;\t|"  # of a table's fields
 BEFORE_HEADER = re.compile(r'(?:[^\S\n]*\n)*(?:"?sep=[^\n]{0,9}\n)?')  # blank lines, and the line that Excel writes
 EXCEL_TEXT = re.compile(r'^="(.*)"$', re.DOTALL)  # how Excel is told to keep the zeros of ="001"
+NAMES = ("file", "source", "slice", "stratum")  # columns with names from a user's data
 MAX_QUOTED = 80  # characters of a line in a message
 MAX_LINKS = 40  # as Linux follows
 DESCRIPTORS = re.compile(r"/dev/fd|/proc/.+/fd")  # folders of open files, to which /dev/stdout is a link
@@ -103,7 +104,7 @@ def make_folder(folder: Path) -> Iterator[None]:
 
 
 def check_disk_space(folder: Path, needed: int) -> None:
-    """Check that a download of this many bytes fits.
+    """Check that a copy of this many bytes, also of a download, fits.
 
     Raises:
         UserError: it does not.
@@ -111,8 +112,8 @@ def check_disk_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"{folder}: the download needs {needed / 1e9:.2f} GB, but the disk has {free / 1e9:.2f} GB free; free disk "
-            "space and run again"
+            f"{folder}: {needed / 1e9:.2f} GB do not fit, the disk has {free / 1e9:.2f} GB free; free disk space and "
+            "run again"
         )
 
 
@@ -142,8 +143,8 @@ def write_csv(path: Path, table: pd.DataFrame) -> None:
 
 
 def read_csv(path: Path) -> pd.DataFrame:
-    """Read a table: the column `file` is text, also for names such as 0001 and NA; only empty fields are missing."""
-    return pd.read_csv(path, dtype={"file": str}, keep_default_na=False, na_values=[""])
+    """Read a table: the columns `NAMES` are text, also for names such as 0001 and NA; only empty fields are missing."""
+    return pd.read_csv(path, dtype=dict.fromkeys(NAMES, str), keep_default_na=False, na_values=[""])
 
 
 def read_text_table(

@@ -52,11 +52,11 @@ def excluded_views(reasons: pd.Series) -> pd.Series:
     return reasons.str.extract(f"^view (.*){EXCLUDED_VIEW}$", expand=False).dropna()
 
 
-def count_values(values: pd.Series, most: int = MAX_LISTED) -> str:
+def count_values(values: pd.Series) -> str:
     """Count the values of a text column in a line, the most frequent first; empty ones are not known."""
     counts = values.str.strip().replace("", "not known").value_counts()
-    listed = [f"{count} × {name}" for name, count in counts.head(most).items()]
-    return ", ".join(listed) + (f" and {len(counts) - most} more" if len(counts) > most else "")
+    listed = [f"{count} × {name}" for name, count in counts.head(MAX_LISTED).items()]
+    return ", ".join(listed) + (f" and {len(counts) - MAX_LISTED} more" if len(counts) > MAX_LISTED else "")
 
 
 def report_exclusions(

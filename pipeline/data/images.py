@@ -1,4 +1,4 @@
-"""Decoding of radiographs into square 8-bit gray images; see `checks` for what rejects unusable files."""
+"""Decoding of radiographs into square 8-bit gray images; see `image_checks` for what rejects unusable files."""
 
 import io
 import re

@@ -16,7 +16,7 @@ import stat
 import zipfile
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
 import pandas as pd
@@ -31,7 +31,7 @@ METADATA = ["patient", "source", "view"]
 # Columns that metadata.csv may lack; the license is that of the image.
 OPTIONAL_METADATA = ["sex", "age", "license", "manufacturer", "modality"]
 TRAIN_LABELS, SAMPLE_SUBMISSION, METADATA_TABLE = "train_labels.csv", "sample_submission.csv", "metadata.csv"
-IGNORED_FILES = ("", ".DS_Store", "Thumbs.db", "desktop.ini")  # "" is a folder; file managers write the others
+IGNORED_FILES = ("", "Thumbs.db", "desktop.ini")  # "" is a folder; file managers write the others
 MAX_MEMBER_SIZE = 2**28  # bytes, uncompressed
 ENCRYPTION_FLAGS = 0b1100001  # flag bits of a member: encryption, strong encryption, or patch data
 MAX_COMPRESSION_RATIO = 200  # of members above MIN_BOMB_SIZE; far above that of any radiograph
@@ -43,14 +43,15 @@ class Layout:
     """The content of a zip: `images` with one row per image, labeled images first, and the sample submission.
 
     The columns of `images` are file, set (train or test), member (name inside the zip; empty if a labeled image is
-    missing), label (0, 1, or missing for the test set), patient, source, view, sex (F, M or O), license (all empty if
-    unknown) and age (years, NaN if unknown). A labeled image is called as in the zip, or, if it is missing, as in
-    train_labels.csv; a test image as in sample_submission.csv. `warnings` are lines on names that match nothing.
+    missing), label (0, 1, or missing for the test set), and those of METADATA and OPTIONAL_METADATA: text, empty if
+    unknown, such as sex (F, M or O), but age (years, NaN if unknown). A labeled image is called as in the zip, or, if
+    it is missing, as in train_labels.csv; a test image as in sample_submission.csv. `warnings` are lines on names that
+    match nothing.
     """
 
     images: pd.DataFrame
     sample: pd.DataFrame
-    warnings: list[str] = field(default_factory=list)
+    warnings: list[str]
 
 
 def read_layout(path: Path) -> Layout:
@@ -153,9 +154,10 @@ def find_members(archive: zipfile.ZipFile, path: Path) -> dict[str, str]:
 
 
 def is_ignored(name: str) -> bool:
-    """Return whether a path is of a folder or of a file that file managers write, such as `._a.jpg` of a Mac."""
+    """Return whether a path is of a folder, is hidden, as in .git, or is of a file that file managers write."""
     *folders, file = name.split("/")
-    return file in IGNORED_FILES or file.startswith("._") or "__MACOSX" in folders
+    is_hidden = any(part.startswith(".") and part not in (".", "..") for part in (*folders, file))
+    return is_hidden or file in IGNORED_FILES or "__MACOSX" in folders
 
 
 def clean_name(member: str) -> str:
@@ -213,6 +215,9 @@ def _read_table(
     except DamagedFileError as error:
         raise UserError(f"{path}: {name} is damaged ({error}); download or copy the zip again") from None
     table = read_text_table(io.BytesIO(content), f"{path}: {name}", columns, optional)
+    if (table["File"] == "").any():
+        line = table.index[table["File"] == ""][0] + 2
+        raise UserError(f"{path}: {name} line {line}: File is empty; name the image or delete the line")
     check_listed_once(table["File"], table["File"], f"{path}: {name}")
     return table[[*columns, *table.columns.intersection(list(optional))]]
 

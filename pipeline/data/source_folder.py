@@ -1,5 +1,6 @@
 """The folder that a source reads, on a disk, in a bucket or inside zips: its files are listed once."""
 
+import logging
 import os
 import zipfile
 import zlib
@@ -11,6 +12,8 @@ from pathlib import Path
 from pipeline.core.errors import UserError
 from pipeline.core.files import escape_undecodable, unescape_undecodable
 from pipeline.data import layout, remote
+
+log = logging.getLogger(__name__)
 
 SETTING = "download.path in params.yaml"  # in errors
 
@@ -53,15 +56,23 @@ class LocalFolder(SourceFolder):
         self.root = root
 
     def _list_files(self) -> Iterator[str]:
-        return map(escape_undecodable, _walk(self.root))
+        dangling: list[str] = []
+        yield from map(escape_undecodable, _walk(self.root, dangling))
+        lost = sorted(link for link in dangling if not layout.is_ignored(link))
+        if lost:
+            log.warning(
+                "%s: %s symbolic links lead to nothing and are left out, the first is %s; restore their files "
+                "(git-annex: git annex get)",
+                self.root,
+                len(lost),
+                escape_undecodable(lost[0]),
+            )
 
     def read_bytes(self, file: str) -> bytes:
         path = Path(self.root, file)
         if "\\x" in file and not path.exists():
             path = Path(self.root, unescape_undecodable(file))
-        size = path.stat().st_size
-        if size > layout.MAX_MEMBER_SIZE:
-            raise UserError(f"{path}: too large for an image ({size} bytes); move it out of the folder")
+        _check_size(path, path.stat().st_size)
         return path.read_bytes()
 
 
@@ -70,17 +81,24 @@ class RemoteFolder(SourceFolder):
         self.root = remote.redact_url(url).rstrip("/")
         self._file_system, path = remote.open_file_system(url, SETTING)
         self._path = path.rstrip("/")
+        self._sizes: dict[str, int] = {}
+
+    def is_file(self) -> bool:
+        with remote.report_errors(self.root, SETTING):
+            return bool(self._file_system.isfile(self._path))
 
     def exists(self) -> bool:
         with remote.report_errors(self.root, SETTING):
             return bool(self._file_system.exists(self._path))
 
-    def _list_files(self) -> Iterator[str]:
+    def _list_files(self) -> Iterable[str]:
         with remote.report_errors(self.root, SETTING):
-            for path in self._file_system.find(self._path):
-                yield path.removeprefix(self._path).lstrip("/")
+            found = self._file_system.find(self._path, detail=True)
+        self._sizes = {path.removeprefix(self._path).lstrip("/"): info.get("size") or 0 for path, info in found.items()}
+        return self._sizes
 
     def read_bytes(self, file: str) -> bytes:
+        _check_size(f"{self.root}/{file}", self._sizes.get(file, 0))  # of a file that was listed
         with remote.report_errors(self.root, SETTING):
             try:
                 content: bytes = self._file_system.cat_file(f"{self._path}/{file}")
@@ -158,17 +176,27 @@ def _open_remote_folder(url: str, content: str) -> RemoteFolder:
     folder = RemoteFolder(url)
     if not folder.exists():
         raise UserError(f"{folder.root}: no such folder, or empty; set {SETTING} to {content}")
+    if folder.is_file():
+        raise UserError(f"{folder.root}: a file, not a folder; download it first, and set download.path to it there")
     return folder
 
 
-def _walk(folder: str, parent: str = "") -> Iterator[str]:
-    """Yield the files below a local folder, also those that symbolic links lead to."""
+def _check_size(path: str | Path, size: int) -> None:
+    if size > layout.MAX_MEMBER_SIZE:
+        raise UserError(f"{path}: too large for an image ({size} bytes); move it out of the folder")
+
+
+def _walk(folder: str, dangling: list[str], parent: str = "") -> Iterator[str]:
+    """Yield the files below a local folder, also those that symbolic links lead to; collect links to nothing."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_file():
                 yield parent + entry.name
-            elif entry.is_dir() and not _is_loop(entry):
-                yield from _walk(entry.path, f"{parent}{entry.name}/")
+            elif entry.is_dir():
+                if not _is_loop(entry):
+                    yield from _walk(entry.path, dangling, f"{parent}{entry.name}/")
+            elif entry.is_symlink():
+                dangling.append(parent + entry.name)
 
 
 def _is_loop(entry: os.DirEntry[str]) -> bool:

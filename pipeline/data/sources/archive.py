@@ -13,7 +13,7 @@ from typing import IO, Any, BinaryIO
 
 from pipeline.core.config import ArchiveParams
 from pipeline.core.errors import UserError, first_line, rename_in_errors
-from pipeline.core.files import DamagedFileError, check_zip, detect_damage, escape_undecodable
+from pipeline.core.files import DamagedFileError, check_disk_space, check_zip, detect_damage, escape_undecodable
 from pipeline.core.parallel import map_in_threads
 from pipeline.core.progress import track_progress, track_reading
 from pipeline.data import layout, remote
@@ -128,6 +128,7 @@ def _copy_zip(file: Path, target: Path, *, is_download: bool) -> None:
     if is_download:
         file.replace(target)
     else:
+        check_disk_space(target.parent, file.stat().st_size)
         shutil.copyfile(file, target)
 
 

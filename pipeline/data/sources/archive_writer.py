@@ -35,9 +35,9 @@ def write_zip(
     """Write images, labels, sample submission and metadata.
 
     Args:
-        rows: one per image, with the columns file (name), label (0 or 1, missing for the test set), patient, source,
-            view, optionally sex, age and license, and optionally test_label (0 or 1, missing if unknown), which
-            `cxr score` alone reads.
+        rows: one per image, with the columns file (name), label (0 or 1, missing for the test set), those of METADATA,
+            optionally of OPTIONAL_METADATA, and optionally test_label (0 or 1, missing if unknown), which `cxr score`
+            alone reads.
         images: content of the image files in the order of the rows; None if the image of a label is missing.
         target: the zip.
         references: to images that are not in the zip, as `find_references` returns them.
@@ -128,7 +128,9 @@ def write_zip_of_files(rows: pd.DataFrame, folder: SourceFolder, target: Path, *
         )
     repeated = rows["file"][rows["file"].duplicated()]
     if len(repeated):
-        raise UserError(f"{repeated.iloc[0]}: {len(repeated) + 1} images have this name; give each a unique name")
+        name, others = repeated.iloc[0], repeated.nunique() - 1
+        more = f", and {others} other names are of several images" if others else ""
+        raise UserError(f"{name}: {sum(rows['file'] == name)} images have this name{more}; give each a unique name")
     if is_test.all() or not is_test.any():
         subset = "test" if is_test.all() else "training"
         raise UserError(f"all {len(rows)} images are in the {subset} set; add images or patients to the other set")

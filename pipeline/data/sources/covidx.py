@@ -86,10 +86,10 @@ def _merge_repeated(table: pd.DataFrame, path: str) -> pd.DataFrame:
     for column, values in (("label", "classes"), ("patient", "patients")):
         files = table.drop_duplicates(["file", column])["file"]
         several = files[files.duplicated()].unique()
-        message = f"{path}: {len(several)} images have two {values}, the first is {next(iter(several), '')}"
-        if len(several) and column == "label":
-            raise UserError(f"{message}; keep the right line of each")
         if len(several):
+            message = f"{path}: {len(several)} images have two {values}, the first is {several[0]}"
+            if column == "label":
+                raise UserError(f"{message}; keep the right line of each")
             log.warning("%s; its first line counts", message)
     unique = table.drop_duplicates("file")
     if len(unique) < len(table):

@@ -21,6 +21,7 @@ from pipeline.data.sources.image_paths import is_image
 log = logging.getLogger(__name__)
 
 TABLE = re.compile(r"\.(csv|tsv)(\.gz)?$", re.IGNORECASE)
+SPREADSHEET = re.compile(r"\.(xlsx?|ods)$", re.IGNORECASE)
 MAX_TABLES = 20  # that are read
 SAMPLE_SIZE = 1000  # rows of a table that are matched with files
 MIN_MATCHED = 0.5  # share of the sample that are images, for a column of file names
@@ -67,15 +68,17 @@ def guess_section(path: str) -> tuple[Section, str]:
         The sections, and what must be completed in them, or an empty text.
 
     Raises:
-        UserError: there is no such folder or archive.
+        UserError: there is no such folder or archive, it is a spreadsheet, or the table cannot be read.
     """
     if TABLE.search(path) and Path(path).is_file():
         folder = open_source_folder(Path(path).parent, "the data")
-        guess = _guess_by_tables(folder, [Path(path).name]) or ({"source": "table", "labels": Path(path).name}, "")
-        section, remark = guess[0], guess[1] or f"no column of {path} names images or folders"
+        name, problem = Path(path).name, f"no column of {path} names images or folders"
+        section, remark = _guess_by_tables(folder, [name]) or ({"source": "table", "labels": name}, problem)
         return {"download": {"source": "table", "path": folder.root, **section}}, remark
     if not remote.is_url(path) and not Path(path).expanduser().exists():
         raise UserError(f"{path}: not found; correct the path")
+    if SPREADSHEET.search(path):
+        raise UserError(f"{path}: a spreadsheet; save it as CSV in UTF-8 and check that")
     if not can_list(path):
         return {"download": {"source": "archive", "path": path}}, ""
     folder = open_source_folder(path, "the data")
@@ -128,6 +131,8 @@ def _guess_folders(folder: SourceFolder) -> Guess:
             len(tables),
             tables[0],
         )
+    elif sheets := [file for file in folder.files if SPREADSHEET.search(file)]:
+        log.warning("%s/%s: a spreadsheet, which is not read; save it as CSV in UTF-8", folder.root, sheets[0])
     return {"source": "folders" if list_images(folder) else "archive"}, ""
 
 
@@ -140,7 +145,10 @@ def _guess_by_tables(folder: SourceFolder, files: list[str]) -> Guess | None:
     for file in tables[:MAX_TABLES]:
         try:
             table = read_source_table(folder, file, [])
-        except UserError:
+        except UserError as error:
+            if len(files) == 1:  # nothing else to guess from
+                raise
+            log.warning("%s", error)
             continue
         if set(covid_chestxray.COLUMNS) <= set(table):
             return {"source": "covid_chestxray"}, ""

@@ -21,6 +21,7 @@ from pipeline.data.sources.image_paths import extract, is_image
 log = logging.getLogger(__name__)
 
 FIELD = re.compile(r"\{([^{}]+)\}")  # name of a column in a text such as {folder}/{image}.png
+MISSING = {"", "na", "n/a", "nan", "null", "<na>"}  # labels, normalized; none may mean no finding
 LIST_MARKS = "[]()'\" "  # around findings, as Python writes a list: ['normal', 'COPD signs']
 MAX_COUNTS = 5  # values that a message counts one by one
 
@@ -251,7 +252,7 @@ def _label_cell(cell: str, params: TableParams) -> tuple[int | None, str]:
     if positive.intersection(values):
         return 1, ""
     for finding, value in zip(findings, values, strict=True):
-        if not (value != "" if params.negative == "others" else value in negative):
+        if value in MISSING if params.negative == "others" else value not in negative:
             return None, finding
     return 0, ""
 
