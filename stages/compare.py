@@ -1,5 +1,6 @@
 """Compare two recipes."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +15,17 @@ if TYPE_CHECKING:
     from pipeline.evaluation.compare_recipes import Comparison, Recipe
 
 UPSTREAM = ("download", "weights", "prepare", "split", "train", "evaluate")  # stages that the predictions come from
-OUTPUT_FILE = click.Path(path_type=Path, dir_okay=False, allow_dash=True)
 
 
 @stage
 @click.argument("a")
 @click.argument("b")
-@click.option("--json", "json_file", type=OUTPUT_FILE, help="Write the result to this file; - is standard output.")
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
+    help="Write the result to this file; - is standard output.",
+)
 @click.option(
     "--png",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -44,7 +49,7 @@ def compare(a: str, b: str, json_file: Path | None, png: Path | None) -> None:
         comparison_chart.write_comparison(png, comparison.metrics, a, b)
     content = _json_content(recipe_a, recipe_b, comparison)
     if json_file == Path("-"):
-        click.echo(_to_json(content))
+        click.echo(json.dumps(content, indent=2, ensure_ascii=False))
         return
     if json_file:
         write_json(json_file, content)
@@ -128,8 +133,6 @@ def _check_outs(repo: "Repo", name: str, is_folder: bool) -> None:
 
 
 def _json_content(a: "Recipe", b: "Recipe", comparison: "Comparison") -> dict[str, Any]:
-    import numpy as np
-
     from pipeline.evaluation.slices import count_patients
 
     sides = {
@@ -138,10 +141,7 @@ def _json_content(a: "Recipe", b: "Recipe", comparison: "Comparison") -> dict[st
     }
     return {
         **sides, "held_out_source": a.config.active.split.held_out_source,
-        "images": {
-            name: count_patients(image_set, np.arange(len(image_set.labels)))
-            for name, image_set in comparison.image_sets.items()
-        },
+        "images": {name: count_patients(image_set) for name, image_set in comparison.image_sets.items()},
         "seeds": comparison.seeds, "caveats": comparison.caveats,
         "parameters": _records(comparison.parameters), "metrics": _records(comparison.metrics),
     }  # fmt: skip
@@ -151,12 +151,6 @@ def _records(table: "pd.DataFrame") -> list[dict[str, Any]]:
     """Return the rows with None for what is missing."""
     rows = table.astype(object).where(table.notna(), None)
     return [dict(zip(rows.columns, row, strict=True)) for row in rows.itertuples(index=False)]
-
-
-def _to_json(content: Any) -> str:
-    import json
-
-    return json.dumps(content, indent=2, ensure_ascii=False)
 
 
 def _print_comparison(content: dict[str, Any]) -> None:

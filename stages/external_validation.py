@@ -72,7 +72,7 @@ def external_validation(jobs: int) -> None:
             else:
                 tables.append(read_csv(folder / "metrics/external.csv"))
     metrics = pd.concat(tables).reindex(columns=evaluation.COLUMNS)
-    table = pd.concat([metrics, evaluation.summarize_sources(metrics)])
+    table = pd.concat([metrics, evaluation.summarize_sources(metrics)]).assign(recipe=evaluation.recipe_hash(config))
     write_csv(TABLE, table)
     _print(table)
     if failures:

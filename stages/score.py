@@ -46,7 +46,6 @@ def score(file: Path | None) -> None:
         read_split(Path("data")).set_index("file")["group"],
         ensemble.load_candidate_configs(config),
         read_json(Path("metrics/summary.json")),
-        config.active.evaluate.resamples,
     )
     write_csv(Path("scores/test.csv"), scores)
     _print_scores(scores)

@@ -401,6 +401,16 @@ def test_undefined_metrics_have_a_reason(positives):
     assert metrics["reason"][undefined].str.startswith("undefined").all()
 
 
+def test_recipes_compared_on_one_patient_or_with_reversed_probabilities_say_so():
+    table = random_predictions()
+    one_patient = recipe("A", table.assign(group="p")), recipe("B", random_predictions(seed=1).assign(group="p"))
+    metrics = comparing.compare_recipes(*one_patient).metrics
+    assert set(metrics["reason"][metrics["difference"].notna()]) == {"one patient only"}
+    inverted = table.assign(**{seed: 1 - table[seed] for seed in ("seed-0", "seed-1")})
+    metrics = comparing.compare_recipes(recipe("A", table), recipe("B", inverted)).metrics.set_index("metric")
+    assert metrics.loc["recalibrated_loss", "reason"].str.contains("higher probabilities do not mean").all()
+
+
 def test_the_loss_of_bags_that_err_on_no_patient_has_no_interval_and_says_why():
     table = random_predictions()
     better = table.assign(**{seed: table["label"] * 0.9 + table[seed] * 0.05 for seed in ("seed-0", "seed-1")})

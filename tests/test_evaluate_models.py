@@ -362,6 +362,10 @@ def test_metrics_at_a_fitted_operating_point_are_cross_fitted(tmp_path):
     types = tables["metrics/intervals.csv"].query("model == 'seed-0'").set_index("metric")["estimate_type"]
     assert set(types[["f1", "recall", "loss"]]) == {"cross-fitted"}
     assert types["auroc"] == "fixed", "it needs no threshold"
+    point, confusion = points.loc["bag (mean)"].loc["cross-fitted"], tables["plots/bag_confusion.csv"]
+    counts = pd.crosstab(confusion["actual"], confusion["predicted"])
+    assert counts.to_numpy().ravel().tolist() == point[["tn", "fp", "fn", "tp"]].tolist()
+    assert list(counts.index) == list(counts.columns) == ["negative", "positive"]
 
 
 def test_summary_has_the_expected_accuracy_of_the_bag_and_the_source_probe_of_its_first_member(tmp_path):

@@ -43,7 +43,7 @@ def test_the_mix_of_the_test_set_counts_not_that_of_the_validation_set():
     assert truth == pytest.approx((0.8 + 0.74) / 2)
     assert foretold.value == pytest.approx(truth, abs=0.03)
     assert foretold.low < truth < foretold.high
-    assert foretold.method == "post-stratification by source"
+    assert foretold.method == "post-stratification by source, at the expected prevalence 0.5"
     assert not foretold.reason
     a, b = (row._asdict() for row in foretold.strata.itertuples(index=False))
     assert (a["sensitivity"], a["specificity"], b["sensitivity"], b["specificity"]) == (0.9, 0.7, 0.5, 0.98)
@@ -57,7 +57,7 @@ def test_without_strata_it_is_bayes_rule_at_the_expected_prevalence():
     foretold, truth = foretell(validation, test, by="", expected_prevalence=0.4)
     assert foretold.value == pytest.approx(0.4 * 0.8 + 0.6 * 0.9)
     assert foretold.low < truth < foretold.high
-    assert foretold.method == "Bayes' rule"
+    assert foretold.method == "Bayes' rule, at the expected prevalence 0.4"
     differing, _ = foretell(validation, test, by="", expected_prevalence=0.4, shift="the test images differ")
     assert differing.reason == "cannot be foretold: the test images differ"
     assert np.isnan([differing.value, differing.low, differing.high]).all()
@@ -69,6 +69,8 @@ def test_an_expected_prevalence_that_the_predictions_exclude_is_not_used():
     foretold, _ = foretell(validation, test, by="", expected_prevalence=0.02)
     unused, _ = foretell(validation, test, by="")
     assert (foretold.value, foretold.low, foretold.high) == (unused.value, unused.low, unused.high)
+    assert foretold.method == "Bayes' rule (the expected prevalence 0.02 is excluded by the predictions)"
+    assert unused.method == "Bayes' rule"
     assert foretold.strata["prevalence"][0] == pytest.approx(0.5, abs=0.02)
 
 

@@ -31,10 +31,11 @@ from scipy.stats import norm, t
 from sklearn.metrics import roc_auc_score
 
 from pipeline.core.config import load_config
-from pipeline.core.files import read_json
+from pipeline.core.files import read_json, write_csv
 from pipeline.evaluation import ensemble, external_validation
 from pipeline.evaluation.ensemble import EnsembleConfig
 from pipeline.evaluation.external_validation import pool_effects, prediction_interval
+from pipeline.report.results import Results
 
 # BCG vaccine against tuberculosis, 13 trials (Colditz et al. 1994; dat.bcg in the R package metafor): cases and healthy
 # people among the vaccinated, then among the others.
@@ -239,6 +240,29 @@ def test_without_a_held_out_source_there_are_no_rows(config):
     assert table.empty
 
 
+def test_an_external_validation_of_another_recipe_or_other_data_does_not_count(config):
+    write_csv(Path("data/manifest.csv"), pd.DataFrame({"file": ["a.jpg"]}))
+    current = external_validation.recipe_hash(config)
+    table = pd.DataFrame([auroc_row("001", 0.8, 0.7, 0.9)])
+    for recipe, is_current in ((current, True), ("other", False)):
+        write_csv(external_file := Path("scores/external_validation.csv"), table.assign(recipe=recipe))
+        results = Results(config)
+        assert results.external_is_current == results.is_externally_validated == is_current
+        assert list(results.external["source"]) == ["001"]
+    write_csv(external_file, table)  # of an earlier release
+    assert not Results(config).is_externally_validated
+    write_csv(Path("metrics/external.csv"), table.assign(source="here"))
+    assert list(Results(config).external["source"]) == ["here"]
+    assert Results(config).is_externally_validated
+
+    edit_params(Path(), lambda params: params["demo"]["split"].update(held_out_source=None))
+    assert external_validation.recipe_hash(load_config()) == current
+    edit_params(Path(), lambda params: params["demo"]["train"].update(lr=0.5))
+    changed = external_validation.recipe_hash(load_config())
+    write_csv(Path("data/manifest.csv"), pd.DataFrame({"file": ["b.jpg"]}))
+    assert len({current, changed, external_validation.recipe_hash(load_config())}) == 3
+
+
 # The command
 
 
@@ -294,7 +318,7 @@ def test_every_source_is_held_out_in_turn_and_an_interrupted_command_resumes(tmp
     assert "C: no external validation: 3 positive patients, fewer than 10" in of_b
 
     table = pd.read_csv(project / "scores/external_validation.csv")
-    assert list(table.columns) == external_validation.COLUMNS
+    assert list(table.columns) == [*external_validation.COLUMNS, "recipe"]
     assert list(dict.fromkeys(table["source"])) == ["A", "B", "C", "summary", "a new source"]
     auroc = table[table["metric"] == "auroc"].set_index(["source", "role"])
     assert auroc.loc[("summary", "bag"), "images"] == 44

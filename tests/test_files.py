@@ -32,6 +32,8 @@ def test_tables_are_written_in_one_format(tmp_path):
     read = files.read_csv(tmp_path / "folder/table.csv")
     assert read["file"].fillna("").tolist() == ["0001", "NA", ""]
     assert read["float64"].isna().tolist() == [False, False, True]
+    files.write_csv(tmp_path / "names.csv", pd.DataFrame({"source": ["001"], "slice": ["1"], "stratum": ["2"]}))
+    assert files.read_csv(tmp_path / "names.csv").to_numpy().tolist() == [["001", "1", "2"]]
 
 
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1))

@@ -273,6 +273,9 @@ def test_draws_of_rates_are_dependent_only_if_patients_have_images_of_both_class
     assert np.quantile(sensitivity, 0.975) == pytest.approx(
         stats.binomtest(75, 100).proportion_ci(method="wilson").high, abs=1e-3
     )
+    # Six patients with one positive and three negative images, all right or all wrong: rounding puts it above 1.
+    labels, patients = np.tile([1, 0, 0, 0], 6), np.arange(24) // 4
+    assert not np.isnan(draw_rates(labels, np.where(patients == 0, labels, 1 - labels), patients)).any()
 
 
 def test_auroc_variance_is_near_that_of_hanley_and_mcneil_and_matches_a_simulation():
@@ -360,7 +363,7 @@ def test_undefined_metrics_have_a_reason_and_no_warning(label, count):
     assert table.loc["precision", "reason"] == "no image is predicted positive"
     undefined = "specificity" if label else "recall"
     assert table.loc[undefined, "reason"] == f"no {'negative' if label else 'positive'} image"
-    assert table.loc["loss", "reason"] == "one group only"
+    assert table.loc["loss", "reason"] == "one patient only"
     assert (table["value"].isna() <= (table["reason"] != "")).all()
 
 
@@ -371,7 +374,7 @@ def test_a_class_from_one_patient_has_no_interval_that_needs_it():
     table = intervals(labels, probabilities, groups)
     assert table.loc["specificity", "reason"] == ""
     for metric in ("recall", "f1", "auroc", "average_precision", "loss", "calibration_intercept"):
-        assert table.loc[metric, "reason"] == "images of one class are from one group only", metric
+        assert table.loc[metric, "reason"] == "images of one class are from one patient only", metric
 
 
 def test_intervals_of_few_positive_patients_cover():
@@ -482,7 +485,7 @@ def test_differences_on_images_of_one_class_have_reasons(label):
     assert table.loc["auroc", "reason"] == "images of one class only"
     assert table.loc["accuracy", "low"] < 0 < table.loc["accuracy", "high"]
     one_group = compare_predictions(labels, np.zeros(6), predictions(probabilities), other).set_index("metric")
-    assert one_group.loc["accuracy", "reason"] == "one group only"
+    assert one_group.loc["accuracy", "reason"] == "one patient only"
 
 
 # Sample size

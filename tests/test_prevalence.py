@@ -95,3 +95,13 @@ def test_one_patient_has_an_estimate_without_an_interval():
     assert result.reason == "one patient only"
     assert 0 < result.prevalence < 1
     assert np.isnan([result.low, result.difference_high]).all()
+
+
+@pytest.mark.parametrize(("patients", "reason"), [(4, "fewer than 5 patients of a class"), (5, "")])
+def test_few_patients_of_a_class_have_an_estimate_without_an_interval(patients, reason):
+    labels, scores = draw(np.random.default_rng(0), 20, 40)
+    groups = np.append(np.arange(20) % patients, 20 + np.arange(40))
+    result = estimate_prevalence(labels, scores, groups, scores, np.arange(60), 50)
+    assert result.reason == reason
+    assert 0 < result.prevalence < 1
+    assert np.isnan(result.low) == np.isnan(result.difference_low) == bool(reason)

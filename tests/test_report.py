@@ -18,6 +18,8 @@ from scipy import stats
 from pipeline.core import config
 from pipeline.core.files import write_csv, write_json
 from pipeline.data.outliers import write_contact_sheet
+from pipeline.evaluation.external_validation import recipe_hash
+from pipeline.evaluation.metrics import METRIC_LABELS
 from pipeline.evaluation.test_scores import FORETOLD, METRICS
 from pipeline.models import classifier, heatmaps
 from pipeline.models.classifier import Architecture, Classifier
@@ -158,6 +160,24 @@ def test_the_first_screen_has_the_bag_the_corrected_best_seed_and_the_limitation
         assert text in first_screen
 
 
+@pytest.mark.parametrize("source", config.SOURCES)
+def test_the_parameters_of_every_source_are_shown_without_folders_of_this_machine(source):
+    download = {"source": source}
+    if source == "table":
+        download |= {
+            "labels": ["a.csv", "b.csv"],
+            "columns": {"file": "image"},
+            "join": [{"table": "c.csv", "by": ["id"]}],
+        }
+    if source in ("archive", "table", "folders"):
+        download |= {"path": ["/home/somebody/a.zip", "b.zip"]}
+    shown = dict(page._format_parameters(config.Profile.model_validate({"download": download})))
+    assert shown["download.source"] == source
+    if "path" in download:
+        assert shown["download.path"] == '["a.zip", "b.zip"]'
+    assert not [value for value in shown.values() if "somebody" in value]
+
+
 def test_every_section_begins_with_an_explanation(html):
     for name in page.SECTIONS:
         section = html[html.index(f'<section id="{name}">') :]
@@ -174,6 +194,16 @@ def test_the_registered_model_is_described_by_the_model_card(demo_project):
         assert section[: section.index("\n\n**")] in description
     for text in ("teaching only", "cxr history", "not known", "no bootstrap of the data", "report/model-card.md"):
         assert text in description
+
+
+def test_a_version_says_of_each_metric_what_kind_of_estimate_it_is(demo_project):
+    intervals = pd.read_csv(demo_project / "metrics/intervals.csv")
+    for version in mlflow_client(demo_project).search_model_versions("name='covid-xray-demo'"):
+        name = version.tags["candidate"]
+        types = intervals[intervals["model"].str.partition(" ")[0] == name].groupby("metric")["estimate_type"].last()
+        for metric in version_card.METRICS:
+            assert re.search(rf"\| {METRIC_LABELS[metric]} \| .* \| {types[metric]} \|", version.description), metric
+        assert ("Model card of the bag" in version.description) == (name != "bag")
 
 
 @pytest.mark.parametrize(
@@ -215,6 +245,7 @@ def test_an_undefined_metric_is_a_dash_with_its_reason(project, recwarn, labels,
     assert ParsedPage(html).open_tags == []
     assert "nan" not in re.sub(r"base64,[^\"]*", "", text).lower()
     assert "None" not in text
+    assert "(undefined" not in text
     assert [phrase for phrase in expected if phrase not in html] == []
     assert [str(warning.message) for warning in recwarn] == []
 
@@ -308,7 +339,7 @@ def test_features_that_tell_the_source_are_a_caveat_if_the_interval_is_above_cha
 def test_confounding_by_source_is_decided_by_the_interval_of_its_auroc(demo_project, monkeypatch, low, title):
     monkeypatch.chdir(demo_project)
     results = Results(config.load_config())
-    row = {"value": 0.7, "low": low, "high": low + 0.3, "reason": "one group only" if np.isnan(low) else ""}
+    row = {"value": 0.7, "low": low, "high": low + 0.3, "reason": "one patient only" if np.isnan(low) else ""}
     results._interval_rows["shortcut (source)", "auroc"] = [pd.Series(row)]
     titles = set(caveats_by_title(results))
     both = {"The label is confounded with the source", "Confounding by source cannot be assessed"}
@@ -332,6 +363,8 @@ def test_another_prevalence_and_distribution_shift_are_caveats_only_if_a_test_sa
     assert (
         caveats.get("Another prevalence in the test set", "40.0\u00a0% (30.0\u00a0% to 50.0\u00a0%)").find("40.0") >= 0
     )
+    results.summary["bag"]["estimated_test_prevalence_low"] = None
+    assert "(too few patients" in summary_text.describe_test_prevalence(results)
     assert ("The test images differ from the labeled ones" in caveats) == differs
     assert ("differ by embedding (adjusted p = 0.010" in summary_text.describe_shift(results)) == differs
     assert ("No test finds a difference" in summary_text.describe_shift(results)) != differs
@@ -423,7 +456,8 @@ def test_tables_of_commands_typed_by_hand_are_sections_of_the_report(demo_projec
     new = {**summary, "source": "a new source", "value": np.nan, "low": 0.4, "high": 0.99}
     refused = {"source": "B", **counts, "reason": "9 positive patients, fewer than 10"}
     rows = [{**row, "metric": metric, **intervals} for metric in ("auroc", "recall", "specificity", "f1")]
-    write_csv(Path("scores/external_validation.csv"), pd.DataFrame([*rows, refused, summary, new]))
+    table = pd.DataFrame([*rows, refused, summary, new]).assign(recipe=recipe_hash(results.config))
+    write_csv(Path("scores/external_validation.csv"), table)
     foretold = {key: results.summary["bag"][key] for key in FORETOLD}
     scores = [
         {"model": model, "metric": metric, **intervals, "method": "Wilson", "reason": "", **counts, **foretold}
@@ -437,6 +471,7 @@ def test_tables_of_commands_typed_by_hand_are_sections_of_the_report(demo_projec
     for text in ("mean of sources", "a new source (prediction interval)", "0.400 to 0.990", "fewer than 10", ">A<"):
         assert text in external
     assert "No external validation" not in html
+    assert "The recipe or the data have changed" not in external
     test_set = html[html.index('<section id="test">') : html.index('<section id="bag">')]
     assert "30 test images of 25 patients" in test_set
     assert escape(foretold["expected_accuracy_reason"]) in test_set

@@ -62,7 +62,7 @@ def make_predictions() -> pd.DataFrame:
 
 
 def score(labels: pd.Series = LABELS) -> pd.DataFrame:
-    return score_candidates(make_predictions(), labels, GROUPS, make_candidates(), SUMMARY, 200)
+    return score_candidates(make_predictions(), labels, GROUPS, make_candidates(), SUMMARY)
 
 
 def test_scores_are_those_of_scikit_learn_on_the_images_with_a_label():

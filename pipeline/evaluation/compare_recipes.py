@@ -19,7 +19,7 @@ from pipeline.core.files import read_csv
 from pipeline.evaluation import ensemble
 from pipeline.evaluation.calibration import fit_platt
 from pipeline.evaluation.cross_fitted_predictor import CrossFittedPredictor
-from pipeline.evaluation.intervals import compare_predictions
+from pipeline.evaluation.intervals import ONE_GROUP, compare_predictions
 from pipeline.evaluation.metric_tables import (
     Predictions,
     ValidationSet,
@@ -118,8 +118,8 @@ def compare_recipes(a: Recipe, b: Recipe) -> Comparison:
     seeds = [name for name in a.config.model_names if name in b.config.model_names]
     if not seeds:
         raise UserError(
-            f"{a.name} and {b.name} have no seed in common ({_list_names(a.config.model_names)}; "
-            f"{_list_names(b.config.model_names)}); train both with the same seeds"
+            f"{a.name} and {b.name} have no seed in common ({', '.join(a.config.model_names)}; "
+            f"{', '.join(b.config.model_names)}); train both with the same seeds"
         )
     resamples = max(recipe.config.active.evaluate.resamples for recipe in (a, b))
     image_sets = {
@@ -271,7 +271,7 @@ def _predict_models(
 
 def _recalibrated_predictions(probabilities: np.ndarray | None) -> Predictions:
     if probabilities is None:
-        return unavailable_predictions("too few groups of a class to cross-fit")
+        return unavailable_predictions("not recalibrated")
     return Predictions(apply_threshold(probabilities), probabilities)
 
 
@@ -287,7 +287,7 @@ def _compare_models(
     )
     seeds = [name for name in ours if name != BAG]
     means = compare_seeds([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds])
-    tables = [means.assign(model=SEED_MEAN, reason="")]
+    tables = [means.assign(model=SEED_MEAN, reason=ONE_GROUP if len(images.weights) == 1 else "")]
     if BAG in ours and BAG in theirs:
         raw, recalibrated = (
             compare_predictions(images.labels, images.groups, *pair).set_index("metric")
@@ -327,7 +327,10 @@ def _withhold_intervals(metrics: pd.DataFrame, a: Recipe, b: Recipe) -> pd.DataF
 
 def _give_reasons(metrics: pd.DataFrame) -> pd.DataFrame:
     """Add the `reason` where a difference or its interval is missing."""
-    undefined = "undefined: images of one class only, or too few patients of a class to cross-fit"
+    undefined = (
+        "undefined: images of one class only, too few patients of a class to cross-fit, or higher probabilities do not "
+        "mean more positives"
+    )
     constant = "none: the same in every resample"
     has_interval = metrics["low"] < metrics["high"]
     missing = metrics["reason"].replace("", constant)
@@ -351,7 +354,3 @@ def _flatten(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def _list_names(names: Sequence[str]) -> str:
-    return ", ".join(names)

@@ -154,7 +154,7 @@ def operating_point_table(
                 "model": name,
                 "chosen_by": params.operating_point,
                 "threshold": config.threshold,
-                "probability_threshold": float(config.recalibrate(np.array([config.threshold]))[0]),
+                "probability_threshold": config.threshold_probability,
                 "prevalence": config.prevalence,
                 "estimate_type": estimate.estimate_type,
             }

@@ -3,6 +3,7 @@
 The bag is the ensemble of the seeds; despite its name, every member is trained on the same images, not on resamples.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import combinations
 from math import comb
@@ -22,6 +23,7 @@ from pipeline.evaluation.metrics import DEFAULT_THRESHOLD, apply_threshold, best
 
 METHODS: tuple[Method, ...] = get_args(Method)
 CANDIDATES = Path("metrics/candidates.json")
+WEIGHTS = "weights_sha256"  # in that file, and in model.json of each model
 MAX_SELECTIONS = 50  # steps of the greedy selection
 MAX_SUBSETS = 100  # ensembles per size in `metric_by_ensemble_size`
 
@@ -140,13 +142,32 @@ def load_candidate_configs(config: Config) -> dict[str, EnsembleConfig]:
     Raises:
         UserError: it was written by an earlier release, or for other seeds or members than those in params.yaml.
     """
+    candidates = read_json(CANDIDATES)
+    candidates.pop(WEIGHTS, None)
     try:
-        candidates = {name: EnsembleConfig(**fields) for name, fields in read_json(CANDIDATES).items()}
+        candidates = {name: EnsembleConfig(**fields) for name, fields in candidates.items()}
     except TypeError:
         raise UserError(f"{CANDIDATES}: written by an earlier release; run: dvc repro bag") from None
     if set(candidates) != {*config.model_names, BAG} or candidates[BAG].members != config.bag_members:
         raise UserError(f"params.yaml: seeds or bag.members differ from those in {CANDIDATES}; run: dvc repro bag")
     return candidates
+
+
+def read_weights_hashes(names: Iterable[str]) -> dict[str, str]:
+    """Return the hash of the weights of models in `models/`, by name."""
+    return {name: read_json(Path("models", name, "model.json"))[WEIGHTS] for name in names}
+
+
+def check_weights(names: Iterable[str]) -> None:
+    """Check that these models in `models/` are those that the candidates were fitted to.
+
+    Raises:
+        UserError: one was trained again since.
+    """
+    fitted = read_json(CANDIDATES).get(WEIGHTS, {})
+    for name, digest in read_weights_hashes(names).items():
+        if fitted.get(name) != digest:
+            raise UserError(f"models/{name}: not the model that {CANDIDATES} was fitted to; run: dvc repro")
 
 
 def predict_submission_labels(config: Config) -> dict[str, pd.Series]:

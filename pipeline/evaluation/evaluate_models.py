@@ -62,8 +62,8 @@ class EpochPredictions:
 def write_ensembles(config: Config, groups: pd.Series) -> dict[str, Scores]:
     """Fit the ensembles by every method, and write their predictions, scores and curves.
 
-    The files are `metrics/candidates.json`, `metrics/bag.json`, `predictions/bag.csv`, and `plots/roc.csv`,
-    `precision_recall.csv` and `bag_confusion.csv`.
+    The files are `metrics/candidates.json`, `metrics/bag.json`, `predictions/bag.csv`, and `plots/roc.csv` and
+    `precision_recall.csv`.
 
     Args:
         config: contains the rules that choose thresholds and combine models.
@@ -85,7 +85,8 @@ def write_ensembles(config: Config, groups: pd.Series) -> dict[str, Scores]:
     ensembles = {method: fit(config.bag_members, method) for method in ensemble.METHODS}
     bag = ensembles[params.method]
     candidates = {**{seed: fit([seed], "mean") for seed in config.model_names}, BAG: bag}
-    write_json(ensemble.CANDIDATES, {name: asdict(candidate) for name, candidate in candidates.items()})
+    configs = {name: asdict(candidate) for name, candidate in candidates.items()}
+    write_json(ensemble.CANDIDATES, {**configs, ensemble.WEIGHTS: ensemble.read_weights_hashes(config.model_names)})
 
     combined = {}
     for subset, table in predictions.items():
@@ -212,7 +213,7 @@ def evaluate_models(
     summary["best"] |= _summarize_accuracy(
         ExpectedAccuracy(reason="foretold for the bag only: the best seed was selected on the validation images")
     )
-    summary["validation"] = slices.count_patients(validation, np.arange(len(labels)))
+    summary["validation"] = slices.count_patients(validation)
     return Evaluation(tables, summary)
 
 
@@ -354,6 +355,7 @@ def build_tables(
         bias,
         params.expected_prevalence,
     )
+    confusion = pd.DataFrame({"actual": validation.labels, "predicted": models[bag].predicted.astype(int)})
     return {
         "metrics/intervals.csv": pd.concat(
             [metric_tables.interval_table(validation, models, {**refitted, **baseline_samples}), corrected]
@@ -366,6 +368,7 @@ def build_tables(
         "metrics/prevalence.csv": by_prevalence,
         "metrics/reliability.csv": reliability,
         "metrics/slices.csv": slices.slice_table(validation, metadata, {name: models[name] for name in (best, bag)}),
+        "plots/bag_confusion.csv": confusion.replace({0: "negative", 1: "positive"}),
         "plots/bag_decision_curve.csv": decision_curve.decision_curve(
             validation.labels,
             predictors[bag].probabilities,
@@ -481,8 +484,6 @@ def _write_curves(labels: np.ndarray, seeds: pd.DataFrame, bag: pd.DataFrame) ->
     for name, points in (("roc", curves.roc_points), ("precision_recall", curves.precision_recall_points)):
         tables = {model: points(labels, scores[model].to_numpy()) for model in scores}
         write_csv(Path(f"plots/{name}.csv"), pd.concat(tables, names=["model"]).reset_index("model"))
-    confusion = pd.DataFrame({"actual": labels, "predicted": bag["label"]}).replace({0: "negative", 1: "positive"})
-    write_csv(Path("plots/bag_confusion.csv"), confusion)
 
 
 def _soup_unavailable_reason(config: Config) -> str:

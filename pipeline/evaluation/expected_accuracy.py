@@ -27,7 +27,8 @@ class ExpectedAccuracy:
         low: lower end of the range in which the accuracy on these images lies with 95 % probability; where a part is
             unknown, that part may be anything that the predictions allow. NaN without a range.
         high: its upper end.
-        method: `post-stratification by …` or `Bayes' rule`; empty without a range.
+        method: `post-stratification by …` or `Bayes' rule`, and what the expected prevalence has to do with it; empty
+            without a range.
         reason: why there is no value or no range, `cannot be foretold: …`, else empty.
         strata: a row per stratum of the test images; see `foretell_accuracy`.
     """
@@ -136,10 +137,8 @@ def foretell_accuracy(
     correct, rng = labels == predicted, np.random.default_rng(0)
     effects = {label: _design_effect(correct, labels == label, groups, strata.validation) for label in (0, 1)}
     effect = max(effects.values())
-    if_absent, if_present = (
-        _Draws(),
-        _Draws(),
-    )  # what a stratum lacks in the validation set, it lacks or has in the test set
+    # What a stratum lacks in the validation set, it lacks or has in the test set.
+    if_absent, if_present = _Draws(), _Draws()
     prevalences = []
     for row in table.to_dict("records"):
         count, positive = row["images"], row["predicted_positive_images"]
@@ -161,8 +160,12 @@ def foretell_accuracy(
     table.insert(3, "prevalence", prevalences)
     method = f"post-stratification by {strata.by}" if strata.by else "Bayes' rule"
     value, low, high = if_absent.summarize(rng, total, expected_prevalence, effect)
-    if strata.by == "" and expected_prevalence is not None and if_absent.allows(total, expected_prevalence):
-        value = expected_prevalence * table["sensitivity"][0] + (1 - expected_prevalence) * table["specificity"][0]
+    if expected_prevalence is not None and if_absent.allows(total, expected_prevalence):
+        method += f", at the expected prevalence {expected_prevalence:g}"
+        if not strata.by:
+            value = expected_prevalence * table["sensitivity"][0] + (1 - expected_prevalence) * table["specificity"][0]
+    elif expected_prevalence is not None:
+        method += f" (the expected prevalence {expected_prevalence:g} is excluded by the predictions)"
     low, high = min(low, value), max(high, value)
     reason = _unknown_reason(table, total)
     if not reason:

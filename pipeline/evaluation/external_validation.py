@@ -1,5 +1,7 @@
 """External validation: metrics on a source that was held out, and the summary over several such sources."""
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +13,13 @@ from scipy.stats import norm, t
 
 from pipeline.core.config import BAG, Config
 from pipeline.core.errors import UserError
-from pipeline.core.files import read_csv, write_csv
+from pipeline.core.files import md5_of_file, read_csv, write_csv
 from pipeline.evaluation import ensemble
 from pipeline.evaluation.ensemble import EnsembleConfig
 from pipeline.evaluation.intervals import percentile_ends
-from pipeline.evaluation.metric_tables import Predictions, ValidationSet
+from pipeline.evaluation.metric_tables import Predictions, ValidationSet, interval_table
 from pipeline.evaluation.metrics import CONFIDENCE_LEVEL
-from pipeline.evaluation.slices import COUNTS, count_patients, evaluate_subset, too_few_patients
+from pipeline.evaluation.slices import COUNTS, count_patients, too_few_patients
 
 COLUMNS = ["source", *COUNTS, "role", "model", "metric", "value", "low", "high", "method", "reason"]
 SUMMARY, NEW_SOURCE = "summary", "a new source"  # in the column `source`
@@ -70,17 +72,28 @@ def external_table(
     if external.empty:
         return pd.DataFrame(columns=COLUMNS)
     labels = external["label"].to_numpy(dtype=int)
-    validation = ValidationSet(labels, groups.loc[external["file"]].to_numpy(), config.active.evaluate.resamples)
+    images = ValidationSet(labels, groups.loc[external["file"]].to_numpy(), resamples=0)
     models = {}
     for role, name in roles.items():
         predicted = ensemble.predict(external, configs[name])
         label, score, probability = (predicted[column].to_numpy() for column in ("label", "score", "probability"))
         models[role] = Predictions(label, probability, scores=score)
-    rows = np.arange(len(labels))
-    table = evaluate_subset(validation, models, rows).rename(columns={"model": "role"})
-    counts = count_patients(validation, rows)
-    table = table.assign(source=config.active.split.held_out_source, model=table["role"].map(roles), **counts)
-    return table[COLUMNS]
+    table = interval_table(images, models, {}).rename(columns={"model": "role"})
+    source, counts = config.active.split.held_out_source, count_patients(images)
+    return table.assign(source=source, model=table["role"].map(roles), **counts)[COLUMNS]
+
+
+def recipe_hash(config: Config) -> str:
+    """Hash the parameters of the models but for the source that is held out, and `data/manifest.csv`.
+
+    Parameters at their defaults are left out, so that a new parameter changes no hash, and so is `loader_threads`,
+    which changes no result.
+    """
+    active, left_out = config.active, {"held_out_source", "loader_threads"}
+    sections = (active.weights, active.split, active.train, active.evaluate, active.bag)
+    params = [section.model_dump(mode="json", exclude=left_out, exclude_defaults=True) for section in sections]
+    content = {"params": params, "seeds": config.seeds, "data_md5": md5_of_file(Path("data/manifest.csv"))}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def list_sources(table: pd.DataFrame) -> pd.DataFrame:

@@ -8,7 +8,7 @@ Obuchowski (1997). The numbers of positive and negative images are taken as fixe
 
 import numpy as np
 
-from pipeline.evaluation.metrics import EPS, metrics_of_counts
+from pipeline.evaluation.metrics import confusion_cells, log_losses, metrics_of_counts
 
 GRADIENT_STEP = 1e-4  # of numerical derivatives, as a share of the number of images
 
@@ -38,14 +38,6 @@ def threshold_gradient(labels: np.ndarray, predicted: np.ndarray) -> np.ndarray:
 def threshold_influence(labels: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     """Return the influence of every image on `THRESHOLD_METRICS`, (N, metrics)."""
     return center_by_class(confusion_cells(labels, predicted) @ threshold_gradient(labels, predicted), labels)
-
-
-def confusion_cells(labels: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """Return whether every image is a true positive, false positive, false negative or true negative, (N, 4)."""
-    labels, predicted = np.asarray(labels, dtype=float), np.asarray(predicted, dtype=float)
-    return np.column_stack(
-        [labels * predicted, (1 - labels) * predicted, labels * (1 - predicted), (1 - labels) * (1 - predicted)]
-    )
 
 
 def auroc_influence(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
@@ -79,7 +71,7 @@ def average_precision_influence(labels: np.ndarray, scores: np.ndarray) -> np.nd
 def image_losses(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     """Return the log loss and the squared error of every image, (N, 2), whose means are `loss` and `brier`."""
     of_label = np.where(labels == 1, probabilities, 1 - probabilities)
-    return np.column_stack([-np.log(np.clip(of_label, EPS, 1)), (1 - of_label) ** 2])
+    return np.column_stack([log_losses(labels == 1, probabilities), (1 - of_label) ** 2])
 
 
 def clustered_covariance(influence: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> np.ndarray:

@@ -33,8 +33,8 @@ MAX_POISSON_COUNT = 3  # errors, or correct images
 MIN_ERRORS = 3  # groups with an image whose P(positive) is on the wrong side of one half
 DISAGREEMENT = 0.5  # of a group per class, added to the standard errors of differences between two models
 EPS = 1e-12  # smallest difference between values, and of roots from 0, 1 and the estimate
-ONE_GROUP = "one group only"
-ONE_GROUP_IN_CLASS = "images of one class are from one group only"
+ONE_GROUP = "one patient only"
+ONE_GROUP_IN_CLASS = "images of one class are from one patient only"
 NO_DIFFERENCE = "the two do not differ on these images, which are too few for an interval"
 NO_VARIATION = "it does not vary between patients: too few images for an interval"
 FEW_ERRORS = f"fewer than {MIN_ERRORS} patients with a probability on the wrong side of 0.5: too few for an interval"
@@ -270,7 +270,7 @@ def _class_correlation(labels: np.ndarray, hits: np.ndarray, groups: np.ndarray)
         deviations = hits[rows] - (hits[rows].mean() if rows.any() else 0)
         sums.append(np.bincount(index[rows], deviations, index.max() + 1))
     scale = np.sqrt((sums[0] ** 2).sum() * (sums[1] ** 2).sum())
-    return float((sums[0] * sums[1]).sum() / scale) if scale > 0 else 0.0
+    return float(np.clip((sums[0] * sums[1]).sum() / scale, -1, 1)) if scale > 0 else 0.0  # rounding
 
 
 def _threshold_intervals(labels: np.ndarray, predicted: np.ndarray, groups: np.ndarray) -> dict[str, Interval]:
@@ -425,11 +425,8 @@ def compare_predictions(
 
 def _metrics_and_influence(labels: np.ndarray, model: HasPredictions) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Return metrics, and the influence of every image on each (N,); no influence on a metric that is undefined."""
-    predicted, probabilities, unit = (
-        np.asarray(model.predicted, dtype=int),
-        model.probabilities,
-        np.ones((1, len(labels))),
-    )
+    predicted, probabilities = np.asarray(model.predicted, dtype=int), model.probabilities
+    unit = np.ones((1, len(labels)))
     table = compute_metrics(labels, predicted, probabilities, unit, model.scores)
     values = {str(metric): float(value) for metric, value in table.iloc[0].items() if metric != "calibration_error"}
     deviations = dict(zip(THRESHOLD_METRICS, influence.threshold_influence(labels, predicted).T, strict=True))

@@ -11,6 +11,7 @@ import pandas as pd
 from pipeline.evaluation import calibration, prevalence, selection
 from pipeline.evaluation.cross_fitting import cross_fit, grouped_folds
 from pipeline.evaluation.intervals import (
+    ONE_GROUP,
     bootstrap_weights,
     compare_predictions,
     confidence_intervals,
@@ -80,7 +81,11 @@ class ValidationSet:
     def __init__(self, labels: np.ndarray, groups: np.ndarray, resamples: int) -> None:
         self.labels, self.groups = np.asarray(labels, dtype=int), np.asarray(groups)
         self.resamples = resamples
-        self.weights = bootstrap_weights(self.groups, resamples)
+
+    @cached_property
+    def weights(self) -> np.ndarray:
+        """From `bootstrap_weights`: (1 + resamples, N)."""
+        return bootstrap_weights(self.groups, self.resamples)
 
     @cached_property
     def folds(self) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -183,7 +188,7 @@ def corrected_table(
                 value, low, high = corrected.loc[metric]
             row |= {"value": value, "low": low, "high": high}
             if np.isnan(low) and not row["reason"]:
-                reason = "one group only" if amount.isna().all() else "undefined in the resamples"
+                reason = ONE_GROUP if amount.isna().all() else "undefined in the resamples"
                 row |= {"method": "", "reason": reason}
             rows.append(row)
         table = pd.DataFrame(rows, columns=COLUMNS)
@@ -264,7 +269,7 @@ def calibration_table(validation: ValidationSet, models: Mapping[str, np.ndarray
             elif fit:
                 row["reason"] = "images of one class only, or higher probabilities do not mean more positives"
             if calibrated is None:
-                row["reason"] = row["reason"] or "too few groups of a class to cross-fit"
+                row["reason"] = row["reason"] or "too few patients of a class to cross-fit"
             else:
                 predicted = apply_threshold(calibrated)
                 metrics = compute_metrics(labels, predicted, calibrated, validation.weights[:1]).iloc[0]

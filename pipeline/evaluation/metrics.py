@@ -184,22 +184,32 @@ def metrics_of_counts(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray, tn: np.nda
     )
 
 
-def _threshold_metrics(labels: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    cells = np.stack(
-        [labels * predicted, (1 - labels) * predicted, labels * (1 - predicted), (1 - labels) * (1 - predicted)], 1
+def confusion_cells(labels: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """Return whether every image is a true positive, false positive, false negative or true negative, (N, 4)."""
+    labels, predicted = np.asarray(labels, dtype=float), np.asarray(predicted, dtype=float)
+    return np.column_stack(
+        [labels * predicted, (1 - labels) * predicted, labels * (1 - predicted), (1 - labels) * (1 - predicted)]
     )
-    tp, fp, fn, tn = (weights @ cells).T
-    return metrics_of_counts(tp, fp, fn, tn)
+
+
+def log_losses(is_positive: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """Return the log loss of every image, from whether it is positive and P(positive)."""
+    losses: np.ndarray = -np.log(np.clip(np.where(is_positive, probabilities, 1 - probabilities), EPS, 1))
+    return losses
+
+
+def _threshold_metrics(labels: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    return metrics_of_counts(*(weights @ confusion_cells(labels, predicted)).T)
 
 
 def _score_metrics(
     labels: np.ndarray, probabilities: np.ndarray, scores: np.ndarray, weights: np.ndarray
 ) -> np.ndarray:
-    log_losses = -np.log(np.clip(np.where(labels == 1, probabilities, 1 - probabilities), EPS, 1))
+    image_losses = log_losses(labels == 1, probabilities), (probabilities - labels) ** 2
     gaps = np.eye(BIN_COUNT)[bin_indices(probabilities)] * (probabilities - labels)[:, None]
     total = weights.sum(axis=1)
     # Unlike a product of matrices, these sums do not depend on the number of threads in their last digits.
-    loss, brier = ((weights * losses).sum(axis=1) / total for losses in (log_losses, (probabilities - labels) ** 2))
+    loss, brier = ((weights * losses).sum(axis=1) / total for losses in image_losses)
     calibration_error = np.abs(weights @ gaps / total[:, None]).sum(axis=1)
 
     # True and false positives at each distinct score as the threshold, from the highest down.

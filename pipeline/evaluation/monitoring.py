@@ -318,6 +318,8 @@ def _estimate_prevalence(validation: pd.DataFrame, new: pd.DataFrame) -> Prevale
         validation["label"].to_numpy(int), validation["score"].to_numpy(), validation["group"].to_numpy(),
         scores, new_groups,
     )  # fmt: skip
+    if estimate.reason:
+        return estimate
     width = 1 - ((1 - CONFIDENCE_LEVEL) / 2) ** (1 / (new_groups.max() + 1))
     if estimate.prevalence < AT_BORDER:
         return replace(estimate, high=np.fmax(estimate.high, width))

@@ -7,7 +7,7 @@ import numpy as np
 from scipy.special import expit, logit
 
 from pipeline.evaluation.calibration import log_odds
-from pipeline.evaluation.intervals import bootstrap_weights, percentile_ends
+from pipeline.evaluation.intervals import bootstrap_weights, percentile_ends, smaller_group_count
 from pipeline.evaluation.metrics import has_single_class
 
 PREVALENCES = [0.01, 0.02, 0.05, *(tenth / 10 for tenth in range(1, 10))]
@@ -15,6 +15,7 @@ MAX_ITERATIONS, TOLERANCE = 1000, 1e-9
 NEWTON_STEPS, BISECTIONS = 25, 30
 SLOPE_PENALTY = 1e-3  # as in `calibration.fit_platt`: keeps the slope finite if the classes are separable
 MAX_LOG_RATIO = 30.0  # bound on the log likelihood ratio of the classes
+MIN_PATIENTS = 5  # labeled, of each class; with fewer, the interval of a difference excludes 0 too often
 RESAMPLES = 500  # of the interval of the prevalence; its ends then vary by about a tenth of its width
 
 
@@ -131,7 +132,7 @@ def estimate_prevalence(
 
     Returns:
         NaN and the `reason` without images to estimate from, for a single class, or if the share of positives does not
-        increase with the score.
+        increase with the score. No interval for one patient, or fewer than `MIN_PATIENTS` of a class.
     """
     labels, scores, new_scores = (np.asarray(values, dtype=float) for values in (labels, scores, new_scores))
     unavailable = PrevalenceEstimate(np.full(len(new_scores), np.nan))
@@ -144,6 +145,8 @@ def estimate_prevalence(
     # In reverse order, so that the resamples of the two sets do not come from the same random numbers.
     new_weights[1:] = new_weights[:0:-1].copy()
     reason = "one patient only" if min(len(weights), len(new_weights)) == 1 else ""
+    if not reason and smaller_group_count(labels, groups) < MIN_PATIENTS:
+        reason = f"fewer than {MIN_PATIENTS} patients of a class"
     if reason:
         weights, new_weights = weights[:1], new_weights[:1]
     priors = weights @ labels / weights.sum(axis=1)

@@ -19,7 +19,7 @@ import pandas as pd
 
 from pipeline.core.config import BAG, Keep
 from pipeline.evaluation.intervals import QUANTILES, draw_rates, metrics_of_rates
-from pipeline.evaluation.metrics import DEFAULT_THRESHOLD, EPS, THRESHOLD_METRICS, metrics_of_counts
+from pipeline.evaluation.metrics import DEFAULT_THRESHOLD, THRESHOLD_METRICS, log_losses, metrics_of_counts
 
 CORRECTED_RATES = ["recall", "specificity", "auroc"]
 OPTIMISM_FRACTION = 0.632
@@ -59,7 +59,7 @@ def choose_epochs(
             objective = 2 * tp / np.maximum(predicted_positive + (weight @ positive)[:, None], 1)
         elif keep == "best_loss":
             # Rounded, because the last digits of a matrix product depend on the processor.
-            losses = np.nan_to_num(_log_losses(positive, of_fold))
+            losses = np.nan_to_num(log_losses(positive, of_fold))
             objective = -np.round(weight @ losses.T / np.maximum(weight.sum(axis=1), 1)[:, None], 12)
         else:
             objective = np.zeros((len(weights), seeds * epochs))
@@ -115,7 +115,7 @@ def estimate_selection_bias(
         predicted = [values >= choose_threshold(values, inside)[:, None] for values in scores]
         chunk_cells = np.stack([confusion_cells(labels, values, both) for values in predicted], axis=2)
         chunk_aurocs = np.stack([weighted_auroc(labels, values, both) for values in scores], axis=2)
-        losses = np.stack([(_log_losses(labels == 1, values) * inside).sum(axis=1) for values in scores[:-1]], axis=1)
+        losses = np.stack([(log_losses(labels == 1, values) * inside).sum(axis=1) for values in scores[:-1]], axis=1)
         f1 = np.nan_to_num(_metrics(chunk_cells[0, :, :-1])[..., THRESHOLD_METRICS.index("f1")])
         best = np.lexsort((losses, -f1), axis=1)[:, :1]
         cells.append(np.insert(chunk_cells, -1, np.take_along_axis(chunk_cells, best[None, :, :, None], 2)[:, :, 0], 2))
@@ -231,11 +231,6 @@ def weighted_auroc(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) 
     pairs = positives.sum(axis=-1) * up_to[..., -1]
     wins = (positives * (below + up_to_ties) / 2).sum(axis=-1)
     return np.asarray(np.divide(wins, pairs, out=np.full(pairs.shape, np.nan), where=pairs > 0))
-
-
-def _log_losses(positive: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-    losses: np.ndarray = -np.log(np.clip(np.where(positive, probabilities, 1 - probabilities), EPS, 1))
-    return losses
 
 
 def _metrics(cells: np.ndarray) -> np.ndarray:

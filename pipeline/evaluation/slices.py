@@ -62,11 +62,12 @@ def evaluate_subset(
     return interval_table(subset, models, refitted={})
 
 
-def count_patients(validation: ValidationSet, rows: np.ndarray) -> dict[str, int]:
-    """Count `COUNTS` in the rows (M,); a patient with images of both classes counts in both."""
-    labels, groups = validation.labels[rows], validation.groups[rows]
+def count_patients(validation: ValidationSet, rows: np.ndarray | None = None) -> dict[str, int]:
+    """Count `COUNTS` in the rows (M,), by default in all; a patient with images of both classes counts in both."""
+    images = validation if rows is None else validation.subset(rows)
+    labels, groups = images.labels, images.groups
     positive, negative = (len(np.unique(groups[labels == label])) for label in (1, 0))
-    counts = [len(rows), int(labels.sum()), len(np.unique(groups)), positive, negative]
+    counts = [len(labels), int(labels.sum()), len(np.unique(groups)), positive, negative]
     return dict(zip(COUNTS, counts, strict=True))
 
 

@@ -3,15 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from pipeline.core.config import BAG
 from pipeline.core.errors import UserError
 from pipeline.evaluation import ensemble
 from pipeline.evaluation.ensemble import EnsembleConfig
-from pipeline.evaluation.metric_tables import Predictions, ValidationSet
-from pipeline.evaluation.slices import COUNTS, count_patients, evaluate_subset
+from pipeline.evaluation.metric_tables import Predictions, ValidationSet, interval_table
+from pipeline.evaluation.slices import COUNTS, count_patients
 
 METRICS = ["accuracy", "f1", "recall", "specificity", "auroc"]
 FORETOLD = [
@@ -26,7 +25,6 @@ def score_candidates(
     groups: pd.Series,
     candidates: Mapping[str, EnsembleConfig],
     summary: Mapping[str, Any],
-    resamples: int,
 ) -> pd.DataFrame:
     """Score every candidate on the test images whose label is known.
 
@@ -36,7 +34,6 @@ def score_candidates(
         groups: the group of each test image, indexed by file.
         candidates: by name.
         summary: of the evaluation, with the accuracy that was foretold.
-        resamples: bootstrap resamples for the intervals.
 
     Returns:
         A row per candidate and metric of `METRICS`: `model`, `metric`, `value`, `low`, `high`, `method`, `reason`, the
@@ -58,15 +55,14 @@ def score_candidates(
     files = predictions["file"]
     if not files.isin(groups.index).all():
         raise UserError("predictions/test.csv: not of the images in data/manifest.csv; run: dvc repro")
-    test = ValidationSet(labels.loc[files].to_numpy(), groups.loc[files].to_numpy(), resamples)
+    test = ValidationSet(labels.loc[files].to_numpy(), groups.loc[files].to_numpy(), resamples=0)
     models = {}
     for name, candidate in candidates.items():
         predicted = ensemble.predict(predictions, candidate)
         label, probability, scores = (predicted[key].to_numpy() for key in ("label", "probability", "score"))
         models[name] = Predictions(label, probability, scores=scores)
-    rows = np.arange(len(files))
-    table = evaluate_subset(test, models, rows).query("metric in @METRICS")
-    table = table.assign(**count_patients(test, rows), **dict.fromkeys(FORETOLD))
+    table = interval_table(test, models, {}).query("metric in @METRICS")
+    table = table.assign(**count_patients(test), **dict.fromkeys(FORETOLD))
     for role in ("best", BAG):
         model = BAG if role == BAG else summary[role]["model"]
         is_foretold = (table["model"] == model) & (table["metric"] == "accuracy")

@@ -52,7 +52,8 @@ def describe_estimates(table: pd.DataFrame, intervals: pd.DataFrame) -> str:
         "fixed": "Not selected on the validation set",
         "apparent": "Apparent, that is selected on the validation set and therefore optimistic",
     }
-    return " ".join(f"{meanings[kind]}: {', '.join(names)}." for kind, names in columns.items() if names)
+    kinds = [f"{meanings[kind]}: {', '.join(names)}." for kind, names in columns.items() if names]
+    return " ".join([*kinds, "Log loss is that of the scores, before recalibration."])
 
 
 def write_table(folder: Path, table: pd.DataFrame, note: str = "") -> None:

@@ -130,7 +130,7 @@ def disagreement_examples(results: Results) -> list[ExampleImage]:
         ExampleImage(
             row["file"],
             f"{row['subset']}{_format_label(row['label'], class_names)}; {row['votes']} of {count} members predict "
-            f"positive, mean P(positive) {row['mean']:.3f}",
+            f"positive, mean score {row['mean']:.3f}",
             [image_encoding.image_data_uri(_radiograph(results, row["file"]))],
         )
         for _, row in table.sort_values(["margin", "file"]).head(MAX_DISAGREEMENTS).iterrows()
@@ -287,13 +287,18 @@ def _bins_in_use(results: Results) -> pd.DataFrame:
 
 
 def _format_parameters(params: Profile) -> list[tuple[str, str]]:
-    """List the parameters that affect the report; a path as its name only, because its folder differs by machine."""
+    """List the parameters that affect the report."""
     rows = []
     for section in ("finding", "download", "weights", "prepare", "split", "train", "evaluate", "bag"):
-        for key, value in getattr(params, section):
-            plain = value.name if isinstance(value, Path) else value
+        for key, value in getattr(params, section).model_dump(mode="json").items():
+            plain = [_hide_folder(one) for one in value] if isinstance(value, list) else _hide_folder(value)
             rows.append((f"{section}.{key}", plain if isinstance(plain, str) else json.dumps(plain)))
     return rows
+
+
+def _hide_folder(value: Any) -> Any:
+    """Return an absolute path as its name only, because its folder differs by machine; any other value as it is."""
+    return Path(value).name if isinstance(value, str) and Path(value).expanduser().is_absolute() else value
 
 
 def _radiograph(results: Results, file: str) -> np.ndarray:

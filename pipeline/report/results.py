@@ -12,6 +12,7 @@ import pandas as pd
 from pipeline.core.config import BAG, Config
 from pipeline.core.files import read_csv, read_json
 from pipeline.data.manifest import read_split
+from pipeline.evaluation.external_validation import recipe_hash
 from pipeline.evaluation.sample_size import sample_size_table
 
 
@@ -143,14 +144,26 @@ class Results:
 
     @cached_property
     def external(self) -> pd.DataFrame:
-        """External validation, of every source or of the one that is held out here; no rows if there was none."""
+        """External validation, of every source or of the one that is held out here; no rows if there was none.
+
+        `recipe` is what `external_validation.recipe_hash` was then.
+        """
+        here = read_optional(Path("metrics/external.csv")).assign(recipe=recipe_hash(self.config))
         table = read_optional(Path("scores/external_validation.csv"))
-        return read_optional(Path("metrics/external.csv")) if table.empty else table
+        return here if table.empty or (len(here) and not self._is_current(table)) else table
+
+    @property
+    def external_is_current(self) -> bool:
+        """Whether neither the recipe nor the data have changed since the external validation."""
+        return self._is_current(self.external)
+
+    def _is_current(self, table: pd.DataFrame) -> bool:
+        return "recipe" in table and bool((table["recipe"] == recipe_hash(self.config)).all())
 
     @property
     def is_externally_validated(self) -> bool:
-        """Whether a source was held out and evaluated; one that could not be held out has a reason only."""
-        return "value" in self.external and bool(self.external["value"].notna().any())
+        """Whether a source was held out and evaluated with this recipe; one that could not be has a reason only."""
+        return self.external_is_current and "value" in self.external and bool(self.external["value"].notna().any())
 
     @cached_property
     def test_scores(self) -> pd.DataFrame:

@@ -189,24 +189,21 @@ def describe_foretelling(results: Results) -> str:
     return f"{method}, from apparent predictions, so optimistic" if is_apparent else method
 
 
-def estimated_prevalence(results: Results) -> Estimate:
-    """Return the estimated prevalence of the test set."""
-    return as_estimate(results.summary["bag"], "estimated_test_prevalence")
-
-
 def describe_test_prevalence(results: Results) -> str:
     """Give the estimated prevalence of the test set, and whether it differs from that of the validation set."""
-    estimate = estimated_prevalence(results)
+    estimate = as_estimate(results.summary["bag"], "estimated_test_prevalence")
     if estimate.missing:
         return "– (no test images, or the probabilities cannot be calibrated)"
-    interval = f" ({format_percent(estimate.low)} to {format_percent(estimate.high)})" if estimate.has_interval else ""
+    if not estimate.has_interval:
+        return f"{format_percent(estimate.value)} ({NO_INTERVAL})"
+    interval = f"({format_percent(estimate.low)} to {format_percent(estimate.high)})"
     verdict = (
         "which differs from"
         if results.summary["bag"]["test_prevalence_differs"]
         else "which does not differ clearly from"
     )
     validation = format_percent(float(results.validation["label"].mean()))
-    return f"{format_percent(estimate.value)}{interval}, {verdict} the {validation} of the validation set"
+    return f"{format_percent(estimate.value)} {interval}, {verdict} the {validation} of the validation set"
 
 
 def describe_shift(results: Results) -> str:
