@@ -5,6 +5,7 @@ import functools
 import gc
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +43,7 @@ def stage(function: Callable[..., None]) -> click.Command:
         try:
             function(**options)
         except Interrupted as error:
-            click.echo(f"{error}; dvc repro resumes from there", err=True)
+            click.echo(error, err=True)
             sys.exit(128 + error.signal)
         except KeyboardInterrupt:
             sys.exit(128 + signal.SIGINT)
@@ -80,6 +81,19 @@ def check_git() -> None:
     folder = Path.cwd()
     if not any((parent / ".git").exists() for parent in (folder, *folder.parents)):
         raise UserError(f"{folder}: no Git repository, which DVC needs; run: git init")
+
+
+def list_experiments() -> list[str]:
+    """Return the names of the DVC experiments; one that runs is not yet among them.
+
+    Raises:
+        UserError: Git cannot list them.
+    """
+    command = ["git", "for-each-ref", "--format=%(refname:lstrip=4)", "refs/exps/*/*/*"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        raise UserError(f"git for-each-ref failed: {listed.stderr.strip()}; run this in a clone of the repository")
+    return listed.stdout.split()
 
 
 def print_table(table: "Table") -> None:

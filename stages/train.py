@@ -13,6 +13,7 @@ from stages.common import stage
 if TYPE_CHECKING:
     import pandas as pd
 
+    from pipeline.core.config import Config
     from pipeline.models.classifier import Classifier
     from pipeline.tracking.runs import SeedRun
     from pipeline.training.loop import EpochMetrics, TrainingResult
@@ -26,7 +27,6 @@ def train(seed: int) -> None:
     With split.cross_validate, it trains one network per fold.
     """
     from pipeline.core import memory
-    from pipeline.core.config import load_config
     from pipeline.data.dataset import PackedImages
     from pipeline.data.manifest import read_split
     from pipeline.models import classifier
@@ -38,7 +38,7 @@ def train(seed: int) -> None:
     from pipeline.training.progress import progress_path
     from pipeline.training.signals import SignalHandler
 
-    config = load_config()
+    config = _load_config(seed)
     data, folder = Path("data"), Path(f"models/seed-{seed}")
     params, folds = config.active.train, config.active.split.validation_folds
     determinism.make_deterministic(params.cpu_threads, compiled=params.compile)
@@ -100,6 +100,16 @@ def train(seed: int) -> None:
             outbox.put(lambda run: run.finish(folder))
         for checkpoint in checkpoints:
             checkpoint.remove()
+
+
+def _load_config(seed: int) -> "Config":
+    from pipeline.core.config import load_config
+    from pipeline.core.errors import UserError
+
+    config = load_config()
+    if seed not in config.seeds:
+        raise UserError(f"--seed {seed}: not in seeds of params.yaml; add it there")
+    return config
 
 
 def _write_outs(

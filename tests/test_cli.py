@@ -84,6 +84,10 @@ def test_a_misspelled_option_gets_a_suggestion():
     assert error_line_of("cxr promote --modle 3") == "Error: No such option '--modle'. Did you mean '--model'?"
 
 
+def test_a_seed_that_params_yaml_does_not_list_is_not_trained():
+    assert error_line_of("cxr train --seed -1") == "Error: --seed -1: not in seeds of params.yaml; add it there"
+
+
 def test_the_help_explains_shell_completion():
     assert 'eval "$(_CXR_COMPLETE=bash_source cxr)"' in output_of("cxr --help")
 

@@ -17,6 +17,7 @@ from pipeline.evaluation.ensemble import EnsembleConfig
 from pipeline.inference import candidate
 from pipeline.models import classifier, soup
 from pipeline.models.classifier import Architecture, Classifier
+from pipeline.tracking.model_folder import open_model_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -279,6 +280,13 @@ def test_candidate_of_an_earlier_release_is_refused_in_one_line(tmp_path, monkey
     assert message == "metrics/candidates.json: written by an earlier release; run: dvc repro bag"
 
 
+def test_a_model_of_an_earlier_release_that_lacks_the_last_fields_has_a_hash(tmp_path, models):
+    path = models / "seed-0/model.json"
+    write_json(path, {key: value for key, value in read_json(path).items() if key != "feature_maps"})
+    candidate.assemble_candidate(tmp_path / "bag", models, make_config(MEMBERS))
+    assert len(candidate.content_hash(tmp_path / "bag")) == 64
+
+
 def test_candidates_with_different_thresholds_have_different_hashes(tmp_path, models):
     for threshold in (0.4, 0.5):
         config = replace(make_config(MEMBERS), threshold=threshold)
@@ -292,11 +300,32 @@ def test_candidate_configs_load_as_written_and_raise_if_seeds_or_members_have_ch
     two_seeds = config.model_copy(update={"seeds": [0, 1]})
     candidates = {name: make_config(MEMBERS[[name]], method="mean") for name in MEMBERS}
     candidates["bag"] = make_config(MEMBERS)
-    write_json(ensemble.CANDIDATES, {name: asdict(fields) for name, fields in candidates.items()})
+    fields = {name: asdict(one) for name, one in candidates.items()}
+    write_json(ensemble.CANDIDATES, {**fields, "weights_sha256": {"seed-0": "a" * 64, "seed-1": "b" * 64}})
     assert ensemble.load_candidate_configs(two_seeds) == candidates
     bag = two_seeds.active.bag.model_copy(update={"members": [1]})
     profiles = {two_seeds.profile: two_seeds.active.model_copy(update={"bag": bag})}
     for changed in (config, two_seeds.model_copy(update={"profiles": profiles})):
         assert error_message(ensemble.load_candidate_configs, changed).endswith(
             "differ from those in metrics/candidates.json; run: dvc repro bag"
+        )
+
+
+def test_a_model_that_was_trained_again_is_not_combined_with_the_thresholds_of_the_last_one(
+    tmp_path, monkeypatch, models
+):
+    monkeypatch.chdir(tmp_path)
+    config = load_config(ROOT / "params.yaml").model_copy(update={"seeds": [0, 1]})
+    fields = {name: asdict(make_config(MEMBERS[[name]], method="mean")) for name in MEMBERS}
+    write_json(
+        ensemble.CANDIDATES,
+        {**fields, "bag": asdict(make_config(MEMBERS)), "weights_sha256": ensemble.read_weights_hashes(MEMBERS)},
+    )
+    classifier.save_weights([network := make_network(2)], models / "seed-0")
+    classifier.save_description(network, models / "seed-0", {})
+    with open_model_folder(config, "seed-1") as found:
+        assert candidate.load_candidate(found.folder, torch.device("cpu")).config.members == ["seed-1"]
+    for name in ("seed-0", "bag"):
+        assert error_message(open_model_folder(config, name).__enter__) == (
+            "models/seed-0: not the model that metrics/candidates.json was fitted to; run: dvc repro"
         )

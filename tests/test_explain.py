@@ -7,17 +7,21 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import timm
 import torch
 from fake_cuda import FakeCuda
 from PIL import Image
+from torch import nn
 from torch.nn.functional import interpolate
+from torchvision.models import VisionTransformer
 
 from pipeline.core.config import FindingParams
 from pipeline.data import images
 from pipeline.evaluation.ensemble import EnsembleConfig
 from pipeline.inference import explain
 from pipeline.inference.candidate import Candidate
-from pipeline.models.classifier import Architecture, Classifier, FoldEnsemble
+from pipeline.models import backbones
+from pipeline.models.classifier import Architecture, Classifier
 from pipeline.models.heatmaps import OPACITY, compute_heatmaps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -32,14 +36,14 @@ def model() -> Candidate:
     """An ensemble of a network and of the two networks of a cross-validated seed, at another size than the images."""
     torch.manual_seed(0)
     networks = [Classifier(Architecture("squeezenet1_1", [], 0.0, 64, "imagenet", 96, "stretch")) for _ in range(3)]
-    members = {"seed-0": networks[0].eval(), "seed-1": FoldEnsemble([one.eval() for one in networks[1:]])}
+    members = {"seed-0": [networks[0].eval()], "seed-1": [one.eval() for one in networks[1:]]}
     return Candidate(members, EnsembleConfig(list(members), "mean", "mean", [0.5, 0.5], 0.5), FindingParams())
 
 
 def test_a_heatmap_is_the_mean_of_the_members_and_leaves_out_those_that_do_not_count(model):
     alone = [
         interpolate(torch.from_numpy(compute_heatmaps(network, PIXELS, LABELS))[:, None], (96, 96), mode="bilinear")
-        for network in (model.members["seed-0"], *model.members["seed-1"].networks)
+        for network in (*model.members["seed-0"], *model.members["seed-1"])
     ]
     first, *folds = (maps[:, 0].numpy() for maps in alone)
     maps = explain.explain(model, PIXELS, LABELS)
@@ -67,6 +71,36 @@ def test_a_heatmap_of_feature_maps_shows_the_terms_of_the_logit():
     assert maps == pytest.approx((expected / expected.amax(dim=(1, 2), keepdim=True)).numpy(), abs=1e-5)
 
 
+def timm_transformer() -> nn.Module:
+    return timm.create_model("test_vit", img_size=128, num_classes=0)
+
+
+def torchvision_transformer() -> nn.Module:
+    network = VisionTransformer(128, 16, num_layers=3, num_heads=2, hidden_dim=32, mlp_dim=64)
+    network.heads = nn.Sequential()
+    return network
+
+
+@pytest.mark.parametrize("build", [timm_transformer, torchvision_transformer])
+def test_a_heatmap_of_a_vision_transformer_shows_what_its_attention_reads(build, monkeypatch):
+    monkeypatch.setattr(backbones, "build_backbone", lambda _: build())
+    torch.manual_seed(0)
+    network = Classifier(Architecture("vit", [], 0.0, 128, "none", 128, "stretch")).eval()
+    for parameter in network.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape)
+    pixels, region = torch.full((3, 128, 128), 60, dtype=torch.uint8), PIXELS[0, :48, :48]
+    for image, row, column in ((0, 16, 16), (0, 64, 64), (1, 32, 16), (2, 48, 48)):
+        pixels[image, row : row + 48, column : column + 48] = region
+    twice = compute_heatmaps(network, pixels[:1], [1])[0]
+    assert np.abs(twice[32:48, 32:48] - twice[80:96, 80:96]).max() > 0.05  # not only what the patches look like
+    for name, parameter in network.named_parameters():
+        if "pos_embed" in name:
+            parameter.data.zero_()
+    _, first, second = compute_heatmaps(network, pixels, [1, 1, 1])
+    assert first.max() > 0.9
+    assert second[32:112, 48:112] == pytest.approx(first[16:96, 16:80], abs=1e-3)
+
+
 def test_heatmaps_and_predictions_at_the_same_time_do_not_disturb_each_other(model):
     expected = [explain.explain(model, PIXELS, labels) for labels in (LABELS, LABELS[::-1])]
     probabilities = model.predict(PIXELS)["probability"]
@@ -81,12 +115,12 @@ def test_heatmaps_and_predictions_at_the_same_time_do_not_disturb_each_other(mod
         for run, found in enumerate(maps):
             assert (found == expected[run % 2]).all()
         assert all((found == probabilities).all() for found in predictions)
-    assert all(parameter.grad is None for parameter in model.members["seed-0"].parameters())
-    assert not any(module._forward_hooks for module in model.members["seed-0"].modules())
+    assert all(parameter.grad is None for parameter in model.members["seed-0"][0].parameters())
+    assert not any(module._forward_hooks for module in model.members["seed-0"][0].modules())
 
 
 def test_heatmaps_of_networks_on_another_device_are_computed_on_the_cpu(model):
-    network = model.members["seed-0"]
+    (network,) = model.members["seed-0"]
     expected = compute_heatmaps(network, PIXELS, LABELS)
     with FakeCuda() as device:
         there = deepcopy(network).to("cuda")

@@ -370,8 +370,10 @@ def test_a_string_is_never_a_path(server, radiographs, tmp_path):
     for name in ("there.png", "there"):
         (tmp_path / name).write_bytes(radiographs["gray16.png"])
     paths = [str(tmp_path / name) for name in ("there.png", "there", "absent.png")]
+    unusable = server.metric('cxr_images_total{outcome="unusable"}')
     answers = server.ask(body=json.dumps({"images": [*paths, 7, "file:///etc/passwd"]}).encode(), **JSON_TYPE)
     assert answers[1]["predictions"] == [{"error": "not base64"}] * 5
+    assert server.metric('cxr_images_total{outcome="unusable"}') == unusable + 5
     for path in paths:
         assert server.ask(body=path.encode())[:2] == (422, server.ask(body=b"absent")[1])
     for path in ("/static/../app.py", "/static/%2e%2e/app.py", "/static//etc/passwd", "/static/..%2fapp.py", "/docs"):

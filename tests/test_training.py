@@ -2,7 +2,8 @@ import copy
 import math
 import shutil
 from functools import partial
-from itertools import count, repeat
+from importlib.metadata import version
+from itertools import chain, count, repeat
 from uuid import uuid4
 
 import numpy as np
@@ -140,8 +141,10 @@ def test_generators_of_one_purpose_draw_the_same_numbers():
 
 
 def test_the_environment_describes_what_reproducibility_depends_on():
+    capability = None if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability()
     assert determinism.describe_environment(2) | {"device": "", "cuda": ""} == {
-        "torch": torch.__version__, "cuda": "", "device": "", "cpu_threads": 1, "processes": 2,
+        "torch": torch.__version__, "torchvision": version("torchvision"), "timm": version("timm"), "cuda": "",
+        "device": "", "cpu_capability": capability, "cpu_threads": 1, "processes": 2,
     }  # fmt: skip
 
 
@@ -587,7 +590,7 @@ def train_with_interruptions(pack, weights, interruptions: list[int], **changes)
         return trainer.run(checkpoint, lambda epoch, _: epochs.append(epoch.epoch), partial(next, signals))
 
     for call in interruptions:
-        with pytest.raises(Interrupted, match=r"^seed 0 stopped in epoch \d+ after step \d+$") as caught:
+        with pytest.raises(Interrupted, match=r"^seed 0 stopped in epoch \d+ after step \d+; dvc repro") as caught:
             run(iter([0] * (call - 1) + [15]))
         assert caught.value.signal == 15
     return run(repeat(0)), epochs
@@ -711,6 +714,14 @@ def test_within_an_epoch_progress_is_written_at_most_once_a_second(pack, weights
     within_epochs = 2 * (16 // 4)
     assert len(written) == 1 + within_epochs + 2 + 1
     assert all(entry["loss"] is not None for entry in written[1:])
+
+
+def test_the_rate_counts_the_images_and_is_missing_if_all_were_trained_on_before(pack, weights, monkeypatch):
+    resumed, _ = train_with_interruptions(pack, weights, [3])  # in the validation of the first epoch
+    assert [entry.images_per_second is None for entry in resumed.history] == [True, False]
+    monkeypatch.setattr(loop.time, "perf_counter", partial(next, chain([0.0], repeat(1.0))))
+    result, _ = train(pack, weights, epochs=1, batch_size=10)
+    assert result.history[0].images_per_second == 16
 
 
 def test_the_progress_file_tells_how_a_training_ended(pack, weights, tmp_path, monkeypatch):

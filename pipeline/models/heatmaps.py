@@ -5,7 +5,9 @@ arXiv:1512.04150), which show every term of the score.
 """
 
 import copy
+import re
 from collections.abc import Sequence
+from math import isqrt
 
 import numpy as np
 import torch
@@ -17,6 +19,8 @@ from pipeline.models.classifier import Classifier, pool_feature_maps
 
 MIN_MAP_SIZE = 4  # edge of the feature map: a coarser one cannot separate the center from the border
 EPS = 1e-7
+# What attention reads, in the blocks of the vision transformers of timm and torchvision.
+TOKENS = re.compile(r"blocks\.\d+\.norm1|encoder\.layers\.encoder_layer_\d+\.ln_1")
 COLORMAP, OPACITY = "inferno", 0.65  # of heatmaps over radiographs; the opacity is that of the highest value
 
 
@@ -42,7 +46,7 @@ def compute_heatmaps(network: Classifier, pixels: Tensor, classes: Sequence[int]
         if network.architecture.feature_maps:
             maps = _class_activation_maps(network, inputs, classes)
         else:
-            with GradCAM(network, [target_layer(network)]) as cam:
+            with GradCAM(network, [target_layer(network)], _as_feature_map) as cam:
                 maps = np.asarray(cam(inputs, [ClassifierOutputTarget(label) for label in classes]))
         if network.lung_field is None:
             return maps
@@ -68,8 +72,16 @@ def _class_activation_maps(network: Classifier, inputs: Tensor, classes: Sequenc
 
 
 def target_layer(network: Classifier) -> nn.Module:
-    """Return the last layer of the backbone whose output is a feature map with edges of at least `MIN_MAP_SIZE`."""
-    layers: list[nn.Module] = []
+    """Return the last layer of the backbone whose output is a feature map with edges of at least `MIN_MAP_SIZE`.
+
+    Of a vision transformer with a token per patch, it is what the attention of the last block reads.
+    """
+    has_tokens = any(hasattr(network.backbone, name) for name in ("num_prefix_tokens", "class_token"))
+    layers: list[nn.Module] = [
+        module for name, module in network.backbone.named_modules() if has_tokens and TOKENS.fullmatch(name)
+    ]
+    if layers:
+        return layers[-1]
 
     def record_layer(module: nn.Module, _: object, output: object) -> None:
         if isinstance(output, Tensor) and output.ndim == 4 and output.shape[-1] == output.shape[-2] >= MIN_MAP_SIZE:
@@ -82,6 +94,15 @@ def target_layer(network: Classifier) -> nn.Module:
     for hook in hooks:
         hook.remove()
     return layers[-1]
+
+
+def _as_feature_map(output: Tensor) -> Tensor:
+    """Arrange tokens (B, N, C), of which those of the patches of a square are the last, as (B, C, H, W)."""
+    if output.ndim == 4:
+        return output
+    edge = isqrt(output.shape[1])
+    maps: Tensor = output[:, -(edge**2) :].mT.unflatten(2, (edge, edge))
+    return maps
 
 
 def _copy_without_gradients(network: Classifier) -> Classifier:

@@ -126,7 +126,10 @@ def verified_sha256(file: Path, expected: str = "") -> str:
 
 
 def _download(url: str, folder: Path) -> Path:
-    path = folder / Path(urlparse(url).path).name
+    name = Path(urlparse(url).path).name
+    if not name:
+        raise UserError(f"{url}: names no file; give the URL of the weights' file")
+    path = folder / name
     advice = (
         f"download {url} on a machine with network access, and set weights.source in params.yaml to the path of the "
         f"file {path.name} (or to the URL of a mirror)"

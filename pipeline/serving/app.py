@@ -250,6 +250,7 @@ class Service:
         self, model: ServedModel, data: bytes | bytearray | UnusableError, query: PredictQuery
     ) -> Prediction | UnusableImage:
         if isinstance(data, UnusableError):
+            metrics.IMAGES.labels("unusable").inc()
             return UnusableImage(error=str(data))
         candidate = model.candidate
         try:

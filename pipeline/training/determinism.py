@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 
 import torch
 from torch import Generator
@@ -79,8 +80,11 @@ def describe_environment(processes: int) -> dict[str, str | int | None]:
     device = select_device()
     return {
         "torch": torch.__version__,
+        "torchvision": version("torchvision"),
+        "timm": version("timm"),
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "cpu_capability": torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else None,
         "cpu_threads": torch.get_num_threads(),
         "processes": processes,
     }

@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +134,8 @@ def _compute(
         features = [network.extract_features(network.normalize(view)).float().cpu() for view in views]
         values.append(torch.stack(features, dim=1))
         if signal := stop():
-            raise Interrupted(signal, f"stopped after the features of {BATCH_SIZE * (index + 1)} images")
+            done = min(BATCH_SIZE * (index + 1), len(rows))
+            raise Interrupted(signal, f"stopped after the features of {done} images; dvc repro computes them again")
     return torch.cat(values)
 
 
@@ -152,7 +152,7 @@ def _fingerprint(network: Classifier, params: TrainParams, pack: PackedImages, r
             path.name: hashlib.sha256(path.read_bytes()).hexdigest()
             for path in [*models, Path(augment.__file__), Path(__file__)]
         },
-        "environment": describe_environment(1) | {name: version(name) for name in ("timm", "torchvision")},
+        "environment": describe_environment(1),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -45,7 +45,7 @@ class EpochMetrics:
     train_loss: float
     lr: float
     scores: Scores
-    images_per_second: float
+    images_per_second: float | None  # in training; None if the process resumed after the last step of the epoch
     ended_at: float  # Unix time, seconds
 
     def row(self) -> dict[str, float | None]:
@@ -258,10 +258,11 @@ class Trainer:
                 self._update_weights, self.params.batch_size, self.pack.device, enabled=self.use_cuda_graph
             )
 
-    def _train_epoch(self, checkpoint: Checkpoint) -> float:
-        """Run the remaining steps of the epoch, and return images per second."""
+    def _train_epoch(self, checkpoint: Checkpoint) -> float | None:
+        """Run the remaining steps of the epoch, and return images per second, or None if none remain."""
         params, first_step = self.params, self.step
         started = reported = saved = time.perf_counter()
+        images = 0
         self.network.train()
         self.network.backbone.train(self.epoch > params.frozen_epochs)  # frozen, it keeps its batch statistics
         if params.reset_optimizer_each_epoch and not first_step:
@@ -274,6 +275,7 @@ class Trainer:
         with use_tensor_float32(enabled=params.precision == "tf32"):
             for block, tensors in prefetched:
                 self._train_step(block, tensors)
+                images += len(batches[self.step])
                 self.step += 1
                 if params.swa_epochs and self.step == self.steps_per_epoch:
                     self._average_epochs()
@@ -282,14 +284,14 @@ class Trainer:
                 # With several processes, all would have to stop at the same step.
                 if now - reported > 1 and self.group.count == 1:
                     reported = now
-                    self._report_loss((self.step - first_step) * params.batch_size / (now - started))
+                    self._report_loss(images / (now - started))
                 self.raise_if_interrupted()
                 if now - saved > CHECKPOINT_SECONDS:
                     saved = now
                     self._save(checkpoint)
         self._wait_for_device()
         self._check_losses(self.step)
-        return (self.step - first_step) * params.batch_size / (time.perf_counter() - started)
+        return images / (time.perf_counter() - started) if images else None
 
     def _load_batch(self, step: int, rows: Tensor) -> tuple[Tensor | None, Inputs]:
         """Read the images of a step and draw its random numbers, in a thread of the loader.
@@ -381,7 +383,7 @@ class Trainer:
             for value in state.values():
                 value.zero_()
 
-    def _validate_epoch(self, images_per_second: float) -> EpochMetrics:
+    def _validate_epoch(self, images_per_second: float | None) -> EpochMetrics:
         """Evaluate on the validation set, keep the weights if `train.keep` selects them, and start the next epoch."""
         probabilities = self._predict_proba(self.validation_rows)
         if not probabilities.isfinite().all():
@@ -418,7 +420,8 @@ class Trainer:
 
     def raise_if_interrupted(self) -> None:
         if signal := self.group.all_reduce_max(self.stop()):
-            raise Interrupted(signal, f"seed {self.seed} stopped in epoch {self.epoch} after step {self.step}")
+            where = f"seed {self.seed} stopped in epoch {self.epoch} after step {self.step}"
+            raise Interrupted(signal, f"{where}; dvc repro resumes from there")
 
     def _save(self, checkpoint: Checkpoint) -> None:
         self._wait_for_device()

@@ -89,7 +89,7 @@ class ProgressReporter:
         """Report the latest loss within an epoch; meant for once a second."""
         self._update(epoch=epoch, loss=loss, images_per_second=images_per_second)
 
-    def report_epoch(self, epoch: int, loss: float, f1: float, images_per_second: float) -> None:
+    def report_epoch(self, epoch: int, loss: float, f1: float, images_per_second: float | None) -> None:
         """Report a complete epoch, and print its line."""
         self._update(epoch=epoch, loss=loss, f1=f1, images_per_second=images_per_second)
         if self._enabled:

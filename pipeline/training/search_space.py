@@ -75,7 +75,7 @@ def parse_search_space(
     return space, present
 
 
-def _log_interval(start: float, end: float) -> IntervalSweep:
+def _log_interval(start: int | float, end: int | float) -> IntervalSweep:  # noqa: PYI041  # Hydra checks the types
     return IntervalSweep(tags={"log"}, start=start, end=end)
 
 

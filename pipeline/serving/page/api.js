@@ -8,24 +8,21 @@ export class Busy extends Error {
   }
 }
 
-/** The image is not usable; the message is the reason. */
-export class Unusable extends Error {}
-
 /** The server did not answer, or failed. */
 export class Failed extends Error {}
 
 export async function fetchModel() {
-  return (await request("/v1/model", {})).json();
+  return request("/v1/model", {});
 }
 
 /** Classify one image; with `heatmap`, the prediction has `image` and `heatmap` too. */
 export async function predict(blob, signal, heatmap = false) {
   const options = { method: "POST", body: blob, signal, headers: { "Content-Type": "application/octet-stream" } };
-  const answer = await (await request(`/v1/predict${heatmap ? "?heatmap=true" : ""}`, options, blob)).json();
-  const { predictions, ...model } = answer;
+  const { predictions, ...model } = await request(`/v1/predict${heatmap ? "?heatmap=true" : ""}`, options, blob);
   return { ...model, ...predictions[0] };
 }
 
+/** Return the body of the answer; an error of another class says why the image is not usable. */
 async function request(url, options, blob) {
   let response;
   try {
@@ -35,10 +32,17 @@ async function request(url, options, blob) {
     await blob?.slice(0, 1).arrayBuffer(); // throws if it is the file that cannot be read
     throw new Failed("no answer from the server");
   }
-  if (response.ok) return response;
+  if (response.ok) {
+    try {
+      return await response.json();
+    } catch (error) {
+      if (options.signal?.aborted) throw error;
+      throw new Failed("no answer from the server"); // cut off, or that of a proxy
+    }
+  }
   if (response.status === 503) throw new Busy(Math.min(Number(response.headers.get("Retry-After")) || 2, 60));
   const detail = await response.json().then((body) => body.detail, () => "");
   const reason = typeof detail === "string" && detail ? detail : `HTTP ${response.status}`;
-  if (response.status === 413 || response.status === 422) throw new Unusable(reason);
+  if (response.status === 413 || response.status === 422) throw new Error(reason);
   throw new Failed(`the server failed: ${reason}`);
 }

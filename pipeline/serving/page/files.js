@@ -82,7 +82,10 @@ async function* fromZip(file, archive, maxBytes) {
 async function* fromImage(source, readStart, isNamed, maxBytes) {
   const base = source.name.slice(source.name.lastIndexOf("/") + 1).toLowerCase();
   if (!isNamed && (base.startsWith(".") || IGNORED.test(source.name))) return;
-  let reason = source.size > maxBytes ? describeSize(source.size, maxBytes) : "";
+  let reason = "";
+  if (source.size > maxBytes) {
+    reason = `too large: ${formatBytes(source.size)}; the server takes ${formatBytes(maxBytes)} at most`;
+  }
   if (OTHER_ARCHIVE.test(base)) reason = "an archive; of these only zips are unpacked here";
   else if (!isNamed && !IMAGE_ENDING.test(base) && (await isPlainlyNoImage(base, readStart))) {
     yield null;
@@ -101,10 +104,6 @@ async function isPlainlyNoImage(base, readStart) {
   } catch {
     return DESCRIPTION.test(base);
   }
-}
-
-export function describeSize(size, maxBytes) {
-  return `too large: ${formatBytes(size)}; the server takes ${formatBytes(maxBytes)} at most`;
 }
 
 export function describeError(error) {

@@ -27,6 +27,7 @@ export function describeDistance(prediction) {
   const ratio = Math.exp(distanceToThreshold(prediction));
   const side = prediction.label ? "above" : "below";
   const words = ratio < 2 ? `just ${side}` : ratio < 10 ? side : `far ${side}`;
+  if (ratio < 1.05) return { words: `${words} the threshold`, odds: "odds about the threshold’s" };
   const times = ratio > 1000 ? "1000" : ratio.toFixed(ratio < 10 ? 1 : 0);
   const beyond = ratio <= 1000 ? "" : prediction.label ? "over " : "under ";
   const odds = prediction.label ? `${times} times the threshold’s` : `1/${times} of the threshold’s`;
