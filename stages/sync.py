@@ -1,10 +1,11 @@
 """Bring MLflow up to date with DVC's files."""
 
-import subprocess
+from itertools import chain
+from pathlib import Path
 
 import click
 
-from stages.common import check_git, stage
+from stages.common import check_git, list_experiments, stage
 
 
 @stage
@@ -16,7 +17,6 @@ def sync(prune: bool, yes: bool) -> None:
     The gate is that of `cxr promote`. A repeated call changes nothing.
     """
     from pipeline.core.config import load_config
-    from pipeline.core.errors import UserError
     from pipeline.tracking import backfill, promotion, saved_view
     from pipeline.tracking import prune as pruning
     from pipeline.tracking.runs import DVC_EXPERIMENT
@@ -32,12 +32,9 @@ def sync(prune: bool, yes: bool) -> None:
     click.echo(saved_view.format_links(store))
     if not prune:
         return
-    completed = subprocess.run(
-        ["dvc", "exp", "list", "--all-commits", "--name-only"], capture_output=True, text=True, check=False
-    )
-    if completed.returncode:
-        raise UserError(f"dvc exp list failed: {completed.stderr.strip()}")
-    runs = pruning.removable_runs(store, config.model_name, versions.values(), completed.stdout.split())
+    # In this order, since one may end meanwhile.
+    experiments = [*_running_experiments(), *list_experiments()]
+    runs = pruning.removable_runs(store, config.model_name, versions.values(), experiments)
     for run in runs:
         click.echo(f"{run.info.run_name} (experiment {run.data.tags[DVC_EXPERIMENT]})")
     if not runs:
@@ -46,6 +43,16 @@ def sync(prune: bool, yes: bool) -> None:
         pruning.remove_runs(store, config.model_name, runs)
         click.echo(f"{len(runs)} runs deleted")
         click.echo(f"to free the space of these and of all else that is deleted, run: {pruning.gc_command()}")
+
+
+def _running_experiments() -> list[str]:
+    """Return the names of the DVC experiments that run, and of those that were killed, which DVC takes for running."""
+    from dvc.repo.experiments.executor.base import ExecutorInfo, TaskStatus
+
+    folder = Path(".dvc/tmp/exps")
+    files = chain(folder.glob("run/*/*.run"), folder.glob("standalone/run/*/*.run"))
+    infos = [ExecutorInfo.load_json(str(file)) for file in files]
+    return [info.name for info in infos if info.name and info.status in (TaskStatus.RUNNING, TaskStatus.SUCCESS)]
 
 
 if __name__ == "__main__":

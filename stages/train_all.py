@@ -170,7 +170,7 @@ def _train_locally(seeds: list[int], jobs: int) -> dict[int, str]:
                     process.process.wait()
         live.update(_progress_table(processes))
     if stop():
-        raise Interrupted(stop(), "all running trainings are stopped")
+        raise Interrupted(stop(), "all running trainings are stopped; dvc repro resumes from there")
     failures = [process for process in processes if process.has_failed]
     return {process.seed: f"{process.failure_reason(jobs)} (see {process.log})" for process in failures}
 

@@ -33,7 +33,7 @@ from pipeline.tracking.fingerprint import training_fingerprint
 from pipeline.tracking.runs import finish_trial, seed_statistics
 from pipeline.tracking.store import connect
 from pipeline.training.signals import SignalHandler
-from stages.common import print_table
+from stages.common import list_experiments, print_table
 from stages.compare import load_experiment
 from stages.train_all import first_error, gpu_environments, start_logged
 
@@ -59,7 +59,7 @@ class Tuner:
         )
         # With the same seed, a resumed sampler would draw the same parameters again.
         self.study.sampler = optuna.samplers.TPESampler(seed=len(self.study.trials))
-        if not self.study.trials and any(re.fullmatch(rf"{name}-\d+", other) for other in _experiments()):
+        if not self.study.trials and any(re.fullmatch(rf"{name}-\d+", other) for other in list_experiments()):
             raise UserError(f"there are DVC experiments {name}-…; remove them (dvc exp remove), or give --study NAME")
         setup = {
             "search space": {key: distribution_to_json(distribution) for key, distribution in space.items()},
@@ -154,7 +154,7 @@ class Tuner:
             pull = ["--pull"]
         command, log = ["dvc", "--wait-for-lock", "exp"], Path("logs", f"{name}.log")
         # With --force, DVC would replace the experiment of this name, but train again what it has in its cache.
-        if name in _experiments():
+        if name in list_experiments():
             subprocess.run([*command, "remove", name], capture_output=True, check=False)
         run = [*command, "run", "--temp", *pull, "-n", name, *options, target]
         process = start_logged(run, log, variables, pass_fds=[self.lock_file])
@@ -236,12 +236,6 @@ class Tuner:
             f"  dvc exp apply {name}\n"
             f"  dvc exp run -n {name}-all-seeds -S 'seeds=[{seeds}]' && cxr compare HEAD {name}-all-seeds"
         )
-
-
-def _experiments() -> list[str]:
-    """Return the names of the DVC experiments."""
-    command = ["git", "for-each-ref", "--format=%(refname:lstrip=4)", "refs/exps/*/*/*"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
 
 
 def _key(trial: Trial | FrozenTrial) -> str:

@@ -1,6 +1,7 @@
 """Serve MLflow's UI on this machine."""
 
 import os
+import socket
 from contextlib import suppress
 
 import click
@@ -18,11 +19,18 @@ def ui(port: int) -> None:
     from mlflow.exceptions import MlflowException
 
     from pipeline.core.config import load_config
+    from pipeline.core.errors import UserError
     from pipeline.tracking import saved_view
     from pipeline.tracking.store import connect
     from pipeline.tracking.tracking_uri import tracking_uri
 
     config, uri = load_config(), tracking_uri()
+    if not uri.startswith("http"):
+        try:  # MLflow would say it after the links, which would lead to another server
+            socket.create_server(("127.0.0.1", port)).close()
+        except OSError as error:
+            reason = os.strerror(error.errno or 0)
+            raise UserError(f"port {port}: {reason}; choose another with --port (make ui PORT=…)") from None
     store = connect(config.model_name)
     if not store.client.search_runs([store.experiment_id], max_results=1):
         click.echo("No run yet; they appear while dvc repro trains.")

@@ -16,6 +16,8 @@ def verify() -> None:
     name = load_config().model_name
     store = connect(name)
     versions = registry.list_versions(store, name)
+    if not versions:
+        click.echo(f"{name}: nothing is registered yet")
     failures = 0
     for version in versions:
         try:

@@ -1,10 +1,13 @@
 """The documentation: its links, navigation and names, and the site that MkDocs builds from it."""
 
+import ast
 import configparser
 import importlib.util
 import os
 import re
 import subprocess
+import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -49,6 +52,11 @@ def test_every_link_to_a_file_or_heading_resolves(page):
 
 
 @pytest.mark.parametrize("page", MARKDOWN, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_list_has_become_a_paragraph(page):
+    assert re.findall(r"^.*(?:\w {3,}\w|\. [2-9]\. \*\*).*$", text_of(page), re.MULTILINE) == []
+
+
+@pytest.mark.parametrize("page", MARKDOWN, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_project_file_named_on_a_page_exists(page):
     if page.name == "CHANGELOG.md":
         return  # it also names files of earlier releases
@@ -85,6 +93,28 @@ def test_the_citation_has_the_version_of_the_package():
     setup.read(ROOT / "setup.cfg")
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert (citation["version"], citation["license"]) == (setup["metadata"]["version"], setup["metadata"]["license"])
+
+
+def test_the_package_requires_every_library_that_its_code_imports():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    required = f"{setup['options']['install_requires']}\n" + "\n".join(setup["options.extras_require"].values())
+    required = {re.split(r"[\[\s]", line)[0].lower() for line in required.split("\n")}
+    nodes = [
+        node
+        for package in ("pipeline", "stages")
+        for path in (ROOT / package).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+    ]
+    modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    names = {module.partition(".")[0] for module in modules} - sys.stdlib_module_names - {"pipeline", "stages"}
+    providers = packages_distributions()
+    assert [
+        name
+        for name in names & providers.keys()
+        if not required & {provider.lower().replace("_", "-") for provider in providers[name]}
+    ] == []
 
 
 @pytest.fixture(scope="module")

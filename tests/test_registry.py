@@ -9,6 +9,7 @@ import socket
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import MagicMock, patch
 
 import mlflow
 import numpy as np
@@ -21,6 +22,7 @@ from conftest import (
     copy_project,
     edit_params,
     error_line_of,
+    error_message,
     invoke,
     mlflow_client,
     output_of,
@@ -28,19 +30,25 @@ from conftest import (
     seed_runs,
     use_project,
 )
+from dvc.repo.experiments.executor.base import ExecutorInfo, TaskStatus
 from filelock import FileLock
+from hypothesis import given
+from hypothesis import strategies as st
 from mlflow.cli import cli as mlflow_commands
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from scipy.special import expit, logit
 
 from pipeline.core import config
-from pipeline.core.files import sha256_of_file
+from pipeline.core.errors import UserError
+from pipeline.core.files import sha256_of_file, write_json
 from pipeline.evaluation import ensemble, gate
 from pipeline.evaluation.metrics import Scores
 from pipeline.tracking import promotion, prune, registry, runs, version_card
 from pipeline.tracking.fingerprint import training_fingerprint
 from pipeline.tracking.store import Store, connect
+from stages.common import list_experiments
+from stages.sync import _running_experiments
 
 pytestmark = pytest.mark.slow
 
@@ -175,7 +183,7 @@ def test_a_champion_of_another_training_is_evaluated_on_the_present_validation_s
     state = cards(promoted)
     assert state[challenger].startswith(f"**Version {challenger} ({decision['candidate']}): ")
     assert "; challenger, the best candidate of the last run.**" in state[challenger]
-    assert "UTC: not promoted: validation F1 " in state[challenger]
+    assert "UTC: not promoted: apparent F1 " in state[challenger]
     assert f"{version_card.RULE}**Version 3 (bag): champion since " in (
         mlflow_client(promoted).get_registered_model(NAME).description
     )
@@ -194,7 +202,7 @@ def test_a_champion_of_another_training_is_evaluated_on_the_present_validation_s
     state = cards(promoted)
     assert "not promoted: " in state[challenger]
     assert f"UTC, replaced by version {challenger}.**" in state["3"]
-    assert f"replaced by version {challenger}, decided by gate: validation F1 " in state["3"]
+    assert f"replaced by version {challenger}, decided by gate: apparent F1 " in state["3"]
     decisions = registry.decisions_about(registry.get_version(connect(NAME), NAME, challenger))
     assert [row["promoted"] for row in decisions[-2:]] == [False, True]
 
@@ -307,6 +315,26 @@ def test_a_champion_that_cannot_be_loaded_is_replaced(promoted):
     assert "is champion: " in output_of("cxr promote")
 
 
+def test_a_champion_whose_files_are_all_missing_stays_and_can_be_used_when_they_are_back(promoted):
+    champion, _ = other_versions()
+    output_of(f"cxr promote --model {champion} --reason test")
+    source = mlflow_client(promoted).get_model_version(NAME, champion).source.removeprefix("models:/")
+    (folder,) = promoted.glob(f"mlartifacts/**/{source}")
+    folder.rename("moved")
+    missing = (
+        f"version {champion}: its files are missing at {folder}/artifacts; bring them back, or use another version"
+    )
+    line = output_of("cxr promote")
+    assert (
+        f"is challenger, not champion: apparent F1 {read_decision()['f1']:.4f}; the champion cannot be loaded: " in line
+    )
+    assert f"{NAME} {missing}: cxr promote --model {aliases(promoted)['challenger']} --reason TEXT" in line
+    assert aliases(promoted)["champion"] == champion
+    assert error_line_of("cxr predict report") == f"Error: {NAME} {missing}"
+    folder.symlink_to(promoted / "moved")
+    output_of("cxr verify")
+
+
 @pytest.mark.parametrize(
     "error",
     [OSError(errno.EIO, "Input/output error"), MlflowException("the server failed"), requests.ConnectionError()],
@@ -402,7 +430,7 @@ def test_a_manual_promotion_stands_until_a_newer_version_passes_the_gate(promote
     output_of(f"cxr promote --model {other} --reason 'it is smaller'")
     for _ in range(2):
         assert f"version {best} (" in (line := output_of("cxr sync"))
-        assert "is challenger, not champion: validation F1 " in line
+        assert "is challenger, not champion: apparent F1 " in line
         assert f"but a person chose version {other} instead" in line
         assert aliases(promoted)["champion"] == other
 
@@ -425,12 +453,74 @@ def test_a_champion_that_was_rolled_back_is_not_promoted_again_by_the_gate(promo
     assert aliases(promoted) == {"champion": other, "challenger": best}
 
 
+@given(st.lists(st.sampled_from([*"ABCD", "rollback", *"abcd"])))
+def test_rollbacks_after_any_promotions_rollbacks_and_deletions_visit_existing_versions_and_end(actions):
+    history, existing = list[registry.ChampionRecord](), set("ABCD")
+
+    def roll_back() -> bool:
+        try:
+            target = registry.rollback_target(None, NAME)
+        except UserError:
+            return False
+        last = registry._last_record(None, NAME)
+        assert target.version in existing - {last.version}
+        history.append(registry.ChampionRecord(target.version, "", "", rollback=True))
+        return True
+
+    with (
+        patch.object(registry, "champion_history", lambda *_: history),
+        patch.object(registry, "_version_numbers", lambda *_: existing),
+    ):
+        for action in actions:
+            if action == "rollback":
+                roll_back()
+            elif action in existing and action != getattr(registry._last_record(None, NAME), "version", None):
+                history.append(registry.ChampionRecord(action, "", ""))
+            existing.discard(action.upper() if action.islower() else "")
+        assert sum(iter(roll_back, False)) < 1 + len(actions)
+
+
 def test_rollback_skips_deleted_versions(promoted):
     first, (second, third) = aliases(promoted)["champion"], other_versions()
     for version in (second, third):
         output_of(f"cxr promote --model {version} --reason 'it is another'")
     mlflow_client(promoted).delete_model_version(NAME, third)
     assert f"version {first} (" in output_of("cxr rollback")
+
+
+def test_an_alias_that_was_changed_by_hand_is_set_back_with_a_warning_or_recorded(promoted, caplog):
+    champion, (other, _) = aliases(promoted)["champion"], other_versions()
+    mlflow_client(promoted).set_registered_model_alias(NAME, "champion", other)
+    output_of("cxr promote")
+    (warning,) = (record.getMessage() for record in caplog.records if record.name == registry.__name__)
+    assert warning == (
+        f"the alias champion was at version {other}, but the history is at {champion}, to which it is set back; to "
+        f"change that: cxr promote --model {other} --reason TEXT"
+    )
+    assert aliases(promoted)["champion"] == champion
+    mlflow_client(promoted).set_registered_model_alias(NAME, "champion", other)
+    output_of(f"cxr promote --model {other} --reason 'für später'")
+    assert aliases(promoted)["champion"] == other
+    assert registry.champion_history(connect(NAME), NAME)[-1].version == other
+    assert any("für später" in value for value in mlflow_client(promoted).get_registered_model(NAME).tags.values())
+
+
+def test_a_damaged_file_of_decisions_is_named_before_anything_is_recorded(promoted):
+    Path("metrics/promotion.json").write_text("{")
+    other, before = other_versions()[0], registry.champion_history(connect(NAME), NAME)
+    for command in ("cxr promote", f"cxr promote --model {other} --reason test"):
+        assert error_line_of(command) == (
+            "Error: metrics/promotion.json: damaged; delete it (the decisions are in the registry, too)"
+        )
+    assert registry.champion_history(connect(NAME), NAME) == before
+    assert len(registry.decisions_about(registry.get_version(connect(NAME), NAME, other))) <= 1
+
+
+def test_registration_logs_no_system_metrics_to_the_run_of_the_training(new_candidates, monkeypatch):
+    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true")
+    monkeypatch.setattr("mlflow.system_metrics.system_metrics_monitor.SystemMetricsMonitor", monitor := MagicMock())
+    output_of("cxr sync")
+    monitor.assert_not_called()
 
 
 def test_a_best_candidate_that_is_already_champion_is_recorded_after_a_decision_about_another(promoted):
@@ -450,6 +540,14 @@ def test_a_bag_with_other_members_than_configured_is_neither_registered_nor_used
             "differ from those in metrics/candidates.json; run: dvc repro bag"
         )
     assert len(registry.list_versions(connect(NAME), NAME)) == 3
+
+
+def test_a_model_that_was_trained_after_the_bag_is_not_registered(promoted):
+    path = Path("models/seed-0/model.json")
+    write_json(path, {**json.loads(path.read_text()), "weights_sha256": "a" * 64})
+    assert error_line_of("cxr sync") == (
+        "Error: models/seed-0: not the model that metrics/candidates.json was fitted to; run: dvc repro"
+    )
 
 
 def test_the_commands_in_the_documentation_work_in_order(promoted):
@@ -548,6 +646,12 @@ def test_a_damaged_history_tag_is_named(promoted):
     assert "tag champion.0000.00000000 of the registered model cannot be read" in error_line_of("cxr history")
 
 
+def test_the_next_entry_of_a_history_is_the_last_one_also_after_tags_were_deleted():
+    tags = dict.fromkeys(["champion.0001.ffffffff", "champion.0012.ffffffff", "decision.0031.ffffffff"])
+    assert registry._next_key(registry.CHAMPION_TAG, tags).startswith("champion.0013.")
+    assert registry._next_key(registry.CHAMPION_TAG, {}).startswith("champion.0001.")
+
+
 def weights_file(project: Path, version: str) -> Path:
     """Return the path of the weights of a registered version in the artifact store."""
     source = mlflow_client(project).get_model_version(NAME, version).source.removeprefix("models:/")
@@ -566,7 +670,7 @@ def test_a_model_logged_by_other_code_is_rejected(promoted):
     assert line == f"Error: {NAME} version 4 is not a model of this pipeline; choose another"
 
 
-@pytest.mark.parametrize("version", ["99", "unknown"])
+@pytest.mark.parametrize("version", ["99", "99999999999999999999", "٣", "unknown"])
 def test_an_unknown_version_or_alias_is_named_with_the_existing_versions(promoted, version):
     for command in ("cxr promote --reason test --model", "cxr predict params.yaml --model"):
         assert f"{NAME} has no version or alias '{version}' (versions 1, 2, 3)" in error_line_of(f"{command} {version}")
@@ -695,6 +799,17 @@ def test_only_runs_of_removed_experiments_that_do_not_train_are_pruned(promoted)
     assert [run.data.tags[runs.DVC_EXPERIMENT] for run in runs.runs_of_removed_experiments(opened, ["existing"])] == [
         "removed"
     ]
+
+
+@pytest.mark.parametrize("folder", ["run", "standalone/run"])
+def test_dvc_experiments_that_run_are_known_before_git_has_them(tmp_path, monkeypatch, folder):
+    monkeypatch.chdir(tmp_path)
+    for status in TaskStatus:
+        info = ExecutorInfo("", "", "", "", "", name=status.name, status=status)
+        info.dump_json(f".dvc/tmp/exps/{folder}/{status}/{status}.run")
+    assert sorted(_running_experiments()) == ["RUNNING", "SUCCESS"]
+    monkeypatch.setenv("GIT_DIR", str(tmp_path))
+    assert error_message(list_experiments).startswith("git for-each-ref failed: fatal: not a git repository")
 
 
 def test_a_run_whose_process_has_ended_is_set_to_killed_at_the_next_connection(promoted):

@@ -332,6 +332,7 @@ def test_a_store_of_another_release_of_mlflow_is_not_changed_but_named(
     assert (program, CliRunner().invoke(mlflow_commands, arguments).exit_code) == ("mlflow", 0)
     assert revision() == present
     assert "has had no champion yet" in output_of("cxr history")
+    assert output_of("cxr verify") == f"{NAME}: nothing is registered yet\n"
     with engine.begin() as connection:
         connection.execute(text("UPDATE alembic_version SET version_num = 'ffffffffffff'"))
     assert "its tables are of a newer MLflow than the installed 3." in error_line_of("cxr history")

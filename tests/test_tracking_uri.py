@@ -1,16 +1,17 @@
 """A project works in any folder, whatever the characters of its path mean in a URI."""
 
 import re
+import socket
 import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, error_line_of
+from conftest import ROOT, error_line_of, error_message
 from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import make_url
 
-from pipeline.tracking.tracking_uri import sqlite_path, sqlite_uri, tracking_uri
+from pipeline.tracking.tracking_uri import check_reachable, sqlite_path, sqlite_uri, tracking_uri
 
 ODD_NAME = "a %41 #b?c d"
 
@@ -38,6 +39,23 @@ def test_a_relative_sqlite_uri_starts_at_the_root(tmp_path, monkeypatch, name):
     for uri in ("sqlite:////elsewhere/a.db?timeout=9", "http://127.0.0.1:5000", "postgresql://host/db"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         assert tracking_uri() == uri
+
+
+def test_an_address_that_is_none_is_an_error(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://[::1")
+    assert error_message(check_reachable).startswith("MLflow at http://[::1 cannot be used: Invalid IPv6 URL; ")
+
+
+def test_a_used_port_is_named_before_links_to_it_are_printed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert error_line_of(f"cxr ui --port {port}") == (
+            f"Error: port {port}: Address already in use; choose another with --port (make ui PORT=…)"
+        )
+    assert not Path("mlflow.db").exists()
 
 
 @pytest.mark.slow

@@ -79,7 +79,7 @@ def test_a_search_space_has_the_types_of_its_keys_and_the_present_values(demo_pr
         "demo.train.lr=log(1e-4,1e-2)",
         "demo.train.dropout=interval(0.3,0.5)",
         "demo.train.epochs=range(1,6,2)",  # without the present value, 2
-        "demo.train.batch_size=tag(log, interval(4,32))",
+        "demo.train.batch_size=log(4,32)",
         "demo.train.optimizer=adamw,sgd",
         "demo.train.head_hidden=[],[256,128]",
         "demo.train.weight_decay=range(0,1,0.3)",
@@ -110,6 +110,7 @@ def test_a_search_space_has_the_types_of_its_keys_and_the_present_values(demo_pr
         ("demo.train.dropout=interval(0,1.5)", "params.yaml: demo.train.dropout: input should be less than 1, but"),
         ("demo.train.epochs=interval(1.5,3)", "params.yaml: demo.train.epochs: input should be a valid integer, got"),
         ("demo.train.lr=log(1e-2,1e-4)", "demo.train.lr=log(1e-2,1e-4): `low <= high` must hold"),
+        ("demo.train.lr=log(0,1e-2)", "params.yaml: demo.train.lr: input should be greater than 0, but it is 0"),
         ("demo.train.lr=log(a,b)", "demo.train.lr=log(a,b): TypeError while evaluating 'log(a,b)'"),
         ("demo.train.fused=interval(0,1)", "demo.train.fused=interval(0,1): no numbers (False); list its values"),
         ("demo.train.lr=1e-3", "demo.train.lr=1e-3: no values to choose from; write one of KEY=A,B"),

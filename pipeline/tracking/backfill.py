@@ -28,6 +28,7 @@ def backfill(store: Store, config: Config) -> dict[str, ModelVersion]:
         UserError: MLflow cannot be used, or a model is not up to date.
     """
     configs, fingerprints = ensemble.load_candidate_configs(config), fingerprint.candidate_fingerprints(config)
+    ensemble.check_weights(config.model_names)
     predictions = ValidationPredictions(config)
     parent = parent_run(store, config, fingerprints[BAG])
     run_ids = {BAG: parent.info.run_id}

@@ -51,12 +51,13 @@ def open_model_folder(config: Config, name: str) -> Iterator[ModelFolder]:
         name: an alias or number of a registered version, or `seed-K` or `bag` from `models/`.
 
     Raises:
-        UserError: there is no such model, or its files are damaged.
+        UserError: there is no such model, its files are damaged, or it was trained again since stage `bag`.
     """
     if is_in_models(config, name):
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             ensemble_config: EnsembleConfig = ensemble.load_candidate_configs(config)[name]
+            ensemble.check_weights(ensemble_config.members)
             candidate.assemble_candidate(folder, Path("models"), ensemble_config, config.active.finding)
             yield ModelFolder(folder, "models/", name, candidate.content_hash(folder), _read_card(name))
     else:

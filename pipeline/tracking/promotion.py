@@ -59,9 +59,10 @@ def promote_best(store: Store, config: Config, versions: Mapping[str, ModelVersi
         versions: the version of every candidate by name, as returned by `backfill`.
 
     Raises:
-        UserError: the files of the best candidate are missing or changed.
+        UserError: the files of the best candidate are missing or changed, or the file of decisions is damaged.
     """
     name, predictions = config.model_name, ValidationPredictions(config)
+    _read_decisions()  # ends here if they are damaged
     best = best_model(predictions.scores)
     registry.load_version(versions[best])
     store.client.set_registered_model_alias(name, registry.CHALLENGER, versions[best].version)
@@ -98,10 +99,13 @@ def promote_version(
         rollback: whether this restores the previous champion.
 
     Raises:
-        UserError: the version does not exist, is already champion, or its files are missing or changed.
+        UserError: the version does not exist, is already champion, or its files are missing or changed, or the file of
+            decisions is damaged.
     """
     name = config.model_name
+    _read_decisions()  # ends here if they are damaged
     with store.lock:
+        registry.reconcile_alias(store, name)
         version, champion = registry.get_version(store, name, alias_or_number), registry.get_champion(store, name)
         if _number(champion) == _number(version):
             raise UserError(f"{name}: version {version.version} is already champion; see: cxr history")
@@ -158,12 +162,12 @@ def decide(
     params, scores, challenger = config.active.promote, predictions.scores[best], versions[best]
     error = calibration.expected_calibration_error(predictions.labels, predictions.probabilities[best].to_numpy())
     decision: Decision = {
+        **dict.fromkeys(Decision.__annotations__),  # type: ignore[typeddict-item]
         "run": fingerprint.parent_run_name(config, fingerprint.candidate_fingerprints(config)[BAG]), "candidate": best,
-        "version": str(challenger.version), "promoted": False, "reason": "", "f1": scores["f1"], "champion_f1": None,
-        "difference": None, "low": None, "high": None, "p_value": None, "level": None, "comparison": None,
+        "version": str(challenger.version), "promoted": False, "reason": "", "f1": scores["f1"],
         "calibration_error": error, "data_md5": md5_of_file(MANIFEST),
     }  # fmt: skip
-    f1 = f"validation F1 {scores['f1']:.4f}"
+    f1 = f"apparent F1 {scores['f1']:.4f}"
     override = f"cxr promote --model {challenger.version} --reason TEXT"
     if champion and champion.version == challenger.version:
         return {**decision, "promoted": True, "reason": f"{f1}; already champion"}
@@ -175,7 +179,9 @@ def decide(
     try:
         model, known = registry.load_with_images(champion)
     except UserError as load_error:
-        return {**decision, "promoted": True, "reason": f"{f1}; the champion cannot be loaded: {load_error}"}
+        missing = isinstance(load_error, registry.MissingFilesError)  # then it may come back
+        reason = f"{f1}; the champion cannot be loaded: {load_error}{f': {override}' if missing else ''}"
+        return {**decision, "promoted": not missing, "reason": reason}
     obstacle = f"a person chose version {champion.version} instead; to change that"
     finding = config.active.finding.name
     if model.finding.name != finding:
@@ -344,7 +350,10 @@ def _comparison_number(store: Store, challenger: ModelVersion, champion: ModelVe
 
 
 def _read_decisions() -> list[Decision]:
-    return list(read_json(DECISIONS)["decisions"]) if DECISIONS.exists() else []
+    try:
+        return list(read_json(DECISIONS)["decisions"]) if DECISIONS.exists() else []
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{DECISIONS}: damaged; delete it (the decisions are in the registry, too)") from None
 
 
 def _append_decision(decision: Decision) -> None:

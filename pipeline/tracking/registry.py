@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -47,6 +47,8 @@ from pipeline.tracking import version_card
 from pipeline.tracking.runs import next_timestamp
 from pipeline.tracking.store import CONFLICT_DELAYS, Store, ignore_existing, retry_conflicts, software_version_tag
 from pipeline.tracking.version_card import RULE
+
+log = logging.getLogger(__name__)
 
 CONTENT_HASH_TAG = "content_hash"
 CHAMPION, CHALLENGER = "champion", "challenger"
@@ -102,6 +104,10 @@ class ChampionRecord:
     candidate: str | None = None
     f1: str | None = None
     decided_by: str | None = None
+
+
+class MissingFilesError(UserError):
+    """The store has no file of a version, as where a disk is not mounted."""
 
 
 def register_candidate(
@@ -193,12 +199,6 @@ def _link_model(store: Store, version: ModelVersion, model: LoggedModel) -> None
         store.client.set_logged_model_tags(model.model_id, {MLFLOW_MODEL_VERSIONS: value})
 
 
-def _runs_by_id(store: Store) -> dict[str, Run]:
-    """Return all runs of the experiment that are not deleted, by id."""
-    runs = store.client.search_runs([store.experiment_id], max_results=50_000)
-    return {str(run.info.run_id): run for run in runs}
-
-
 @retry_conflicts
 def mark_champion(store: Store, name: str) -> None:
     """Say on MLflow's pages which version is champion: on those of runs, of versions and of the registered model.
@@ -208,7 +208,9 @@ def mark_champion(store: Store, name: str) -> None:
     one that writes last has read the last entry of the history.
     """
     while True:
-        history, last, runs = champion_history(store, name), _last_record(store, name), _runs_by_id(store)
+        history, last = champion_history(store, name), _last_record(store, name)
+        found = store.client.search_runs([store.experiment_id], max_results=50_000)
+        runs = {str(run.info.run_id): run for run in found}
         champion = last.version if last else None
         model = store.client.get_registered_model(name)
         description = (model.description or "").partition(RULE)[0][:MAX_INTRODUCTION]
@@ -283,7 +285,8 @@ def get_version(store: Store, name: str, alias_or_number: str) -> ModelVersion:
         UserError: no such version exists.
     """
     try:
-        if alias_or_number.isdecimal():
+        # MLflow's databases hold no larger number.
+        if alias_or_number.isascii() and alias_or_number.isdecimal() and len(alias_or_number) < 10:
             return store.client.get_model_version(name, alias_or_number)
         return store.client.get_model_version_by_alias(name, alias_or_number)
     except MlflowException as error:
@@ -348,9 +351,9 @@ def set_champion(
         newest = max(int(other.version) for other in list_versions(store, name)) if person else 0
         known = version.tags.get("candidate"), version.tags.get(F1_TAG), person or GATE
         record = ChampionRecord(str(version.version), _now(), reason, rollback, newest, *known)
-        key = _next_key(CHAMPION_TAG, len(champion_history(store, name)))
-        store.client.set_registered_model_tag(name, key, json.dumps(asdict(record)))
-        reconcile_alias(store, name)
+        key = _next_key(CHAMPION_TAG, store.client.get_registered_model(name).tags)
+        store.client.set_registered_model_tag(name, key, json.dumps(asdict(record), ensure_ascii=False))
+        _set_alias(store, name)
 
 
 def record_decision(store: Store, version: ModelVersion, decision: Mapping[str, Any]) -> None:
@@ -364,8 +367,8 @@ def record_decision(store: Store, version: ModelVersion, decision: Mapping[str, 
     decisions = decisions_about(version)
     if not decision["promoted"] and decisions and {**decisions[-1], "time": None} == {**decision, "time": None}:
         return
-    value = json.dumps({"time": _now(), **decision})
-    store.client.set_model_version_tag(version.name, version.version, _next_key(DECISION_TAG, len(decisions)), value)
+    value = json.dumps({"time": _now(), **decision}, ensure_ascii=False)
+    store.client.set_model_version_tag(version.name, version.version, _next_key(DECISION_TAG, version.tags), value)
 
 
 def decisions_about(version: ModelVersion) -> list[dict[str, Any]]:
@@ -373,9 +376,10 @@ def decisions_about(version: ModelVersion) -> list[dict[str, Any]]:
     return [json.loads(version.tags[key]) for key in sorted(version.tags) if key.startswith(DECISION_TAG)]
 
 
-def _next_key(prefix: str, count: int) -> str:
+def _next_key(prefix: str, tags: Iterable[str]) -> str:
+    last = max((int(key.split(".")[1]) for key in tags if key.startswith(prefix)), default=0)
     # Another machine may take the same number at the same time; the random suffix keeps both entries.
-    return f"{prefix}{count + 1:04}.{uuid4().hex[:8]}"
+    return f"{prefix}{last + 1:04}.{uuid4().hex[:8]}"
 
 
 def _now() -> str:
@@ -383,6 +387,20 @@ def _now() -> str:
 
 
 def reconcile_alias(store: Store, name: str) -> None:
+    """Set the alias to the last entry of the history, with a warning if it was set to another version by hand."""
+    champion, last = get_champion(store, name), _last_record(store, name)
+    if champion and last and str(champion.version) != last.version:
+        log.warning(
+            "the alias champion was at version %s, but the history is at %s, to which it is set back; to change that: "
+            "cxr promote --model %s --reason TEXT",
+            champion.version,
+            last.version,
+            champion.version,
+        )
+    _set_alias(store, name)
+
+
+def _set_alias(store: Store, name: str) -> None:
     """Set the alias to the last entry of the history; retry while another machine changes it."""
     for delay in (*CONFLICT_DELAYS, None):
         last = _last_record(store, name)
@@ -413,14 +431,14 @@ def rollback_target(store: Store, name: str) -> ChampionRecord:
     Raises:
         UserError: there is no previous champion.
     """
-    stack: list[ChampionRecord] = []
+    existing, stack = _version_numbers(store, name), list[ChampionRecord]()
     for record in champion_history(store, name):
-        if record.rollback:
+        if record.version not in existing:
+            continue
+        while record.rollback and stack and stack[-1].version != record.version:
             stack.pop()
-        else:
+        if not stack or stack[-1].version != record.version:
             stack.append(record)
-    existing = _version_numbers(store, name)
-    stack = [record for record in stack if record.version in existing]
     if len(stack) < 2:
         raise UserError(f"{name} has no previous champion to roll back to; see: cxr history")
     return stack[-2]
@@ -480,10 +498,13 @@ def download_version(version: ModelVersion) -> Iterator[Path]:
     """Download a version's candidate into a temporary folder and yield the folder.
 
     Raises:
-        UserError: its files are missing or changed, or it was registered by an earlier release or other code.
+        MissingFilesError: the store has none of its files.
+        UserError: they are changed, or it was registered by an earlier release or other code.
     """
     if OLD_CONTENT_HASH_TAG in version.tags and CONTENT_HASH_TAG not in version.tags:
         raise _earlier_release_error(version)
+    if CONTENT_HASH_TAG not in version.tags:
+        raise UserError(f"{version.name} version {version.version} is not a model of this pipeline; choose another")
     with tempfile.TemporaryDirectory() as scratch:
         try:
             path = mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}", dst_path=scratch)
@@ -492,13 +513,17 @@ def download_version(version: ModelVersion) -> Iterator[Path]:
                 raise
             raise _damaged_error(version, f"its files are missing: {first_line(error)}") from None
         folder = Path(path, "artifacts", ARTIFACT)
-        if not (folder / "candidate.json").is_file():
-            raise UserError(f"{version.name} version {version.version} is not a model of this pipeline; choose another")
+        if not folder.is_dir():  # MLflow takes a folder that is missing for an empty one
+            location = mlflow.MlflowClient().get_model_version_download_uri(version.name, str(version.version))
+            raise MissingFilesError(
+                f"{version.name} version {version.version}: its files are missing at "
+                f"{location.removeprefix('file://')}; bring them back, or use another version"
+            )
         try:
             content_hash = candidate.content_hash(folder)
         except (OSError, ValueError, KeyError) as error:
             raise _damaged_error(version, first_line(error)) from None
-        if content_hash != version.tags.get(CONTENT_HASH_TAG):
+        if content_hash != version.tags[CONTENT_HASH_TAG]:
             raise _damaged_error(version, f"its files do not match its tag {CONTENT_HASH_TAG}")
         if candidate.is_of_earlier_release(read_json(folder / "candidate.json")):
             raise _earlier_release_error(version)
@@ -540,7 +565,11 @@ def _log_model(store: Store, run_id: str, folder: Path, example: np.ndarray, nam
     Image.fromarray(example).save(stream, "PNG")
     run = store.client.get_run(run_id)
     finding = candidate.read_finding(read_json(folder / "candidate.json"))
-    with mlflow.start_run(run_id=run_id), warnings.catch_warnings(), tempfile.TemporaryDirectory() as scratch:
+    with (
+        mlflow.start_run(run_id=run_id, log_system_metrics=False),
+        warnings.catch_warnings(),
+        tempfile.TemporaryDirectory() as scratch,
+    ):
         code = Path(scratch, "pipeline")
         shutil.copytree(Path(pipeline.__file__).parent, code, ignore=shutil.ignore_patterns(*NOT_SERVED))
         # MLflow advises type hints, which cannot express "bytes or path", and warns that integers cannot be missing.

@@ -325,7 +325,7 @@ def commit_and_experiment_tags() -> dict[str, str]:
 
 
 def runs_of_removed_experiments(store: Store, experiments: Collection[str]) -> list[Run]:
-    """Return this workspace's runs whose DVC experiment is neither in `experiments` nor training now."""
+    """Return this workspace's runs whose DVC experiment is neither in `experiments` nor training a seed now."""
     runs = store.client.search_runs([store.experiment_id], f"tags.{WORKSPACE} = '{_workspace()}'", max_results=50_000)
     training = {run.data.tags.get(DVC_EXPERIMENT, "") for run in runs if run.info.status == "RUNNING"}
     kept = {"", *experiments, *training}

@@ -65,6 +65,7 @@ def connect(experiment_name: str) -> Store:
     logging.getLogger("alembic").setLevel(logging.WARNING)
     for name in ("mlflow.store.db.utils", "mlflow.system_metrics", "urllib3"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("mlflow.store.artifact.artifact_repo").setLevel(logging.WARNING)  # INFO: no files
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")

@@ -57,8 +57,8 @@ def check_reachable() -> None:
         UnreachableError: it cannot.
     """
     uri = tracking_uri()
-    url = urlsplit(uri)
     try:
+        url = urlsplit(uri)
         if url.scheme in ("http", "https"):
             with urllib.request.urlopen(f"{redact_credentials(uri).rstrip('/')}/health", timeout=10):  # noqa: S310
                 pass

@@ -28,9 +28,9 @@ KEPT_FIRST = ["Limitations", "Model details", "Intended use"]
 METRICS = ["f1", "accuracy", "recall", "specificity", "precision", "auroc", "average_precision", "loss"]
 PARAMS = {"backbone", "image_size", "epochs", "batch_size", "optimizer", "lr"}  # the others only where not the default
 ESTIMATE_TYPES = {
-    "fixed": "Nothing was chosen on these images",
+    "fixed": "Fixed: nothing was chosen on these images",
     "cross-fitted": "Cross-fitted: what was chosen for an image was chosen on other patients",
-    "corrected": "Corrected for the choice of this model on these images, where the apparent F1 is {}",
+    "corrected": "Corrected for the choice of this model on these images; the apparent F1 is {}",
     "apparent": "Apparent: chosen and evaluated on the same images, so optimistic",
 }
 
@@ -61,12 +61,11 @@ def describe_candidate(
     """
     by_metric = {metric: estimates[estimates["metric"] == metric] for metric in METRICS}
     rows = [
-        [METRIC_LABELS[metric], _number(found["value"].iloc[-1]), _interval(found.iloc[-1])]
-        for metric, found in by_metric.items()
+        [METRIC_LABELS[metric], _number(last["value"]), _interval(last), last["estimate_type"]]
+        for metric, last in ((metric, found.iloc[-1]) for metric, found in by_metric.items())
     ]
-    meaning = ESTIMATE_TYPES[by_metric["f1"]["estimate_type"].iloc[-1]].format(
-        _number(by_metric["f1"]["value"].iloc[0])
-    )
+    types = dict.fromkeys(row[-1] for row in rows)
+    meaning = ". ".join(ESTIMATE_TYPES[one].format(_number(by_metric["f1"]["value"].iloc[0])) for one in types)
     names = config.active.train.model_dump(exclude_defaults=True).keys() | PARAMS
     train = {key: value for key, value in config.active.train.model_dump().items() if key in names}
     members = {"members": len(config.bag_members), "method": config.active.bag.method}
@@ -84,10 +83,11 @@ def describe_candidate(
     }
     text = (
         f"**Metrics** on the validation set. {meaning}.\n\n"
-        + markdown_table(["metric", "estimate", "95 % interval"], rows)
+        + markdown_table(["metric", "estimate", "95 % interval", "estimate type"], rows)
         + f"\n\n**Training.** {_join(params)}.\n\n**Origin.** {_join(origin)}."
     )
-    return f"{text}\n\n{shorten_model_card(model_card, MAX_CANDIDATE - len(text) - 2)}"
+    text += "\n\n" if name == BAG else "\n\n**Model card of the bag**\n\n"
+    return text + shorten_model_card(model_card, MAX_CANDIDATE - len(text))
 
 
 def shorten_model_card(model_card: str, limit: int) -> str:
