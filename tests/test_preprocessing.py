@@ -17,7 +17,7 @@ from pipeline.evaluation.ensemble import EnsembleConfig
 from pipeline.inference.candidate import Candidate
 from pipeline.inference.export_onnx import CandidateGraph
 from pipeline.models import preprocessing
-from pipeline.models.classifier import Architecture, Classifier, Head
+from pipeline.models.classifier import Architecture, Classifier, Head, predict_resized
 from pipeline.models.heatmaps import compute_heatmaps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -221,7 +221,8 @@ def test_the_prediction_is_the_mean_of_the_views():
     whole = interpolate(NOISE[:, None].float(), (64, 64), mode="bilinear", antialias=True)
     center = interpolate(whole[..., 3:-3, 3:-3], (64, 64), mode="bilinear")
     with torch.inference_mode():
-        of_views = [plain.predict_resized(view) for view in (whole, whole.flip(-1), center, center.flip(-1))]
+        views = (whole, whole.flip(-1), center, center.flip(-1))
+        of_views = [predict_resized([plain], view)[:, 0] for view in views]
     assert torch.stack(of_views).std(dim=0).min() > 1e-3
     torch.testing.assert_close(plain.predict_proba(NOISE), of_views[0])
     torch.testing.assert_close(flip.predict_proba(NOISE), torch.stack(of_views[:2]).mean(dim=0))
