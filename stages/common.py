@@ -48,7 +48,7 @@ def stage(function: Callable[..., None]) -> click.Command:
         except KeyboardInterrupt:
             sys.exit(128 + signal.SIGINT)
         except Exception as error:
-            message = _user_message(error)
+            message = user_message(error)
             if debug or not message:
                 raise
             raise CommandError(message) from None
@@ -106,7 +106,7 @@ def print_table(table: "Table") -> None:
     console.print(table)
 
 
-def _user_message(error: Exception) -> str:
+def user_message(error: Exception) -> str:
     """Return what is wrong and what to do, or an empty text if a user cannot correct the error."""
     message = ""
     # Compared by name, since importing MLflow takes seconds.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from stages.common import _user_message, stage
+from stages.common import stage, user_message
 
 if TYPE_CHECKING:
     from pipeline.core.config import Config
@@ -42,7 +42,7 @@ def monitor(log: Path, out: Path, model: str | None, since: datetime | None, pre
     try:
         is_different = _write_comparison(log, out, model, since, prevalence)
     except Exception as error:
-        if _user_message(error):
+        if user_message(error):
             raise
         traceback.print_exc()
         sys.exit(2)  # Python's 1 would mean a difference
