@@ -11,8 +11,8 @@ from torch import Tensor
 
 from pipeline.core.errors import UserError
 from pipeline.core.parallel import map_in_threads
-from pipeline.models.classifier import Classifier
-from pipeline.models.members import average_folds, group_by_backbone, predict_group
+from pipeline.models.classifier import Classifier, predict_group
+from pipeline.models.members import average_folds, group_by_backbone
 
 Precision = Literal["float32", "bfloat16"]
 

@@ -118,10 +118,9 @@ class Classifier(nn.Module):
         maps: list[Tensor] = backbone.forward_intermediates(images, count, intermediates_only=True)  # type: ignore[operator]
         return maps
 
-    @torch.inference_mode()
     def predict_proba(self, pixels: Tensor) -> Tensor:
         """Predict P(positive), float32 (B,), for gray images (B, H, W), uint8, on the model's device."""
-        return predict_resized([self], self.resize(pixels))[:, 0]
+        return predict_group([self], pixels)[:, 0]
 
     @torch.inference_mode()
     def predict_from_features(self, features: Tensor) -> Tensor:
@@ -133,6 +132,12 @@ class Classifier(nn.Module):
     def embed(self, pixels: Tensor) -> Tensor:
         """Return the backbone's features, float32 (B, width), of gray images (B, H, W), uint8."""
         return self.extract_features(self.normalize(self.resize(pixels))).float()
+
+
+@torch.inference_mode()
+def predict_group(networks: Sequence[Classifier], pixels: Tensor) -> Tensor:
+    """Predict as `predict_resized` does, for gray images (B, H, W), uint8, on the device of the networks."""
+    return predict_resized(networks, networks[0].resize(pixels))
 
 
 def predict_resized(networks: Sequence[Classifier], images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Prediction by the members of an ensemble: a model each, with one network or, cross-validated, one per fold."""
+"""The members of an ensemble: a model each, with one network or, cross-validated, one per fold."""
 
 from collections.abc import Iterable, Sequence
 from itertools import chain
@@ -6,7 +6,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.classifier import Classifier, predict_resized
+from pipeline.models.classifier import Classifier
 
 
 def share_backbones(members: Iterable[Sequence[Classifier]]) -> None:
@@ -35,12 +35,6 @@ def group_by_backbone(members: Iterable[Sequence[Classifier]]) -> list[list[Clas
     for network in chain.from_iterable(members):
         groups.setdefault(network.backbone, []).append(network)
     return list(groups.values())
-
-
-@torch.inference_mode()
-def predict_group(group: Sequence[Classifier], pixels: Tensor) -> Tensor:
-    """Predict P(positive), float32 (B, networks), by a group, for gray images (B, H, W), uint8, on its device."""
-    return predict_resized(group, group[0].resize(pixels))
 
 
 def average_folds(
