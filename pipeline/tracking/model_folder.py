@@ -9,7 +9,6 @@ from pathlib import Path
 
 from pipeline.core.config import BAG, Config
 from pipeline.evaluation import ensemble
-from pipeline.evaluation.ensemble import EnsembleConfig
 from pipeline.inference import candidate
 
 MODEL_CARD = Path("report/model-card.md")
@@ -56,7 +55,7 @@ def open_model_folder(config: Config, name: str) -> Iterator[ModelFolder]:
     if is_in_models(config, name):
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
-            ensemble_config: EnsembleConfig = ensemble.load_candidate_configs(config)[name]
+            ensemble_config = ensemble.load_candidate_configs(config)[name]
             ensemble.check_weights(ensemble_config.members)
             candidate.assemble_candidate(folder, Path("models"), ensemble_config, config.active.finding)
             yield ModelFolder(folder, "models/", name, candidate.content_hash(folder), _read_card(name))
