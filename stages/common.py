@@ -1,4 +1,4 @@
-"""Shared by all commands: one-line errors, `--debug`, `-h`, and tables on the terminal."""
+"""Shared by commands: one-line errors, `--debug`, `-h`, tables on the terminal, and what several of them run."""
 
 import errno
 import functools
@@ -7,7 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,11 +90,42 @@ def list_experiments() -> list[str]:
     Raises:
         UserError: Git cannot list them.
     """
-    command = ["git", "for-each-ref", "--format=%(refname:lstrip=4)", "refs/exps/*/*/*"]
-    listed = subprocess.run(command, capture_output=True, text=True, check=False)
-    if listed.returncode:
-        raise UserError(f"git for-each-ref failed: {listed.stderr.strip()}; run this in a clone of the repository")
-    return listed.stdout.split()
+    return run_git("for-each-ref", "--format=%(refname:lstrip=4)", "refs/exps/*/*/*").split()
+
+
+def run_git(command: str, *arguments: str) -> str:
+    """Return what a Git command prints.
+
+    Raises:
+        UserError: it fails.
+    """
+    result = subprocess.run(["git", command, *arguments], capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise UserError(f"git {command} failed: {result.stderr.strip()}; run this in a clone of the repository")
+    return result.stdout
+
+
+def prepare_training() -> None:
+    """Run the stages before training, unless they are up to date.
+
+    Raises:
+        UserError: one failed.
+    """
+    if subprocess.run(["dvc", "--wait-for-lock", "repro", "weights", "split"], check=False).returncode:
+        raise UserError("a stage before training failed; see the output of dvc repro above")
+
+
+@contextmanager
+def require_ray() -> Iterator[None]:
+    """Report that Ray is not installed, if the block cannot import it.
+
+    Raises:
+        UserError: it is not.
+    """
+    try:
+        yield
+    except ModuleNotFoundError:
+        raise UserError("Ray is not installed; run: pip install -c constraints.txt -e '.[ray]'") from None
 
 
 def print_table(table: "Table") -> None:

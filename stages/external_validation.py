@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from stages.common import check_git, print_table, stage
+from stages.common import check_git, prepare_training, print_table, run_git, stage
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,8 +47,7 @@ def external_validation(jobs: int) -> None:
 
     config = load_config()
     check_git()
-    if subprocess.run(["dvc", "--wait-for-lock", "repro", "weights", "split"], check=False).returncode:
-        raise UserError("a stage before training failed; see the output of dvc repro above")
+    prepare_training()
     sources = evaluation.list_sources(read_split(Path("data")))
     possible = sources[sources["reason"] == ""]["source"].tolist()
     tables, failures = [], []
@@ -89,19 +88,10 @@ def _copy_workspace(profile: str, source: str) -> Path:
     """
     import yaml
 
-    from pipeline.core.errors import UserError
-
     name = re.sub(r"\W+", "-", f"{profile}-{source}").strip("-")
     folder = COPIES / f"{name}-{hashlib.sha256(source.encode()).hexdigest()[:6]}"
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if listed.returncode:
-        raise UserError(f"git ls-files failed: {listed.stderr.strip()}; run this in a clone of the repository")
-    for file in map(Path, filter(None, listed.stdout.split("\0"))):
+    listed = run_git("ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    for file in map(Path, filter(None, listed.split("\0"))):
         if file.is_file():
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(file, folder / file)

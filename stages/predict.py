@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from stages.common import stage
+from stages.common import require_ray, stage
 
 if TYPE_CHECKING:
     import torch
@@ -169,10 +169,8 @@ def _predict_on_cluster(
         raise UserError(f"--ray: leave --{given[0]} out; the predictions become Parquet files in the last of FILES")
     if len(files) < 2:
         raise UserError("--ray: give what is to be classified, and last the folder for the predictions")
-    try:
+    with require_ray():
         from stages import ray_predict
-    except ModuleNotFoundError:
-        raise UserError("Ray is not installed; run: pip install -c constraints.txt -e '.[ray]'") from None
     ray_predict.predict(address, files[:-1], files[-1], model, precision)
 
 

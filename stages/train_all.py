@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from stages.common import check_git, stage
+from stages.common import check_git, prepare_training, require_ray, stage
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -125,14 +125,10 @@ def train_all(jobs: int | None, ray: str | None, gpus_per_seed: float | None) ->
         raise click.UsageError("--gpus-per-seed needs --ray ADDRESS; on this machine, --jobs N lets seeds share a GPU")
     config = load_config()
     check_git()
-    upstream = subprocess.run(["dvc", "--wait-for-lock", "repro", "weights", "split"], check=False)
-    if upstream.returncode:
-        raise UserError("a stage before training failed; see the output of dvc repro above")
+    prepare_training()
     if ray:
-        try:
+        with require_ray():
             from stages import ray_backend
-        except ModuleNotFoundError:
-            raise UserError("Ray is not installed; run: pip install -c constraints.txt -e '.[ray]'") from None
         failures = ray_backend.train(ray, config, gpus_per_seed)
     else:
         failures = _train_locally(config.seeds, jobs or _default_jobs(config.active.train.cpu_threads))

@@ -2,7 +2,6 @@
 
 import os
 import re
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pipeline.core.errors import UserError, first_line, rename_in_errors
-from stages.common import check_git, stage
+from stages.common import check_git, prepare_training, require_ray, stage
 
 if TYPE_CHECKING:
     from pipeline.core.config import Config
@@ -55,15 +54,15 @@ def tune(
     _apply("seeds", f"[{trial_seeds[0]}]")  # as bag.members must allow
     check_git()
 
+    if ray:
+        with require_ray():
+            from stages.ray_backend import open_cluster
     from stages.tuner import STORAGE, Tuner
 
     with _lock(f"{STORAGE}.lock") as lock:
-        if subprocess.run(["dvc", "--wait-for-lock", "repro", "weights", "split"], check=False).returncode:
-            raise UserError("a stage before training failed; see the output of dvc repro above")
+        prepare_training()
         tuner = Tuner(config, distributions, present, trial_seeds, metric, name, lock)
         if ray:
-            from stages.ray_backend import open_cluster
-
             tuner.start_seed = open_cluster(ray, config)
         tuner.run(trials, jobs)
         tuner.print_results()

@@ -2,6 +2,7 @@
 
 import shlex
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -143,6 +144,18 @@ def test_a_search_space_has_the_types_of_its_keys_and_the_present_values(demo_pr
 def test_a_mistake_is_one_line_before_anything_starts(demo_project, monkeypatch, arguments, message):
     use_project(demo_project, monkeypatch)
     assert error_line_of(f"cxr tune {arguments.replace(', ', ',')}").startswith(f"Error: {message}")
+    assert not Path("optuna.db.lock").exists()
+
+
+def test_without_ray_a_search_on_a_cluster_does_not_start(tmp_path, monkeypatch):
+    params = (Path(__file__).parents[1] / "params.yaml").read_bytes()
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_bytes(params)
+    Path(".git").mkdir()
+    monkeypatch.delitem(sys.modules, "stages.ray_backend", raising=False)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    error = error_line_of("cxr tune demo.train.lr=1e-3,1e-2 --ray 127.0.0.1:1")
+    assert error.startswith("Error: Ray is not installed; run: pip install")
     assert not Path("optuna.db.lock").exists()
 
 
