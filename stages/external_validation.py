@@ -21,6 +21,8 @@ from stages.common import check_git, prepare_training, print_table, run_git, sta
 if TYPE_CHECKING:
     import pandas as pd
 
+    from pipeline.core.config import Config
+
 COPIES = Path(".dvc/tmp/external-validation")  # a copy of the workspace per source; neither Git nor DVC looks into it
 TABLE = Path("scores/external_validation.csv")
 
@@ -70,6 +72,7 @@ def external_validation(jobs: int) -> None:
                 tables.append(pd.DataFrame([{**row, "reason": reason}]))
             else:
                 tables.append(read_csv(folder / "metrics/external.csv"))
+                _finish_parent_run(config, source, folder)
     metrics = pd.concat(tables).reindex(columns=evaluation.COLUMNS)
     table = pd.concat([metrics, evaluation.summarize_sources(metrics)]).assign(recipe=evaluation.recipe_hash(config))
     write_csv(TABLE, table)
@@ -127,6 +130,21 @@ def _run_pipeline(folder: Path, jobs: int, stop: Callable[[], int]) -> str:
         if process.returncode:
             return "its run failed"
     return ""
+
+
+def _finish_parent_run(config: "Config", source: str, folder: Path) -> None:
+    """Close the parent run of the seeds of a copy in MLflow, since no stage `promote` runs there."""
+    from mlflow.exceptions import MlflowException
+
+    from pipeline.core.errors import UserError, first_line
+    from pipeline.tracking.runs import finish_parent_of_copy
+    from pipeline.tracking.store import connect
+
+    try:
+        store = connect(config.model_name)
+        finish_parent_of_copy(store, config, lambda path: (folder / path).read_text(encoding="utf-8"), {})
+    except (UserError, MlflowException) as error:
+        click.echo(f"{source}: its run is not complete in MLflow: {first_line(error)}")
 
 
 def _print(table: "pd.DataFrame") -> None:

@@ -1,6 +1,5 @@
 """The search of `cxr tune`: Optuna chooses, `dvc exp run` trains, and paired comparisons stop trials that are worse."""
 
-import json
 import os
 import re
 import signal
@@ -10,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from io import StringIO
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -30,7 +28,7 @@ from pipeline.evaluation.compare_recipes import Recipe, check_same_images
 from pipeline.evaluation.metrics import METRIC_LABELS
 from pipeline.evaluation.paired_pruning import is_worse, resample_metric
 from pipeline.tracking.fingerprint import training_fingerprint
-from pipeline.tracking.runs import finish_trial, seed_statistics
+from pipeline.tracking.runs import finish_parent_of_copy
 from pipeline.tracking.store import connect
 from pipeline.training.signals import SignalHandler
 from stages.common import list_experiments, print_table
@@ -195,13 +193,10 @@ class Tuner:
 
     def _log_to_mlflow(self, name: str, state: str) -> None:
         config, tags = self.recipes[name].config, {"study": self.name, "trial": name, "trial_state": state}
-        paths = (f"models/{config.model_names[0]}/model.json", "metrics/bag.json", "metrics/seeds.csv")
         with self.lock:
-            model, bag, seeds = (dvc.api.read(path, rev=name) for path in paths)
-            metrics = json.loads(bag)[config.active.bag.method]
-            metrics |= seed_statistics(pd.read_csv(StringIO(seeds)).set_index("metric"))
             try:
-                finish_trial(connect(config.model_name), json.loads(model)["parent_fingerprint"], metrics, tags)
+                store = connect(config.model_name)
+                finish_parent_of_copy(store, config, lambda path: str(dvc.api.read(path, rev=name)), tags)
             except (UserError, MlflowException) as error:  # `cxr sync` logs the experiment once it is applied
                 click.echo(f"{name} is not complete in MLflow: {first_line(error)}")
 

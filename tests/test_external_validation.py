@@ -31,11 +31,15 @@ from scipy.stats import norm, t
 from sklearn.metrics import roc_auc_score
 
 from pipeline.core.config import load_config
-from pipeline.core.files import read_json, write_csv
+from pipeline.core.files import read_json, write_csv, write_json
 from pipeline.evaluation import ensemble, external_validation
 from pipeline.evaluation.ensemble import EnsembleConfig
 from pipeline.evaluation.external_validation import pool_effects, prediction_interval
+from pipeline.evaluation.metrics import Scores
 from pipeline.report.results import Results
+from pipeline.tracking.runs import FINGERPRINT, SEED_STATISTICS
+from pipeline.tracking.store import connect
+from stages.external_validation import _finish_parent_run
 
 # BCG vaccine against tuberculosis, 13 trials (Colditz et al. 1994; dat.bcg in the R package metafor): cases and healthy
 # people among the vaccinated, then among the others.
@@ -266,6 +270,23 @@ def test_an_external_validation_of_another_recipe_or_other_data_does_not_count(c
 # The command
 
 
+def test_the_parent_run_of_a_source_gets_the_metrics_of_its_bag_and_is_closed(config, empty_store):
+    shutil.copy(empty_store, "mlflow.db")
+    store, copy = connect(config.model_name), Path("copy")
+    run_ = store.client.create_run(store.experiment_id, tags={FINGERPRINT: "f" * 64})
+    store.client.update_run(run_.info.run_id, status="SCHEDULED")
+    write_json(copy / "models/seed-0/model.json", {"parent_fingerprint": "f" * 64})
+    write_json(copy / "metrics/bag.json", {config.active.bag.method: {"f1": 0.75, "auroc": None}})
+    seeds = pd.DataFrame({"metric": list(Scores.__annotations__), **dict.fromkeys(SEED_STATISTICS, 0.5)})
+    write_csv(copy / "metrics/seeds.csv", seeds)
+    for _ in range(2):
+        _finish_parent_run(config, "here", copy)
+        finished = store.client.get_run(run_.info.run_id)
+        assert finished.info.status == "FINISHED"
+        assert (finished.data.metrics["f1"], finished.data.metrics["seeds/f1_mean"]) == (0.75, 0.5)
+        assert "auroc" not in finished.data.metrics
+
+
 def make_archive(path: Path) -> Path:
     """Write 22 radiographs each of A and B, half positive and four hard to tell, and three positive ones of C."""
     rng, images, labels, metadata = np.random.default_rng(0), {}, "File,Label\n", "File,patient,source,view\n"
@@ -350,3 +371,4 @@ def test_every_source_is_held_out_in_turn_and_an_interrupted_command_resumes(tmp
     runs = client.search_runs([experiment.experiment_id])
     seeds = [run_ for run_ in runs if run_.info.run_name.startswith("seed-0")]
     assert sorted(run_.data.params["held_out_source"] for run_ in seeds) == ["A", "B"]
+    assert [run_.info.status for run_ in runs] == ["FINISHED"] * 4  # of the seeds and their parents

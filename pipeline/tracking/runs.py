@@ -12,8 +12,9 @@ import socket
 import subprocess
 import time
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
+from io import StringIO
 from pathlib import Path
 from typing import Any, Self
 
@@ -235,18 +236,29 @@ def finish_parent(store: Store, run: Run, report: Path, bag: Mapping[str, Any], 
     store.client.set_tag(run.info.run_id, REPORT_HASH, digest)  # last: marks the run as complete
 
 
-def finish_trial(store: Store, fingerprint: str, metrics: Mapping[str, Any], tags: Mapping[str, str]) -> None:
-    """Tag the parent run of a trial of a hyperparameter search; log its metrics and close it, unless it is complete.
+def finish_parent_of_copy(
+    store: Store, config: Config, read_out: Callable[[str], str], tags: Mapping[str, str]
+) -> None:
+    """Tag the parent run of a training in a copy of the workspace; log its metrics and close it, unless it is complete.
 
-    Without a run, all seeds came from DVC's cache. A complete one may have more seeds than the trial.
+    No report is written there. Without a run, all seeds came from DVC's cache. A complete one may have more seeds.
+
+    Args:
+        store: the store of the run.
+        config: that of the copy; the held-out source does not count.
+        read_out: returns the text of an out of the copy by its path.
+        tags: of the run.
     """
-    run = find_run(store, fingerprint)
+    model = json.loads(read_out(f"models/{config.model_names[0]}/model.json"))
+    run = find_run(store, model["parent_fingerprint"])
     if run is None:
         return
     for key, value in tags.items():
         store.client.set_tag(run.info.run_id, key, value)
     if REPORT_HASH not in run.data.tags:
-        log_summary(store.client, run.info.run_id, metrics)
+        bag = json.loads(read_out("metrics/bag.json"))[config.active.bag.method]
+        seeds = pd.read_csv(StringIO(read_out("metrics/seeds.csv"))).set_index("metric")
+        log_summary(store.client, run.info.run_id, {**bag, **seed_statistics(seeds)})
         store.client.set_terminated(run.info.run_id, "FINISHED")
 
 
