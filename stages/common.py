@@ -21,7 +21,7 @@ from stages.fork_server import run_in_fork
 if TYPE_CHECKING:
     from rich.table import Table
 
-CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"]}
+CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
 PIPE_WIDTH = 100_000  # characters; wide enough to wrap nothing
 
 

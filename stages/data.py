@@ -18,14 +18,12 @@ def data() -> None:
     "--images",
     "limit",
     default=1000,
-    show_default=True,
     type=click.IntRange(min=0),
     help="Images to decode, evenly spaced; 0 for all.",
 )
 @click.option(
     "--sheet",
     default="contact_sheet.jpg",
-    show_default=True,
     type=click.Path(path_type=Path, dir_okay=False),
     help="File for the contact sheet of the most unusual images.",
 )

@@ -28,9 +28,7 @@ TABLE = Path("scores/external_validation.csv")
 
 
 @stage
-@click.option(
-    "--jobs", metavar="N", type=click.IntRange(1), default=1, show_default=True, help="Train N seeds at once."
-)
+@click.option("--jobs", metavar="N", type=click.IntRange(1), default=1, help="Train N seeds at once.")
 def external_validation(jobs: int) -> None:
     """Run the pipeline once per source with that source held out, and write scores/external_validation.csv.
 

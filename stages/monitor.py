@@ -21,7 +21,6 @@ DATES = ["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"]
 @click.option(
     "--out",
     default="monitor.html",
-    show_default=True,
     type=click.Path(path_type=Path, dir_okay=False),
     help="Page to write.",
 )

@@ -27,14 +27,12 @@ TABLE = click.Path(path_type=Path, dir_okay=False, allow_dash=True)
 @click.option(
     "--model",
     default="champion",
-    show_default=True,
     help="Alias or number of a registered version, or seed-K or bag from models/.",
 )
 @click.option(
     "--precision",
     type=click.Choice(["float32", "bfloat16"]),
     default="float32",
-    show_default=True,
     help="bfloat16 is faster on processors that have it, and may change a label near the threshold.",
 )
 @click.option(

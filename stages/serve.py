@@ -21,13 +21,10 @@ class NumberRange(click.FloatRange):
 @click.option(
     "--model",
     default="champion",
-    show_default=True,
     help="Alias or number of a registered version, or seed-K or bag from models/. An alias is followed.",
 )
-@click.option("--host", default="127.0.0.1", show_default=True, help="Name or address of this machine to listen on.")
-@click.option(
-    "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port; 0 for any that is free."
-)
+@click.option("--host", default="127.0.0.1", help="Name or address of this machine to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, help="Port; 0 for any that is free.")
 @click.option(
     "--name",
     "names",
@@ -38,21 +35,18 @@ class NumberRange(click.FloatRange):
     "--poll-seconds",
     type=NumberRange(0.1, 3600),
     default=10.0,
-    show_default=True,
     help="How often to ask the registry whether the alias has moved.",
 )
 @click.option(
     "--max-size",
     type=NumberRange(0.001, 4096),
     default=256.0,
-    show_default=True,
     help="Mebibytes of an image; of JSON a quarter. Requests have at most three times as much in memory together.",
 )
 @click.option(
     "--timeout",
     type=NumberRange(0.1, 3600),
     default=20.0,
-    show_default=True,
     help="Seconds for a slow client to send, and for decoding an image.",
 )
 @click.option(

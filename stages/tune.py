@@ -22,13 +22,11 @@ METRICS = ["auroc", "average_precision", "balanced_accuracy", "f1"]  # higher is
 
 @stage
 @click.argument("space", metavar="KEY=VALUES...", nargs=-1, required=True)
-@click.option("--trials", metavar="N", type=click.IntRange(1), default=20, show_default=True, help="Trials in all.")
+@click.option("--trials", metavar="N", type=click.IntRange(1), default=20, help="Trials in all.")
 @click.option("--seeds", metavar="LIST", help="Seeds of each trial.", show_default="the first three of params.yaml")
-@click.option(
-    "--metric", type=click.Choice(METRICS), default="auroc", show_default=True, help="Metric to maximize, on average."
-)
-@click.option("--study", "name", metavar="NAME", default="tune", show_default=True, help="Name of the study.")
-@click.option("--jobs", metavar="N", type=click.IntRange(1), default=1, show_default=True, help="Trials at once.")
+@click.option("--metric", type=click.Choice(METRICS), default="auroc", help="Metric to maximize, on average.")
+@click.option("--study", "name", metavar="NAME", default="tune", help="Name of the study.")
+@click.option("--jobs", metavar="N", type=click.IntRange(1), default=1, help="Trials at once.")
 @click.option("--ray", metavar="ADDRESS", help="Train on this Ray cluster.")
 def tune(
     space: tuple[str, ...], trials: int, seeds: str | None, metric: str, name: str, jobs: int, ray: str | None

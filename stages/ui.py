@@ -10,7 +10,7 @@ from stages.common import stage
 
 
 @stage
-@click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True, help="Port on this machine.")
+@click.option("--port", type=click.IntRange(1, 65535), default=5000, help="Port on this machine.")
 def ui(port: int) -> None:
     """Serve MLflow's UI until Ctrl-C, and print the links to seeds and bag by F1.
 
