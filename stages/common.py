@@ -3,6 +3,7 @@
 import errno
 import functools
 import gc
+import math
 import os
 import signal
 import subprocess
@@ -27,6 +28,14 @@ PIPE_WIDTH = 100_000  # characters; wide enough to wrap nothing
 
 class CommandError(click.ClickException):
     exit_code = 2
+
+
+class NumberRange(click.FloatRange):
+    """A range that not-a-number is outside of."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        return self.fail(f"{value} is not a number.", param, ctx) if math.isnan(number) else number
 
 
 def stage(function: Callable[..., None]) -> click.Command:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from stages.common import stage, user_message
+from stages.common import NumberRange, stage, user_message
 
 if TYPE_CHECKING:
     from pipeline.core.config import Config
@@ -30,7 +30,7 @@ DATES = ["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"]
 @click.option("--since", type=click.DateTime(DATES), help="Leave out earlier predictions (UTC).")
 @click.option(
     "--prevalence",
-    type=click.FloatRange(0, 1),
+    type=NumberRange(0, 1),
     help="Share of positives that is expected; by default that of the validation images.",
 )
 def monitor(log: Path, out: Path, model: str | None, since: datetime | None, prevalence: float | None) -> None:

@@ -1,20 +1,10 @@
 """Serve a model over HTTP, with a page."""
 
-import math
 from pathlib import Path
-from typing import Any
 
 import click
 
-from stages.common import stage
-
-
-class NumberRange(click.FloatRange):
-    """A range that not-a-number is outside of."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        number = super().convert(value, param, ctx)
-        return self.fail(f"{value} is not a number.", param, ctx) if math.isnan(number) else number
+from stages.common import NumberRange, stage
 
 
 @stage

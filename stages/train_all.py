@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from stages.common import check_git, prepare_training, require_ray, stage
+from stages.common import NumberRange, check_git, prepare_training, require_ray, stage
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -105,7 +105,7 @@ class SeedProcess:
 @click.option(
     "--gpus-per-seed",
     metavar="SHARE",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=NumberRange(0, 1, min_open=True),
     help="Share of a GPU that each seed gets on the Ray cluster.",
     show_default="1, or 0 if it has no GPU",
 )

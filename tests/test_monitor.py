@@ -215,6 +215,8 @@ def test_errors_are_one_line_and_leave_no_page(project, model):
         LOG.write_bytes(content)
         assert f"predictions.jsonl: {reason}" in error_line_of("cxr monitor predictions.jsonl")
     LOG.unlink()
+    line = error_line_of("cxr monitor predictions.jsonl --prevalence nan")
+    assert line == "Error: Invalid value for '--prevalence': nan is not a number."
     write_log(model, 4, 16, "0" * 64, "2")
     assert "model 000000000000 is none of those in models/" in error_line_of("cxr monitor predictions.jsonl")
     line = error_line_of("cxr monitor predictions.jsonl --model seed-0")
