@@ -129,10 +129,10 @@ class Bench:
 
 
 class NoCheckpoint(Checkpoint):
-    """Saves and loads nothing."""
+    """Saves and loads nothing; `feature_views` writes its features to the folder."""
 
-    def __init__(self) -> None:
-        super().__init__(Path(), "")
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, "")
 
     def save(self, state: dict[str, Any]) -> None:
         pass
@@ -175,11 +175,12 @@ def train(
     """
     count = min(count or len(pack.images), len(pack.images))
     subset = ["validation"] * VALIDATION_IMAGES + ["train"] * (count - VALIDATION_IMAGES)
-    table = pd.DataFrame({"label": np.arange(count) % 2, "subset": subset, "source": ""})
+    images = np.arange(count)  # two sources, each with both labels
+    table = pd.DataFrame({"label": images % 2, "subset": subset, "source": images // 2 % 2})
     trainer = loop.Trainer(params, seed, table, pack, bench.folder, group or ProcessGroup())
     trainer.use_cuda_graph = trainer.use_cuda_graph and graph
     with contextlib.suppress(Interrupted):
-        trainer.run(checkpoint or NoCheckpoint(), on_epoch, stop)
+        trainer.run(checkpoint or NoCheckpoint(Path(tempfile.mkdtemp(dir=bench.folder))), on_epoch, stop)
     bench.synchronize()
     return trainer
 
@@ -286,9 +287,25 @@ def check_determinism(bench: Bench) -> None:
         for precision in ("float32", "bfloat16", "tf32", "float16")
         if name == "alexnet" or precision in ("float32", "bfloat16")
     }
-    cases["efficientnet-lite0 with every option"] = cases["efficientnet-lite0 bfloat16"] | {
-        "image_size": 96, "rotation": 5, "zoom": 0.2, "shift": 0.05, "gamma_jitter": 0.5, "ema_decay": 0.9,
-        "gradient_accumulation_steps": 2, "frozen_epochs": 1, "sampling": "weighted", "schedule": "cosine",
+    resized = cases["efficientnet-lite0 bfloat16"] | {"image_size": 96}
+    cases |= {
+        "efficientnet-lite0 with augmentation and ema": resized | {
+            "rotation": 5, "zoom": 0.2, "shift": 0.05, "gamma_jitter": 0.5, "ema_decay": 0.9,
+            "gradient_accumulation_steps": 2, "frozen_epochs": 1, "sampling": "weighted", "schedule": "cosine",
+        },
+        "efficientnet-lite0 with style, groups and swa": resized | {
+            "histogram_exchange": 0.5, "fourier_exchange": 0.5, "contrast_jitter": 0.5, "min_resolution": 0.5,
+            "noise": 10, "min_jpeg_quality": 50, "cutmix_alpha": 1, "mixup_pairing": "same_label",
+            "label_smoothing": 0.1, "sampling": "group_balanced", "group_dro": 0.5, "domain_adversarial": 0.5,
+            "keep": "last", "swa_epochs": 1,
+        },
+        "efficientnet-lite0 with preprocessing": resized | {
+            "lung_crop": True, "marker_mask": True, "border_mask": 0.1, "intensity_normalization": "equalize",
+            "test_time_augmentation": "crops",
+        },
+        "efficientnet-lite0 with features of a frozen backbone": resized | {
+            "feature_views": 3, "feature_maps": 3, "frozen_epochs": 2, "rotation": 5,
+        },
     }  # fmt: skip
 
     def compare(changes: dict[str, Any]) -> dict[str, Any]:
@@ -477,7 +494,7 @@ def compare_precisions(bench: Bench) -> None:
 
 
 def check_process_group(bench: Bench) -> None:
-    """Train one seed by torchrun on all GPUs; record what one process too many says."""
+    """Train one seed by torchrun on all GPUs, if there are several; record what one process too many says."""
     count = torch.cuda.device_count()
 
     def compare() -> dict[str, Any]:
@@ -486,7 +503,6 @@ def check_process_group(bench: Bench) -> None:
         hashes = [results["float32"][0]["digest"] for results in (*runs, alone)]
         return {
             "processes": count,
-            "nccl": torch.cuda.nccl.version(),
             "equal bytes of two runs": hashes[0] == hashes[1],
             "equal bytes of one process": hashes[0] == hashes[2],
         }
@@ -498,7 +514,7 @@ def check_process_group(bench: Bench) -> None:
             return next((line for line in str(error).splitlines() if "Error: " in line), str(error)[-300:])
         return "it trained"
 
-    def reduce_alone() -> bool:
+    def reduce_alone() -> dict[str, Any]:
         """Sum gradients with NCCL in a group of one process."""
         where = f"file://{bench.folder}/nccl"
         distributed.init_process_group("nccl", init_method=where, rank=0, world_size=1)
@@ -508,11 +524,13 @@ def check_process_group(bench: Bench) -> None:
         network.zero_grad(set_to_none=True)
         nn.parallel.DistributedDataParallel(network)(images).square().sum().backward()
         distributed.destroy_process_group()
-        return expected is not None and torch.equal(network.weight.grad, expected)  # type: ignore[arg-type]
+        equal = expected is not None and torch.equal(network.weight.grad, expected)  # type: ignore[arg-type]
+        return {"nccl": torch.cuda.nccl.version(), "equal": equal}
 
     if bench.device.type == "cuda":
-        bench.run("nccl", "equal gradients in a group of one", reduce_alone)
-        bench.run("nccl", "torchrun", compare)
+        bench.run("nccl", "gradients in a group of one", reduce_alone)
+        if count > 1:  # one process needs no process group
+            bench.run("nccl", "torchrun", compare)
         bench.run("nccl", "more processes than GPUs", start_too_many)
 
 
@@ -569,8 +587,8 @@ SECTIONS = {
     "baseline": measure_baselines,
     "inference": measure_inference,
     "precisions": compare_precisions,
-    "nccl": check_process_group,
     "jpeg": measure_jpeg,
+    "nccl": check_process_group,  # last: a collective that hangs would end all
 }
 
 

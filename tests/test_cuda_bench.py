@@ -12,6 +12,8 @@ from conftest import ROOT, run
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from pipeline.core.config import TrainParams, load_config
+
 pytestmark = pytest.mark.slow
 
 PRESENT = ["torch", "torchvision", "timm", "scikit-learn", "pandas", "safetensors", "rich"]  # as the README says
@@ -83,6 +85,40 @@ def test_a_case_that_fails_is_recorded_and_the_others_run(tmp_path, monkeypatch)
     results = json.loads((tmp_path / "results.json").read_text())["rates"]
     assert results["works"] == 3
     assert results["fails"]["error"] == "ZeroDivisionError: division by zero"
+
+
+@pytest.fixture
+def cases(tmp_path, monkeypatch):
+    """A function that returns what a section would measure on one GPU, by name, without measuring it."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import gpu
+    import torch
+
+    found = {}
+    monkeypatch.setattr(gpu.Bench, "run", lambda _, section, name, measure: found.update({name: measure}))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    bench = gpu.Bench(torch.device("cuda"), False, tmp_path)
+    return lambda section: (gpu.SECTIONS[section](bench), found)[1]
+
+
+def test_the_recipes_that_are_trained_twice_have_every_lever_and_are_valid(cases):
+    defaults = load_config(ROOT / "params.yaml").profiles["competition"].train.model_dump()
+    recipes = [case.args[0] for case in cases("determinism").values()]
+    for recipe in recipes:
+        TrainParams.model_validate(defaults | recipe)
+    levers = set().union(*recipes)
+    assert {
+        "feature_maps",
+        "lung_crop",
+        "histogram_exchange",
+        "group_dro",
+        "domain_adversarial",
+        "swa_epochs",
+    } <= levers
+
+
+def test_torchrun_is_not_measured_on_one_gpu_where_it_needs_no_nccl(cases):
+    assert [*cases("nccl")] == ["gradients in a group of one", "more processes than GPUs"]
 
 
 def write_wheel(folder: Path, name: str) -> None:
