@@ -429,6 +429,21 @@ def test_there_is_no_calibration_slope_without_a_finite_optimum(probabilities):
     assert math.isnan(slope)
 
 
+@pytest.mark.parametrize("images_per_patient", [1, 4])
+def test_the_interval_of_the_calibration_intercept_covers_where_the_prevalence_is_sampled_too(images_per_patient):
+    """The probabilities are calibrated but say little (AUROC 0.71), so the sampled prevalence matters most."""
+    rng, covered, replicates, patients = np.random.default_rng(0), 0, 150, 200
+    groups = np.repeat(np.arange(patients), images_per_patient)
+    for _ in range(replicates):
+        logits = (0.8 * rng.standard_normal(patients) - 2)[groups]
+        probabilities = 1 / (1 + np.exp(-logits))
+        labels = (rng.random(patients)[groups] < probabilities).astype(int)
+        row = intervals(labels, probabilities, groups).loc["calibration_intercept"]
+        covered += row["low"] <= 0 <= row["high"]
+    low, high = stats.binom.ppf([0.001, 0.999], replicates, [0.94, 0.97])
+    assert low <= covered <= high
+
+
 # Differences
 
 

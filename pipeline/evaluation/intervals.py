@@ -2,7 +2,8 @@
 
 The interval of each metric is one that covered in `bench/coverage.py`; docs/evaluation.md has its table. Images of one
 group (patient) are dependent, and every interval allows for that. The numbers of positive and negative images count as
-fixed: metrics that depend on the prevalence are those at the prevalence of the set.
+fixed: metrics that depend on the prevalence are those at the prevalence of the set. Only the interval of the
+calibration intercept, which says whether that prevalence is the predicted one, allows for their variation.
 """
 
 from functools import cache
@@ -340,7 +341,17 @@ def _ranking_intervals(
 def _calibration_intervals(
     labels: np.ndarray, groups: np.ndarray, estimates: np.ndarray, deviations: np.ndarray
 ) -> dict[str, Interval]:
-    half_widths = _half_widths(influence.center_by_class(deviations, labels), labels, groups)
+    """Compute intervals of intercept and slope.
+
+    The intercept compares the mean probability with the share of positives, so that its variance includes that of the
+    share: the class sizes are not taken as fixed, as they are for all other metrics.
+    """
+    one_stratum = np.zeros_like(labels)
+    variances = [
+        influence.clustered_covariance(influence.center_by_class(column[:, None], strata), strata, groups)[0, 0]
+        for column, strata in zip(deviations.T, (one_stratum, labels), strict=True)
+    ]
+    half_widths = stdtrit(smaller_group_count(labels, groups) - 1, QUANTILES[1]) * np.sqrt(variances)
     return {
         metric: Interval(estimate - half_width, estimate + half_width, "robust t")
         for metric, estimate, half_width in zip(CALIBRATION_METRICS, estimates, half_widths, strict=True)
