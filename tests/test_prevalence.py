@@ -62,6 +62,26 @@ def test_the_interval_contains_the_truth_and_only_a_real_difference_is_called_on
     assert all(result.low <= result.prevalence <= result.high for result in (*same, *shifted))
 
 
+@pytest.mark.parametrize("label", [0, 1])
+def test_test_images_of_one_class_have_an_exact_end_and_few_of_them_no_difference(label):
+    """Of 60 images, none may be of a class whose share is 2.5 %; of 1000, it is another share."""
+    rng, labels = np.random.default_rng(0), np.full(400, label)
+    labels[:10] = 1 - label
+
+    def estimate_of(count):
+        scores, new = (
+            1 / (1 + np.exp(-8 * (values - 0.5) - rng.standard_normal(len(values))))
+            for values in (labels, np.full(count, label))
+        )
+        return estimate_prevalence(labels, scores, np.arange(400), new, np.arange(count))
+
+    few, many = estimate_of(60), estimate_of(1000)
+    assert few.prevalence == pytest.approx(label, abs=5e-4)
+    assert few.high - few.low == pytest.approx(1 - 0.025 ** (1 / 60), rel=0.01)
+    assert not few.differs
+    assert many.differs
+
+
 def test_fewer_positive_images_widen_the_interval():
     def width(**changes):
         return np.mean([(r := estimate(seed, **changes)).high - r.low for seed in range(5)])

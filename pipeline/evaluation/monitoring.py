@@ -1,7 +1,7 @@
 """Comparison of the images that came in with those that a model was trained and validated on."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,7 @@ from scipy.spatial.distance import cdist
 from pipeline.evaluation import dataset_shift
 from pipeline.evaluation.calibration import log_odds
 from pipeline.evaluation.dataset_shift import SIGNIFICANCE_LEVEL
-from pipeline.evaluation.metrics import CONFIDENCE_LEVEL
-from pipeline.evaluation.prevalence import RESAMPLES, PrevalenceEstimate, estimate_prevalence
+from pipeline.evaluation.prevalence import AT_BORDER, RESAMPLES, PrevalenceEstimate, estimate_prevalence
 
 NEIGHBORS = 5  # whose mean distance says how unusual an image is
 # Of the distances, which then weigh the few far ones: a few photographs among radiographs are found far more often, but
@@ -21,7 +20,6 @@ TAIL_POWER = 6
 OUTLIER_PERCENTILE = 99  # of the distances of validation images
 CHUNK_SIZE = 1000  # images whose distances are in memory
 MIN_IMAGES = 20  # that are compared; of fewer only the largest differences would be found
-AT_BORDER = 5e-4  # of 0 or 1: a prevalence that is shown as 0.0 % or 100.0 %
 MAX_IMAGES = 5000  # from which the prevalence is estimated; the shift tests take fewer
 MAX_SENTENCE_FEATURES = 4
 LARGE_DIFFERENCE = 0.5  # standard deviations
@@ -305,27 +303,16 @@ def _test_category(reference: pd.DataFrame, new: pd.DataFrame, field: str) -> pd
 
 
 def _estimate_prevalence(validation: pd.DataFrame, new: pd.DataFrame) -> PrevalenceEstimate:
-    """Estimate the prevalence; the interval assumes that new images are grouped like the others, by like scores.
-
-    At the border, where resamples do not vary, it has the exact end (Clopper and Pearson 1934) of as many groups.
-    """
+    """Estimate the prevalence; the interval assumes that new images are grouped like the others, by like scores."""
     scores = new["score"].to_numpy()
     if len(scores) > MAX_IMAGES:
         scores = np.random.default_rng(0).choice(scores, MAX_IMAGES, replace=False)
     sizes = validation["group"].value_counts().to_numpy()
     new_groups = np.argsort(np.argsort(scores)) // ((sizes**2).sum() / sizes.sum())
-    estimate = estimate_prevalence(
+    return estimate_prevalence(
         validation["label"].to_numpy(int), validation["score"].to_numpy(), validation["group"].to_numpy(),
         scores, new_groups,
     )  # fmt: skip
-    if estimate.reason:
-        return estimate
-    width = 1 - ((1 - CONFIDENCE_LEVEL) / 2) ** (1 / (new_groups.max() + 1))
-    if estimate.prevalence < AT_BORDER:
-        return replace(estimate, high=np.fmax(estimate.high, width))
-    if estimate.prevalence > 1 - AT_BORDER:
-        return replace(estimate, low=np.fmin(estimate.low, 1 - width))
-    return estimate
 
 
 def prevalence_p(

@@ -8,7 +8,7 @@ from scipy.special import expit, logit
 
 from pipeline.evaluation.calibration import log_odds
 from pipeline.evaluation.intervals import bootstrap_weights, percentile_ends, smaller_group_count
-from pipeline.evaluation.metrics import has_single_class
+from pipeline.evaluation.metrics import CONFIDENCE_LEVEL, has_single_class
 
 PREVALENCES = [0.01, 0.02, 0.05, *(tenth / 10 for tenth in range(1, 10))]
 MAX_ITERATIONS, TOLERANCE = 1000, 1e-9
@@ -16,6 +16,7 @@ NEWTON_STEPS, BISECTIONS = 25, 30
 SLOPE_PENALTY = 1e-3  # as in `calibration.fit_platt`: keeps the slope finite if the classes are separable
 MAX_LOG_RATIO = 30.0  # bound on the log likelihood ratio of the classes
 MIN_PATIENTS = 5  # labeled, of each class; with fewer, the interval of a difference excludes 0 too often
+AT_BORDER = 5e-4  # of 0 or 1: a prevalence that is shown as 0.0 % or 100.0 %
 RESAMPLES = 500  # of the interval of the prevalence; its ends then vary by about a tenth of its width
 
 
@@ -120,7 +121,9 @@ def estimate_prevalence(
 
     The estimate is that of `adapt_label_shift` on scores calibrated with `calibration.fit_platt`'s model. The interval
     is a percentile bootstrap that resamples the groups of both sets and refits the calibration on every resample,
-    because with few positive images the calibration is the less certain part.
+    because with few positive images the calibration is the less certain part. Within `AT_BORDER` of 0 or 1 resamples do
+    not vary; there the interval reaches to the exact end (Clopper and Pearson 1934) of as many groups, and that of the
+    difference to this end less the opposite end of the interval of the labeled images' prevalence.
 
     Args:
         labels: (N,), of the labeled images, 0 or 1.
@@ -164,6 +167,12 @@ def estimate_prevalence(
     sample = _maximize_likelihood(np.exp(np.clip(log_ratios, -MAX_LOG_RATIO, MAX_LOG_RATIO)), new_weights)[1:]
     low, high = percentile_ends(sample)
     difference_low, difference_high = percentile_ends(sample - priors[1:])
+    prior_low, prior_high = percentile_ends(priors[1:])
+    exact = 1 - ((1 - CONFIDENCE_LEVEL) / 2) ** (1 / len(np.unique(new_groups)))
+    if prevalence < AT_BORDER:
+        high, difference_high = max(high, exact), max(difference_high, exact - prior_low)
+    elif prevalence > 1 - AT_BORDER:
+        low, difference_low = min(low, 1 - exact), min(difference_low, 1 - exact - prior_high)
     return replace(estimate, low=low, high=high, difference_low=difference_low, difference_high=difference_high)
 
 
