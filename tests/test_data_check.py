@@ -19,6 +19,7 @@ from conftest import (
 )
 from PIL import Image
 
+from pipeline.data import outliers
 from pipeline.data.source_folder import LocalFolder
 from pipeline.data.sources import covid_chestxray
 
@@ -70,8 +71,8 @@ def test_an_archive_is_described_and_nothing_but_the_contact_sheet_is_written(fo
     assert rows["age"] == "24 known, 20 to 43 years"
     assert rows["decoded"] == "25 of 27"
     assert rows["unusable"].startswith("2: 1 × ")
-    assert "not an image in a known format (first train/train/a001.jpg)" in rows["unusable"]
-    assert "empty file (first train/train/a002.jpg)" in rows["unusable"]
+    assert "not an image in a known format (first a001.jpg)" in rows["unusable"]
+    assert "empty file (first a002.jpg)" in rows["unusable"]
     assert sorted(path.name for path in folder.iterdir()) == ["contact_sheet.jpg", "own.zip", "params.yaml"]
     assert Image.open(folder / "contact_sheet.jpg").width > 1000
 
@@ -167,10 +168,43 @@ def test_public_sets_have_the_section_of_their_page_with_the_tables_where_they_a
     assert yaml.safe_load(output[output.index("download:") :].split("\n\n")[0])["finding"]["name"] == "pneumonia"
 
 
+def test_images_are_called_by_the_names_that_excluded_files_takes(folder, monkeypatch):
+    names = [f"{subset}/{label}/{number}.jpg" for subset in ("train", "test") for label in "ab" for number in range(2)]
+    write_images(folder / "own", *names)
+    (folder / "own/train/a/0.jpg").write_bytes(b"")
+    set_download(folder, {"source": "folders", "path": "own", "positive": ["a"], "negative": ["b"]})
+    titles: list[str] = []
+    monkeypatch.setattr(outliers, "write_contact_sheet", lambda _path, _images, names: titles.extend(names))
+    assert "1 × empty file (first train_a_0.jpg)" in output_of("cxr data check")
+    assert set(titles) == {name.replace("/", "_") for name in names} - {"train_a_0.jpg"}
+
+
+def test_no_column_about_the_patient_but_the_one_that_names_it_is_guessed(folder):
+    write_images(folder / "own", *(f"{number}.jpg" for number in range(4)))
+    header = "image,patient_age,PatientBirthDate,case_control,patientSex,{},label"
+    for name in ("Patient ID", "patientId", "SUBJECT_NO", "case", "pid", "study_patient"):
+        lines = [header.format(name), *(f"{number}.jpg,50,1950,1,F,p{number},{number % 2}" for number in range(4))]
+        (folder / "own/list.csv").write_text("\n".join(lines))
+        columns = guessed_section(invoke("cxr data check own --images 1").output)["columns"]
+        assert columns["patient"] == name
+        assert columns["age"] == "patient_age"
+
+
+@pytest.mark.parametrize("name", ["images_001.zip", "positive/part.tgz", "all.tar.gz"])
+def test_a_folder_of_archives_says_to_unpack_them(folder, name):
+    write_files(folder / "own", {name: b"x", "README.md": b"x"})
+    error = f"Error: own: no images, but 1 archives, the first is {name}; unpack them"
+    assert error_line_of("cxr data check own") == error
+
+
 def test_a_section_whose_column_is_missing_is_shown_with_the_error(folder):
     write_images(folder / "nih", "images_001/images/00000001_000.png")
     (folder / "nih/Data_Entry_2017.csv").write_text("Image Index,Finding Labels\n00000001_000.png,Mass\n")
     error = "Error: nih/Data_Entry_2017.csv: no column 'Patient ID'; its header is Image Index,Finding Labels"
+    assert error_line_of("cxr data check nih").startswith(error)
+    header = "Image Index,Finding Labels,Patient ID,Patient Age,Patient Sex,View Position\n"
+    (folder / "nih/Data_Entry_2017.csv").write_text(header + "00000001_000.png,Mass,1,58,M,PA\n")
+    error = "Error: nih/Data_Entry_2017.csv: no column 'Patient Gender' (did you mean 'Patient Sex'?); its header is"
     assert error_line_of("cxr data check nih").startswith(error)
     assert guessed_section(invoke("cxr data check nih").output)["labels"] == "Data_Entry_2017.csv"
 

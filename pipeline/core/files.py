@@ -214,7 +214,10 @@ def check_columns(table: pd.DataFrame, columns: Collection[str], name: str) -> N
     for column in columns:
         if column not in table:
             by_case = {str(own).casefold(): own for own in table.columns}
-            near = difflib.get_close_matches(column.casefold(), by_case, n=1)
+            others = [key for key, own in by_case.items() if own not in columns]  # rarely one that has its use
+            near = [
+                key for keys in (others, by_case) for key in difflib.get_close_matches(column.casefold(), keys, n=1)
+            ]
             hint = f" (did you mean {by_case[near[0]]!r}?)" if near else ""
             raise UserError(
                 f"{name}: no column {column!r}{hint}; its header is {','.join(map(str, table.columns))} and must have "

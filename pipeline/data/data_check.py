@@ -47,7 +47,7 @@ class CheckedData:
 
     Attributes:
         read: returns the content of an image file.
-        names: of these files.
+        names: of these files: as `prepare.excluded_files` takes them or, if there is a problem, paths.
         rows: from `layout.read_layout`; None if there is a problem.
         warnings: what in the tables does not match.
         problem: why `download` would refuse the data, or an empty text.
@@ -89,8 +89,10 @@ def open_data(params: DownloadParams, problem: str = "") -> Iterator[CheckedData
                 raise
             problem = str(error)
         if contents is not None:
-            reader, members = stack.enter_context(RawImages(raw, params)), contents.images["member"]
-            yield CheckedData(reader.read, list(members[members != ""]), contents.images, contents.warnings, "")
+            reader, rows = stack.enter_context(RawImages(raw, params)), contents.images
+            found = rows[rows["member"] != ""]
+            members: dict[str, str] = dict(zip(found["file"], found["member"], strict=True))
+            yield CheckedData(lambda file: reader.read(members[file]), list(members), rows, contents.warnings, "")
         else:
             folder = open_source_folder(path, "the data")
             yield CheckedData(folder.read_bytes, detection.list_images(folder), None, [], problem)

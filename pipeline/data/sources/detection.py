@@ -21,6 +21,7 @@ from pipeline.data.sources.image_paths import is_image
 log = logging.getLogger(__name__)
 
 TABLE = re.compile(r"\.(csv|tsv)(\.gz)?$", re.IGNORECASE)
+ARCHIVE = re.compile(r"\.(zip|tar|tgz|tar\.(gz|bz2|xz)|7z|rar)$", re.IGNORECASE)
 SPREADSHEET = re.compile(r"\.(xlsx?|ods)$", re.IGNORECASE)
 MAX_TABLES = 20  # that are read
 SAMPLE_SIZE = 1000  # rows of a table that are matched with files
@@ -43,7 +44,7 @@ PUBLIC_SETS = {
 # What the columns of tables are called, by the key of `download.columns`
 COLUMN_NAMES = {
     "label": r"label|finding|diagnos|target|class|covid",
-    "patient": r"patient|subject|^pid$|case",
+    "patient": r"(patient|subject|case|^p)[ _-]?(id|no|nr|number|name|key|code)?$",  # and not patient_age
     "source": r"source|site|hospital|dataset|institution",
     "view": r"(?<!re)view|projection",
     "sex": r"sex|gender",
@@ -133,7 +134,11 @@ def _guess_folders(folder: SourceFolder) -> Guess:
         )
     elif sheets := [file for file in folder.files if SPREADSHEET.search(file)]:
         log.warning("%s/%s: a spreadsheet, which is not read; save it as CSV in UTF-8", folder.root, sheets[0])
-    return {"source": "folders" if list_images(folder) else "archive"}, ""
+    if list_images(folder):
+        return {"source": "folders"}, ""
+    archives = [file for file in folder.files if ARCHIVE.search(file)]
+    remark = f"no images, but {len(archives)} archives, the first is {archives[0]}; unpack them" if archives else ""
+    return {"source": "archive"}, remark
 
 
 def _guess_by_tables(folder: SourceFolder, files: list[str]) -> Guess | None:

@@ -6,7 +6,7 @@ import pandas as pd
 
 # Files that describe images. All others are taken for images, also those without an ending, as DICOM may be.
 DESCRIPTION = re.compile(
-    r"(?:.*\.(?:csv|tsv|txt|md|rst|json|xml|ya?ml|xlsx?|docx?|pdf|html?|ini|log|py|ipynb|npy|npz|zip|gz|tar|md5|exe|dll|inf)"
+    r"(?:.*\.(?:csv|tsv|txt|md|rst|json|xml|ya?ml|xlsx?|docx?|pdf|html?|ini|log|py|ipynb|npy|npz|zip|gz|tar|tgz|bz2|xz|7z|rar|md5|exe|dll|inf)"
     r"|readme|licen[cs]e|dicomdir|\..*)"
 )
 
