@@ -25,7 +25,8 @@ def history() -> None:
     from pipeline.tracking.version_card import MISSING, format_time
 
     name = load_config().model_name
-    records = registry.champion_history(connect(name), name)
+    store = connect(name)
+    records = registry.champion_history(store, name)
     if not records:
         click.echo(f"{name} has had no champion yet; run: dvc repro promote")
         return
@@ -35,12 +36,16 @@ def history() -> None:
     ]
     title = f"Champion history of {name}"
     table = Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    ends = [format_time(record.since) for record in records[1:]] + ["now"]
+    last = records[-1].version
+    is_deleted = last not in {str(version.version) for version in registry.list_versions(store, name)}
+    ends = [format_time(record.since) for record in records[1:]] + ["deleted" if is_deleted else "now"]
     for record, end in zip(records, ends, strict=True):
         known = [value or MISSING for value in (record.candidate, record.f1, format_time(record.since), end)]
         reason = " ".join(record.reason.split())  # one line
         table.add_row(record.version, *known, record.decided_by or MISSING, reason)
     print_table(table)
+    if is_deleted:
+        click.echo(f"{name} has no champion: version {last} was deleted; run: cxr sync")
 
 
 if __name__ == "__main__":

@@ -129,13 +129,24 @@ def model_tags(project: Path) -> dict[str, dict[str, str]]:
 
 
 def champion_runs(project: Path) -> list[str]:
-    """Return the candidates and versions of the runs that are marked as champion, by color and by tag."""
+    """Return the candidates and the champion's version of the runs that are marked so, by color and by tag."""
     client = mlflow_client(project)
     all_runs = client.search_runs([client.get_experiment_by_name(NAME).experiment_id])
-    marked = [[run for run in all_runs if run.data.tags.get("champion") == "champion"]]
+    marked = [[run for run in all_runs if "champion" in run.data.tags]]
     marked += [[run for run in all_runs if run.data.tags[registry.RUN_COLOR_TAG] == registry.CHAMPION_COLOR]]
     assert marked[0] == marked[1]
-    return [f"{run.data.tags['candidate']} {run.data.tags['version']}" for run in marked[0]]
+    tags = [run.data.tags for run in marked[0]]
+    return [f"{one['candidate']} {one['champion'].replace('champion', one['version'])}" for one in tags]
+
+
+def shown_version(project: Path, run_id: str) -> str:
+    """Return the version that a run names, after a check that the run has the metrics of its logged model."""
+    client = mlflow_client(project)
+    of_run = client.get_run(run_id).data
+    version = client.get_model_version(NAME, of_run.tags["version"])
+    of_model = client.get_logged_model(registry.logged_model_id(version)).metrics
+    assert {metric.key: metric.value for metric in of_model}.items() <= of_run.metrics.items()
+    return str(version.version)
 
 
 def cards(project: Path) -> dict[str, str]:
@@ -191,7 +202,8 @@ def test_a_champion_of_another_training_is_evaluated_on_the_present_validation_s
     version = registry.get_version(connect(NAME), NAME, challenger)
     (rejection,) = [row for row in registry.decisions_about(version) if not row["promoted"]]
     assert (rejection["reason"], rejection["decided_by"]) == (decision["reason"], "gate")
-    assert champion_runs(promoted) == ["bag 3"]
+    assert champion_runs(promoted) == ["bag version 3"]
+    assert shown_version(promoted, version.run_id) == challenger  # whose metrics the bag's run has now
 
     edit_params(promoted, lambda params: params["demo"]["promote"].update(false_promotion_rate=1.0))
     assert "is champion: " in output_of("cxr promote")
@@ -485,7 +497,11 @@ def test_rollback_skips_deleted_versions(promoted):
     for version in (second, third):
         output_of(f"cxr promote --model {version} --reason 'it is another'")
     mlflow_client(promoted).delete_model_version(NAME, third)
+    assert output_of("cxr history").splitlines()[-1] == (
+        f"{NAME} has no champion: version {third} was deleted; run: cxr sync"
+    )
     assert f"version {first} (" in output_of("cxr rollback")
+    assert "deleted" not in output_of("cxr history").splitlines()[-1]
 
 
 def test_an_alias_that_was_changed_by_hand_is_set_back_with_a_warning_or_recorded(promoted, caplog):

@@ -46,6 +46,15 @@ def test_an_address_that_is_none_is_an_error(monkeypatch):
     assert error_message(check_reachable).startswith("MLflow at http://[::1 cannot be used: Invalid IPv6 URL; ")
 
 
+@pytest.mark.parametrize("uri", ["mlruns", "./mlruns", "file:///tmp/mlruns"])
+def test_a_folder_is_no_store(monkeypatch, uri):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert error_message(check_reachable) == (
+        f"MLFLOW_TRACKING_URI={uri}: not the URI of a server or a database; set one, or unset it "
+        "to use mlflow.db in the repository's root"
+    )
+
+
 def test_a_used_port_is_named_before_links_to_it_are_printed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

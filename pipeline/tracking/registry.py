@@ -156,6 +156,9 @@ def complete_logged_models(
 ) -> None:
     """Tie the logged models of all versions to their versions, and log metrics to models and runs that lack them.
 
+    A run with several versions, such as bags of the same seeds, gets the tags `candidate` and `version` of the one
+    whose metrics it has.
+
     Args:
         store: the store of the registered model.
         name: the registered model.
@@ -171,18 +174,20 @@ def complete_logged_models(
         _link_model(store, version, model)
         if number not in metrics:
             continue
-        of_run = store.client.get_run(run_id).data.metrics
+        run = store.client.get_run(run_id).data
+        tags = {"candidate": version.tags["candidate"], "version": number}
+        changed_tags = [RunTag(key, value) for key, value in tags.items() if run.tags.get(key) != value]
         logged = sorted(model.metrics or [], key=lambda metric: metric.timestamp)
         of_model = {metric.key: metric.value for metric in logged if metric.dataset_digest == dataset_digest}
         changed = {
             key: value
             for key, value in metrics[number].items()
-            if value is not None and not value == of_model.get(key) == of_run.get(key)
+            if value is not None and not value == of_model.get(key) == run.metrics.get(key)
         }
-        if changed:  # MLflow logs a model's metrics to its run too
+        if changed or changed_tags:  # MLflow logs a model's metrics to its run too
             time_ms, of = round(next_timestamp(store.client, run_id) * 1000), (VALIDATION, dataset_digest)
             batch = [Metric(key, value, time_ms, 0, model.model_id, *of) for key, value in changed.items()]
-            store.client.log_batch(run_id, metrics=batch)
+            store.client.log_batch(run_id, metrics=batch, tags=changed_tags)
 
 
 def logged_model_id(version: ModelVersion) -> str:
@@ -203,23 +208,25 @@ def _link_model(store: Store, version: ModelVersion, model: LoggedModel) -> None
 def mark_champion(store: Store, name: str) -> None:
     """Say on MLflow's pages which version is champion: on those of runs, of versions and of the registered model.
 
-    Runs of versions get the tags `candidate`, `version` and `mlflow.runColor`, and the champion's run `champion`. Of a
-    run with several versions, the champion counts, or else the newest. Of machines that promote at the same time, the
-    one that writes last has read the last entry of the history.
+    Runs of versions get the tag `mlflow.runColor`, and the champion's run `champion`, with its number if the run has
+    the metrics of another version. Of machines that promote at the same time, the one that writes last has read the
+    last entry of the history.
     """
     while True:
         history, last = champion_history(store, name), _last_record(store, name)
-        found = store.client.search_runs([store.experiment_id], max_results=50_000)
-        runs = {str(run.info.run_id): run for run in found}
-        champion = last.version if last else None
+        champion, versions = last.version if last else None, list_versions(store, name)
+        champion_runs = [version.run_id for version in versions if str(version.version) == champion]
+        for run in store.client.search_runs([store.experiment_id], max_results=50_000):
+            shown = run.data.tags.get("version")
+            if run.info.run_id in champion_runs:
+                _mark_run(store, run, CHAMPION if shown == champion else f"version {champion}")
+            elif shown:
+                _mark_run(store, run, "")
         model = store.client.get_registered_model(name)
         description = (model.description or "").partition(RULE)[0][:MAX_INTRODUCTION]
-        versions = [version for version in list_versions(store, name) if "candidate" in version.tags]
-        versions.sort(key=lambda version: str(version.version) == champion)
-        for run_id, version in {str(version.run_id): version for version in versions}.items():
-            if run_id in runs:
-                _mark_run(store, runs[run_id], version, is_champion=str(version.version) == champion)
         for version in versions:
+            if "candidate" not in version.tags:
+                continue
             number = str(version.version)
             state = version_card.describe_state(
                 version,
@@ -238,15 +245,13 @@ def mark_champion(store: Store, name: str) -> None:
             return
 
 
-def _mark_run(store: Store, run: Run, version: ModelVersion, *, is_champion: bool) -> None:
-    color = SEED_COLOR if version.tags["candidate"] != BAG else BAG_COLOR
-    color = CHAMPION_COLOR if is_champion else color
-    tags = {"candidate": version.tags["candidate"], "version": str(version.version), RUN_COLOR_TAG: color}
-    tags |= {CHAMPION: CHAMPION} if is_champion else {}
+def _mark_run(store: Store, run: Run, champion: str) -> None:
+    color = BAG_COLOR if run.data.tags.get("candidate") == BAG else SEED_COLOR
+    tags = {RUN_COLOR_TAG: CHAMPION_COLOR, CHAMPION: champion} if champion else {RUN_COLOR_TAG: color}
     changed = [RunTag(key, value) for key, value in tags.items() if run.data.tags.get(key) != value]
     if changed:
         store.client.log_batch(run.info.run_id, tags=changed)
-    if CHAMPION in run.data.tags and not is_champion:
+    if CHAMPION in run.data.tags and not champion:
         try:
             store.client.delete_tag(run.info.run_id, CHAMPION)
         except MlflowException as error:  # another machine deleted it

@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.parse import quote, unquote, urlsplit
 
-from pipeline.core.errors import UnreachableError, redact_credentials
+from pipeline.core.errors import UnreachableError, UserError, redact_credentials
 
 SQLITE = "sqlite:///"
 DEFAULT_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
@@ -55,10 +55,16 @@ def check_reachable() -> None:
 
     Raises:
         UnreachableError: it cannot.
+        UserError: it is a folder.
     """
     uri = tracking_uri()
     try:
         url = urlsplit(uri)
+        if url.scheme in ("", "file"):
+            raise UserError(
+                f"MLFLOW_TRACKING_URI={uri}: not the URI of a server or a database; set one, or "
+                "unset it to use mlflow.db in the repository's root"
+            )
         if url.scheme in ("http", "https"):
             with urllib.request.urlopen(f"{redact_credentials(uri).rstrip('/')}/health", timeout=10):  # noqa: S310
                 pass

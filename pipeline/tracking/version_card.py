@@ -25,7 +25,7 @@ MISSING = "–"
 CHECKLIST = "\n## "  # begins the last part of the model card, the only one with a heading
 # The sections of the model card that are kept first; of the others, those that fit.
 KEPT_FIRST = ["Limitations", "Model details", "Intended use"]
-METRICS = ["f1", "accuracy", "recall", "specificity", "precision", "auroc", "average_precision", "loss"]
+METRICS = ["f1", "accuracy", "recall", "specificity", "precision", "auroc", "average_precision"]
 PARAMS = {"backbone", "image_size", "epochs", "batch_size", "optimizer", "lr"}  # the others only where not the default
 ESTIMATE_TYPES = {
     "fixed": "Fixed: nothing was chosen on these images",

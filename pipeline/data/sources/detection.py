@@ -44,7 +44,7 @@ PUBLIC_SETS = {
 # What the columns of tables are called, by the key of `download.columns`
 COLUMN_NAMES = {
     "label": r"label|finding|diagnos|target|class|covid",
-    "patient": r"(patient|subject|case|^p)[ _-]?(id|no|nr|number|name|key|code)?$",  # and not patient_age
+    "patient": r"(patient|subject|case|^p)[ _-]?(id|identifier|no|nr|number|name|key|code)?$",  # and not patient_age
     "source": r"source|site|hospital|dataset|institution",
     "view": r"(?<!re)view|projection",
     "sex": r"sex|gender",
