@@ -5,7 +5,7 @@ a multi-reader multi-case study.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +50,8 @@ class Recipe:
     """One side of a comparison.
 
     `predictions` has a table for `validation`, and one for `external` if a source is held out: a row per image, indexed
-    by file, with `label`, `group`, `bytes` (size of the file), `xxh128` (of the stored pixels) and a column of
-    P(positive) per seed. `commit` is that of a Git revision, None for a folder.
+    and sorted by file, with `label`, `group`, `bytes` (size of the file), `xxh128` (of the stored pixels) and a column
+    of P(positive) per seed. `commit` is that of a Git revision, None for a folder.
     """
 
     name: str
@@ -94,6 +94,7 @@ def load_recipe(folder: Path, name: str, commit: str | None = None) -> Recipe:
         .set_index("file")
         .join(manifest[["bytes", "xxh128"]])
         .join(split["group"])
+        .sort_index()
         for image_set in ("validation", "external")
     }
     if predictions["external"].empty:
@@ -111,10 +112,6 @@ def compare_recipes(a: Recipe, b: Recipe) -> Comparison:
         UserError: they were not evaluated on the same images, or have no seed in common.
     """
     check_same_images(a, b)
-    a, b = (
-        replace(recipe, predictions={name: table.sort_index() for name, table in recipe.predictions.items()})
-        for recipe in (a, b)
-    )
     seeds = [name for name in a.config.model_names if name in b.config.model_names]
     if not seeds:
         raise UserError(

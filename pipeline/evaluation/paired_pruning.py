@@ -18,7 +18,7 @@ def resample_metric(recipe: Recipe, metric: str) -> pd.DataFrame:
 
     Metrics that need a threshold are those at 0.5.
     """
-    table = recipe.predictions["validation"].sort_index()
+    table = recipe.predictions["validation"]
     validation = ValidationSet(
         table["label"].to_numpy(), table["group"].to_numpy(), recipe.config.active.evaluate.resamples
     )
