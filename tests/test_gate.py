@@ -10,6 +10,7 @@ from sklearn.metrics import f1_score
 from pipeline.core.config import EvaluateParams
 from pipeline.evaluation import gate
 from pipeline.evaluation.metric_tables import ValidationSet
+from pipeline.evaluation.metrics import count_groups
 from pipeline.evaluation.operating_point import choose_threshold
 
 
@@ -166,4 +167,4 @@ def test_images_that_a_model_was_trained_on_are_left_out_with_those_of_the_same_
 
 
 def test_patients_are_counted_once_per_class():
-    assert gate.count_groups(np.array([1, 1, 0, 0, 0]), np.array(["a", "a", "a", "b", "c"])) == (1, 3)
+    assert count_groups(np.array([1, 1, 0, 0, 0]), np.array(["a", "a", "a", "b", "c"])) == (1, 3)

@@ -7,7 +7,7 @@ from typing import TypeVar
 import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold
 
-from pipeline.evaluation.metrics import has_single_class
+from pipeline.evaluation.metrics import count_groups, has_single_class
 
 FOLD_COUNT = 5
 Fitted = TypeVar("Fitted")
@@ -25,7 +25,7 @@ def grouped_folds(labels: np.ndarray, groups: np.ndarray) -> list[tuple[np.ndarr
         there are folds, or if a fold would fit on a single class.
     """
     labels = np.asarray(labels)
-    if min((len(np.unique(groups[labels == label])) for label in (0, 1)), default=0) < FOLD_COUNT:
+    if min(count_groups(labels, groups)) < FOLD_COUNT:
         return []
     with warnings.catch_warnings():
         # Groups with images of both classes can leave a fold without one of the classes.

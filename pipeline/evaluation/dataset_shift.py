@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy.spatial.distance import cdist
 
-from pipeline.evaluation.metrics import has_single_class
+from pipeline.evaluation.metrics import count_groups, has_single_class
 
 RESAMPLES = 499  # with them, p is a multiple of 0.002
 # Images that are compared; time and memory grow with their square.
@@ -116,15 +116,15 @@ def discrimination(
     makes the AUROC about 0.5 under label shift.
 
     Returns:
-        The mean AUROC over the folds, weighted as well; NaN if it cannot be computed.
+        The mean AUROC over the folds, weighted as well; NaN if it cannot be computed, or if `prevalence` is NaN, as
+        from `fit_mixture` without a test.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import roc_auc_score
     from sklearn.model_selection import StratifiedGroupKFold
 
     labels, groups = np.asarray(labels, dtype=int), np.asarray(groups)
-    is_enough = len(new_features) >= FOLD_COUNT and not _untestable_reason(labels, groups, len(new_features))
-    if np.isnan(prevalence) or not is_enough:
+    if np.isnan(prevalence) or len(new_features) < FOLD_COUNT:
         return np.nan
     rows = _limit_rows(labels, groups)
     features, labels, groups = np.asarray(features, dtype=float)[rows], labels[rows], groups[rows]
@@ -173,10 +173,8 @@ def shift_table(
     for name, (features, all_new) in feature_sets.items():
         new_features = all_new[chosen] if len(all_new) else all_new
         fit = fit_mixture(features, labels[name], groups[name], new_features, groups_of_new)
-        auroc = np.nan
-        if not fit.reason:
-            auroc = discrimination(features, labels[name], groups[name], new_features, groups_of_new, fit.prevalence)
-        positive, negative = (len(np.unique(groups[name][labels[name] == label])) for label in (1, 0))
+        auroc = discrimination(features, labels[name], groups[name], new_features, groups_of_new, fit.prevalence)
+        positive, negative = count_groups(labels[name], groups[name])
         rows.append({
             "features": name, "labeled_images": len(features), "positive_groups": positive,
             "negative_groups": negative, "images": len(new_features),
@@ -269,7 +267,7 @@ def _choose_rows(groups: np.ndarray, limit: int, rng: np.random.Generator | None
 def _untestable_reason(labels: np.ndarray, groups: np.ndarray, new_count: int) -> str:
     if new_count < 2:
         return "fewer than two test images"
-    for label, name in ((1, "positive"), (0, "negative")):
-        if len(np.unique(groups[labels == label])) < MIN_CLASS_GROUPS:
+    for name, count in zip(("positive", "negative"), count_groups(labels, groups), strict=True):
+        if count < MIN_CLASS_GROUPS:
             return f"fewer than {MIN_CLASS_GROUPS} {name} patients"
     return ""

@@ -160,9 +160,3 @@ def find_comparable_images(checksums: pd.Series, groups: np.ndarray, known: pd.D
     in_group = rows.groupby("group")[["known", "trained_on"]].transform("any")
     remaining: pd.Series = rows.loc[~in_group["trained_on"] & (rows["known"] | ~in_group["known"]), "label"]
     return remaining
-
-
-def count_groups(labels: np.ndarray, groups: np.ndarray) -> tuple[int, int]:
-    """Return the numbers of groups with a positive image and of groups with a negative one."""
-    positive, negative = (len(np.unique(groups[labels == label])) for label in (1, 0))
-    return positive, negative

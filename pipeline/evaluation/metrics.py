@@ -125,6 +125,12 @@ def has_single_class(labels: ArrayLike) -> bool:
     return len(np.unique(labels)) < 2
 
 
+def count_groups(labels: np.ndarray, groups: np.ndarray) -> tuple[int, int]:
+    """Return the numbers of groups with a positive image and of groups with a negative one."""
+    positive, negative = (len(np.unique(groups[labels == label])) for label in (1, 0))
+    return positive, negative
+
+
 def bin_indices(probabilities: np.ndarray) -> np.ndarray:
     """Return the calibration bin, 0 to `BIN_COUNT` − 1, of each probability."""
     index: np.ndarray = np.minimum((np.asarray(probabilities) * BIN_COUNT).astype(int), BIN_COUNT - 1)

@@ -13,6 +13,7 @@ from pipeline.evaluation.metric_tables import (
     interval_table,
     unavailable_predictions,
 )
+from pipeline.evaluation.metrics import count_groups
 
 MIN_PER_CLASS = 10  # positive and negative patients; with fewer, a slice has counts but no metrics
 SIZE_BINS = {"below 512": 0, "512 to 1023": 512, "1024 to 2047": 1024, "2048 and more": 2048}  # shorter edge, pixels
@@ -66,8 +67,7 @@ def count_patients(validation: ValidationSet, rows: np.ndarray | None = None) ->
     """Count `COUNTS` in the rows (M,), by default in all; a patient with images of both classes counts in both."""
     images = validation if rows is None else validation.subset(rows)
     labels, groups = images.labels, images.groups
-    positive, negative = (len(np.unique(groups[labels == label])) for label in (1, 0))
-    counts = [len(labels), int(labels.sum()), len(np.unique(groups)), positive, negative]
+    counts = [len(labels), int(labels.sum()), len(np.unique(groups)), *count_groups(labels, groups)]
     return dict(zip(COUNTS, counts, strict=True))
 
 

@@ -17,7 +17,7 @@ from pipeline.core.files import md5_of_file, read_json, write_json
 from pipeline.evaluation import calibration, gate
 from pipeline.evaluation.intervals import compare_predictions
 from pipeline.evaluation.metric_tables import Predictions
-from pipeline.evaluation.metrics import Scores, best_model, score_predictions
+from pipeline.evaluation.metrics import Scores, best_model, count_groups, score_predictions
 from pipeline.tracking import fingerprint, registry, saved_view
 from pipeline.tracking.backfill import SPLIT_FILE
 from pipeline.tracking.runs import MANIFEST
@@ -240,7 +240,7 @@ def find_champion_labels(
                 "training images were not recorded; to promote all the same"
             )
     rows = labels.index.to_numpy()
-    positive, negative = gate.count_groups(predictions.labels[rows], predictions.groups[rows])
+    positive, negative = count_groups(predictions.labels[rows], predictions.groups[rows])
     if len(rows) < len(predictions.files) and min(positive, negative) < gate.MIN_GROUPS:
         return labels, (
             f"champion, version {champion.version}, cannot be compared fairly: it was trained on others of these "
