@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from pipeline.core.config import Profile
-from pipeline.core.files import atomic_path, md5_of_file, read_csv, read_json
+from pipeline.core.files import atomic_path, md5_of_file, read_json
 from pipeline.core.markdown import escape_markdown
 from pipeline.evaluation.metrics import CALIBRATION_METRICS, METRIC_LABELS, has_single_class
 from pipeline.models import classifier, heatmaps
@@ -124,8 +124,7 @@ def compute_heatmaps(results: Results, networks: Networks, rows: np.ndarray, mem
 def disagreement_examples(results: Results) -> list[ExampleImage]:
     """Return the images on which the votes of the members are closest to a tie."""
     count, class_names = len(results.config.bag_members), results.config.active.finding.class_names
-    table = read_csv(Path("predictions/disagreements.csv"))
-    table["margin"] = (2 * table["votes"] - count).abs()
+    table = results.disagreements.assign(margin=(2 * results.disagreements["votes"] - count).abs())
     return [
         ExampleImage(
             row["file"],
@@ -173,7 +172,8 @@ def _template_context(results: Results) -> dict[str, Any]:
         "expected_accuracy": as_estimate(results.summary["bag"], "expected_accuracy"),
         "tables": _build_tables(results),
         "charts": _draw_charts(results),
-        "operating_point": _operating_point(results),
+        "operating_point": results.operating_point,
+        "operating_point_type": tables.operating_point_type(results, results.operating_point),
         "recalibration_evaluated": _is_recalibration_evaluated(results),
         "types": {key: results.apparent(bag, key).estimate_type for key in ("f1", "auroc", "brier")},
         # Sentences
@@ -188,7 +188,7 @@ def _template_context(results: Results) -> dict[str, Any]:
         "sample_size": min(gradcam.SAMPLE_SIZE, len(results.validation)),
         "uniform_border_share": gradcam.UNIFORM_BORDER_SHARE,
         "disagreement_examples": disagreement_examples(results),
-        "disagreement_count": len(pd.read_csv("predictions/disagreements.csv")),
+        "disagreement_count": len(results.disagreements),
     }
 
 
@@ -229,7 +229,7 @@ def _draw_charts(results: Results) -> dict[str, str]:
     ]
     drawn = {
         "training": "".join(learning_curves),
-        "reliability": charts.reliability_chart(_reliability(results), _recalibration(results)),
+        "reliability": charts.reliability_chart(results.reliability, results.recalibration),
     }
     if summary_text.describe_ranks(results):
         drawn["ranks"] = charts.rank_chart(results.ranks)
@@ -244,46 +244,28 @@ def _draw_charts(results: Results) -> dict[str, str]:
     referral = pd.read_csv("plots/bag_referral.csv")
     if referral["accuracy"].notna().any():
         drawn["referral"] = charts.referral_chart(referral)
-    by_prevalence = pd.read_csv("metrics/prevalence.csv").query("model == @results.bag")
-    if by_prevalence["accuracy"].notna().any():
+    if results.prevalence["accuracy"].notna().any():
         references = {
             "validation": labels.mean(),
             "test, estimated": results.summary["bag"]["estimated_test_prevalence"],
             "expected": results.config.active.evaluate.expected_prevalence,
         }
         references = {name: prevalence for name, prevalence in references.items() if prevalence is not None}
-        drawn["prevalence"] = charts.prevalence_chart(by_prevalence, references)
+        drawn["prevalence"] = charts.prevalence_chart(results.prevalence, references)
     if len(results.config.bag_members) > 1:
         drawn["ensemble_size"] = charts.ensemble_size_chart(pd.read_csv("plots/bag_ensemble_size.csv"))
     return drawn
 
 
-def _operating_point(results: Results) -> pd.Series:
-    """Return the first row of the bag in `operating_points.csv`, that of the confusion matrix, with its type."""
-    row = results.operating_points.set_index("model", drop=False).loc[[results.bag]].iloc[0]
-    return row.replace(row["estimate_type"], tables.operating_point_type(results, row))
-
-
-def _reliability(results: Results) -> pd.DataFrame:
-    """Return the reliability curves of the bag."""
-    bins = pd.read_csv("metrics/reliability.csv")
-    return bins[bins["model"] == results.bag]
-
-
-def _recalibration(results: Results) -> str:
-    """Return the name of the recalibration in use, as in metrics/calibration.csv."""
-    return tables.RECALIBRATIONS[results.config.active.evaluate.recalibration]
-
-
 def _is_recalibration_evaluated(results: Results) -> bool:
     """Return whether the probabilities in use are those of a recalibration that could be cross-fitted, or the score."""
-    return _recalibration(results) in set(_reliability(results)["calibration"])
+    return results.recalibration in set(results.reliability["calibration"])
 
 
 def _bins_in_use(results: Results) -> pd.DataFrame:
     """Return the reliability curve of the probabilities in use, or of the score if these cannot be cross-fitted."""
-    bins = _reliability(results)
-    return bins[bins["calibration"] == (_recalibration(results) if _is_recalibration_evaluated(results) else "none")]
+    kind = results.recalibration if _is_recalibration_evaluated(results) else "none"
+    return results.reliability[results.reliability["calibration"] == kind]
 
 
 def _format_parameters(params: Profile) -> list[tuple[str, str]]:

@@ -15,6 +15,8 @@ from pipeline.data.manifest import read_split
 from pipeline.evaluation.external_validation import recipe_hash
 from pipeline.evaluation.sample_size import sample_size_table
 
+RECALIBRATIONS = {"none": "none", "temperature": "temperature", "platt": "temperature and bias"}
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -136,6 +138,31 @@ class Results:
     @cached_property
     def operating_points(self) -> pd.DataFrame:
         return fill_texts(read_csv(Path("metrics/operating_points.csv")), "caveat")
+
+    @property
+    def operating_point(self) -> pd.Series:
+        """The first row of the bag in `operating_points`, that of the confusion matrix."""
+        return self.operating_points[self.operating_points["model"] == self.bag].iloc[0]
+
+    @cached_property
+    def reliability(self) -> pd.DataFrame:
+        """The reliability curves of the bag, from `calibration.reliability_curve`, by `calibration`."""
+        return pd.read_csv("metrics/reliability.csv").query("model == @self.bag")
+
+    @property
+    def recalibration(self) -> str:
+        """The name of the recalibration in use, as `calibration` in metrics/calibration.csv."""
+        return RECALIBRATIONS[self.config.active.evaluate.recalibration]
+
+    @cached_property
+    def prevalence(self) -> pd.DataFrame:
+        """Metrics of the bag by prevalence, from `metric_tables.prevalence_table`."""
+        return read_csv(Path("metrics/prevalence.csv")).query("model == @self.bag")
+
+    @cached_property
+    def disagreements(self) -> pd.DataFrame:
+        """The validation and test images on which the members disagree, from `ensemble.images_with_disagreement`."""
+        return read_csv(Path("predictions/disagreements.csv"))
 
     @cached_property
     def shift(self) -> pd.DataFrame:

@@ -31,11 +31,6 @@ COMPARED_METRICS = [
 SEED_METRICS = [
     "f1", "recall", "specificity", "precision", "accuracy", "auroc", "average_precision", "brier", "loss",
 ]  # fmt: skip
-RECALIBRATIONS = {
-    "none": "none",
-    "temperature": "temperature",
-    "platt": "temperature and bias",
-}  # as in calibration.csv
 BASELINE_LABELS = {
     "source": "source only", "view": "view only", "demographics": "sex and age only",
     "file_metadata": "file metadata only (size, JPEG quantization)",
@@ -184,8 +179,7 @@ def operating_point_type(results: Results, row: pd.Series) -> str:
 
 def confusion_table(results: Results) -> ReportTable:
     """Tabulate the confusion matrix of the bag: the counts of its first row in `operating_points.csv`."""
-    row = results.operating_points.set_index("model").loc[[results.bag]].iloc[0]
-    names = results.config.active.finding.class_names
+    row, names = results.operating_point, results.config.active.finding.class_names
     table = ReportTable(["", *(f"predicted {name}" for name in names)])
     for name, keys in zip(names, (("tn", "fp"), ("fn", "tp")), strict=True):
         table.add(f"actual {name}", *(str(row[key]) for key in keys))
@@ -198,14 +192,13 @@ def calibration_table(results: Results) -> ReportTable:
     keys = ["loss", "brier", "calibration_error"]
     table = ReportTable(["recalibration", "temperature", "bias", "estimate", *(METRIC_LABELS[key] for key in keys)])
     score_type = results.apparent(results.bag, "auroc").estimate_type
-    in_use = RECALIBRATIONS[results.config.active.evaluate.recalibration]
     for _, row in calibration[calibration["model"] == results.bag].iterrows():
         reason = "" if pd.isna(row["reason"]) else row["reason"]
         fitted = row["calibration"] != "none"
         parameters = [_without_interval(row[key], reason) if fitted else "" for key in ("temperature", "bias")]
         metrics = [_without_interval(row[key], reason) for key in keys]
         estimate_type = "cross-fitted" if fitted and score_type == "fixed" else score_type
-        label = f"{row['calibration']} (in use)" if row["calibration"] == in_use else row["calibration"]
+        label = f"{row['calibration']} (in use)" if row["calibration"] == results.recalibration else row["calibration"]
         table.add(label, *parameters, estimate_type, *metrics)
     return table
 
@@ -225,10 +218,9 @@ def reliability_table(bins: pd.DataFrame) -> ReportTable:
 
 def prevalence_table(results: Results) -> ReportTable:
     """Tabulate PPV, NPV and accuracy of the bag by prevalence."""
-    by_prevalence = read_csv(Path("metrics/prevalence.csv"))
     table = ReportTable(["prevalence", "PPV", "NPV", "accuracy"])
     reason = f"no such prediction, or {NO_INTERVAL}"
-    for _, row in by_prevalence[by_prevalence["model"] == results.bag].iterrows():
+    for _, row in results.prevalence.iterrows():
         estimates = [as_estimate({"reason": reason, **row}, key) for key in ("ppv", "npv", "accuracy")]
         table.add(f"{100 * row['prevalence']:.3g} %", *estimates)
     return table
