@@ -1,12 +1,14 @@
 """How many patients the intervals rest on, and how many more a narrower one would take."""
 
+from bisect import bisect_left
+
 import numpy as np
 import pandas as pd
 
 from pipeline.evaluation.intervals import NORMAL_QUANTILE, design_effect, t_correction, wilson_quantiles
 
 HALF_WIDTH = 0.05  # of a 95 % interval
-MAX_PATIENTS = 1_000_000
+MAX_PATIENTS = 1_000_000  # more
 
 
 def patients_for_half_width(hits: np.ndarray, groups: np.ndarray, half_width: float = HALF_WIDTH) -> int | None:
@@ -20,7 +22,8 @@ def patients_for_half_width(hits: np.ndarray, groups: np.ndarray, half_width: fl
         half_width: half of the width of the interval, in (0, 0.5).
 
     Returns:
-        0 if it is already; None for fewer than two patients, from which no design effect can be estimated.
+        0 if it is already; None for fewer than two patients, from which no design effect can be estimated, and if
+        `MAX_PATIENTS` are too few.
     """
     patients = len(np.unique(groups))
     if patients < 2:
@@ -33,29 +36,17 @@ def patients_for_half_width(hits: np.ndarray, groups: np.ndarray, half_width: fl
         low, high = wilson_quantiles(proportion, size, np.array([-NORMAL_QUANTILE, NORMAL_QUANTILE]))
         return bool(high - low <= 2 * half_width)
 
-    if is_enough(patients):
-        return 0
-    low, high = patients, 2 * patients
-    while not is_enough(high):
-        low, high = high, 2 * high
-        if high > MAX_PATIENTS:
-            return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if is_enough(middle) else (middle, high)
-    return high - patients
+    more = bisect_left(range(MAX_PATIENTS), True, key=lambda count: is_enough(patients + count))
+    return more if more < MAX_PATIENTS else None
 
 
-def sample_size_table(
-    labels: np.ndarray, predicted: np.ndarray, groups: np.ndarray, half_width: float = HALF_WIDTH
-) -> pd.DataFrame:
+def sample_size_table(labels: np.ndarray, predicted: np.ndarray, groups: np.ndarray) -> pd.DataFrame:
     """Count images and patients of each class.
 
     Args:
         labels: (N,), 0 or 1.
         predicted: (N,), the predicted labels, 0 or 1.
         groups: (N,), the name of each image's group (patient).
-        half_width: half of the width of an interval.
 
     Returns:
         A row for `recall` (positive images) and one for `specificity` (negative ones): `metric`, `images`, `patients`,
@@ -73,7 +64,7 @@ def sample_size_table(
                 "images": int(of_class.sum()),
                 "patients": patients,
                 "effective_images": len(hits) / design_effect(hits, of_groups) if patients > 1 else np.nan,
-                "more_patients": patients_for_half_width(hits, of_groups, half_width),
+                "more_patients": patients_for_half_width(hits, of_groups),
             }
         )
     return pd.DataFrame(rows).astype({"more_patients": "Int64"})
