@@ -73,14 +73,30 @@ def external_table(
         return pd.DataFrame(columns=COLUMNS)
     labels = external["label"].to_numpy(dtype=int)
     images = ValidationSet(labels, groups.loc[external["file"]].to_numpy(), resamples=0)
+    table = evaluate_fixed(images, external, {role: configs[name] for role, name in roles.items()})
+    table = table.rename(columns={"model": "role"})
+    return table.assign(source=config.active.split.held_out_source, model=table["role"].map(roles))[COLUMNS]
+
+
+def evaluate_fixed(
+    images: ValidationSet, predictions: pd.DataFrame, configs: Mapping[str, EnsembleConfig]
+) -> pd.DataFrame:
+    """Evaluate ensembles on images on which nothing was chosen.
+
+    Args:
+        images: labels and groups, (N,).
+        predictions: (N rows), with a column of P(positive) per seed.
+        configs: how each model combines the seeds, with its threshold and recalibration, by name.
+
+    Returns:
+        The columns of `interval_table`, and `COUNTS`; a row per model and metric.
+    """
     models = {}
-    for role, name in roles.items():
-        predicted = ensemble.predict(external, configs[name])
+    for name, config in configs.items():
+        predicted = ensemble.predict(predictions, config)
         label, score, probability = (predicted[column].to_numpy() for column in ("label", "score", "probability"))
-        models[role] = Predictions(label, probability, scores=score)
-    table = interval_table(images, models, {}).rename(columns={"model": "role"})
-    source, counts = config.active.split.held_out_source, count_patients(images)
-    return table.assign(source=source, model=table["role"].map(roles), **counts)[COLUMNS]
+        models[name] = Predictions(label, probability, scores=score)
+    return interval_table(images, models, {}).assign(**count_patients(images))
 
 
 def recipe_hash(config: Config) -> str:

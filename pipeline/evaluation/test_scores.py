@@ -7,10 +7,10 @@ import pandas as pd
 
 from pipeline.core.config import BAG
 from pipeline.core.errors import UserError
-from pipeline.evaluation import ensemble
 from pipeline.evaluation.ensemble import EnsembleConfig
-from pipeline.evaluation.metric_tables import Predictions, ValidationSet, interval_table
-from pipeline.evaluation.slices import COUNTS, count_patients
+from pipeline.evaluation.external_validation import evaluate_fixed
+from pipeline.evaluation.metric_tables import ValidationSet
+from pipeline.evaluation.slices import COUNTS
 
 METRICS = ["accuracy", "f1", "recall", "specificity", "auroc"]
 FORETOLD = [
@@ -56,13 +56,8 @@ def score_candidates(
     if not files.isin(groups.index).all():
         raise UserError("predictions/test.csv: not of the images in data/manifest.csv; run: dvc repro")
     test = ValidationSet(labels.loc[files].to_numpy(), groups.loc[files].to_numpy(), resamples=0)
-    models = {}
-    for name, candidate in candidates.items():
-        predicted = ensemble.predict(predictions, candidate)
-        label, probability, scores = (predicted[key].to_numpy() for key in ("label", "probability", "score"))
-        models[name] = Predictions(label, probability, scores=scores)
-    table = interval_table(test, models, {}).query("metric in @METRICS")
-    table = table.assign(**count_patients(test), **dict.fromkeys(FORETOLD))
+    table = evaluate_fixed(test, predictions, candidates).query("metric in @METRICS")
+    table = table.assign(**dict.fromkeys(FORETOLD))
     for role in ("best", BAG):
         model = BAG if role == BAG else summary[role]["model"]
         is_foretold = (table["model"] == model) & (table["metric"] == "accuracy")
