@@ -128,7 +128,7 @@ def compare(reference: pd.DataFrame, new: pd.DataFrame, expected_prevalence: flo
     embedded = reference[reference["embedding"].notna()]
     features, new_features = (np.stack(table["embedding"].tolist()).astype(float) for table in (embedded, new))
     groups = embedded["group"].to_numpy()
-    distances = nearest_distances(features, features, groups, groups)
+    distances = nearest_distances(features, features, groups)
     new_distances = nearest_distances(features, new_features)
     threshold = float(np.percentile(distances, OUTLIER_PERCENTILE))
     tail, new_tail = ((values[:, None] / np.median(distances)) ** TAIL_POWER for values in (distances, new_distances))
@@ -173,22 +173,19 @@ def compare(reference: pd.DataFrame, new: pd.DataFrame, expected_prevalence: flo
     )  # fmt: skip
 
 
-def nearest_distances(
-    reference: np.ndarray, points: np.ndarray, groups: np.ndarray | None = None, of_points: np.ndarray | None = None
-) -> np.ndarray:
+def nearest_distances(reference: np.ndarray, points: np.ndarray, groups: np.ndarray | None = None) -> np.ndarray:
     """Return the mean distance of each point to its `NEIGHBORS` nearest reference points of other groups.
 
     Args:
         reference: (N, D).
         points: (M, D).
-        groups: (N,); None if the points are none of the reference.
-        of_points: (M,), likewise.
+        groups: (N,), if the points are those of the reference; None if they are others.
     """
     chunks = []
     for start in range(0, len(points), CHUNK_SIZE):
         distances = cdist(points[start : start + CHUNK_SIZE], reference)
-        if groups is not None and of_points is not None:
-            distances[of_points[start : start + CHUNK_SIZE, None] == groups] = np.inf
+        if groups is not None:
+            distances[groups[start : start + CHUNK_SIZE, None] == groups] = np.inf
         nearest = np.sort(np.partition(distances, min(NEIGHBORS, len(reference)) - 1)[:, :NEIGHBORS])
         chunks.append(nearest.mean(axis=1))
     return np.concatenate(chunks)

@@ -13,7 +13,7 @@ from pipeline.report.charts import FAINT_LINE, SERIES_1, SERIES_2, render_chart
 from pipeline.report.model_table import MISSING
 from pipeline.report.page import template_environment
 from pipeline.report.results import Estimate
-from pipeline.report.tables import ReportTable, format_number, format_percent, format_signed
+from pipeline.report.tables import ReportTable, format_number, format_percent, format_signed, without_interval
 
 TEST_LABELS = {
     "score": "score of the model", "embedding": "embedding by a network", "distance": "distance to the nearest",
@@ -70,9 +70,7 @@ def _test_table(comparison: Comparison) -> ReportTable:
         name = str(row["features"])
         tested = "tested by the mean score" if name == PREVALENCE else "too few images of different patients"
         reason = row["reason"] if pd.isna(row["p"]) else tested
-        values = (
-            Estimate(row[key], reason=reason if pd.isna(row[key]) else "") for key in ("auroc", "p", "adjusted_p")
-        )
+        values = (without_interval(row[key], reason) for key in ("auroc", "p", "adjusted_p"))
         verdict = MISSING if pd.isna(row["p"]) else "yes" if row["adjusted_p"] < SIGNIFICANCE_LEVEL else "no"
         table.add(TEST_LABELS.get(name, name), verdict, str(row["images"]), *values, muted=verdict != "yes")
     return table
@@ -81,8 +79,7 @@ def _test_table(comparison: Comparison) -> ReportTable:
 def _acquisition_table(comparison: Comparison) -> ReportTable:
     table = ReportTable(["mean", "came in", "of the model", "difference in standard deviations"])
     for row in comparison.acquisition.to_dict("records"):
-        unknown = "not known of any image"
-        values = (Estimate(row[name], reason=unknown if pd.isna(row[name]) else "") for name in ("new", "reference"))
+        values = (without_interval(row[name], "not known of any image") for name in ("new", "reference"))
         table.add(COMPARED_FEATURES[row["feature"]].label, *values, _format_difference(row["difference"]))
     return table
 

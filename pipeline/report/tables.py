@@ -164,7 +164,7 @@ def operating_point_table(results: Results) -> ReportTable:
         table.add(
             row["model"], format_number(row["threshold"]), operating_point_type(results, row),
             *(str(row[key]) for key in ("tp", "fp", "fn", "tn")),
-            *(_without_interval(row[key], reason) for key in ("recall", "specificity", "precision", "f1")),
+            *(without_interval(row[key], reason) for key in ("recall", "specificity", "precision", "f1")),
         )  # fmt: skip
     return table
 
@@ -195,8 +195,8 @@ def calibration_table(results: Results) -> ReportTable:
     for _, row in calibration[calibration["model"] == results.bag].iterrows():
         reason = "" if pd.isna(row["reason"]) else row["reason"]
         fitted = row["calibration"] != "none"
-        parameters = [_without_interval(row[key], reason) if fitted else "" for key in ("temperature", "bias")]
-        metrics = [_without_interval(row[key], reason) for key in keys]
+        parameters = [without_interval(row[key], reason) if fitted else "" for key in ("temperature", "bias")]
+        metrics = [without_interval(row[key], reason) for key in keys]
         estimate_type = "cross-fitted" if fitted and score_type == "fixed" else score_type
         label = f"{row['calibration']} (in use)" if row["calibration"] == results.recalibration else row["calibration"]
         table.add(label, *parameters, estimate_type, *metrics)
@@ -240,7 +240,7 @@ def shift_table(results: Results) -> ReportTable:
     table = ReportTable([*header, "AUROC of telling apart", "p", "adjusted p"])
     counts = ["labeled_images", "positive_groups", "negative_groups", "images"]
     for _, row in results.shift.iterrows():
-        values = [_without_interval(row[key], row["reason"]) for key in ("auroc", "p", "adjusted_p")]
+        values = [without_interval(row[key], row["reason"]) for key in ("auroc", "p", "adjusted_p")]
         table.add(row["features"], *(str(row[key]) for key in counts), *values)
     return table
 
@@ -255,10 +255,10 @@ def strata_table() -> ReportTable:
     reason = "no such validation image"
     for _, row in strata.iterrows():
         cells: list[str | Estimate] = [str(row["images"]), str(row["predicted_positive_images"])]
-        cells.append(_without_interval(row["prevalence"], reason))
+        cells.append(without_interval(row["prevalence"], reason))
         for name, label in (("sensitivity", "positive"), ("specificity", "negative")):
             counts = (str(row[f"{label}_{unit}"]) for unit in ("images", "patients"))
-            cells += [_without_interval(row[name], reason), *counts]
+            cells += [without_interval(row[name], reason), *counts]
         table.add(row["stratum"] or "all", *cells)
     return table
 
@@ -382,7 +382,7 @@ def seed_table(results: Results) -> ReportTable:
     table = ReportTable(["", *(METRIC_LABELS[metric] for metric in SEED_METRICS)])
     labels = {"mean": "mean", "deviation": "standard deviation", "lowest": "minimum", "highest": "maximum"}
     for key, row in statistics[list(labels)].T.iterrows():
-        table.add(labels[str(key)], *map(_without_interval, row, statistics["reason"]))
+        table.add(labels[str(key)], *map(without_interval, row, statistics["reason"]))
     return table
 
 
@@ -470,7 +470,7 @@ def _other_type(estimate: Estimate, expected: str) -> str:
     return estimate.estimate_type if estimate.estimate_type != expected else ""
 
 
-def _without_interval(value: float, reason: str) -> Estimate:
+def without_interval(value: float, reason: str) -> Estimate:
     """Return an estimate without an interval, and with the reason only if the value is undefined."""
     return Estimate(value, reason=reason if pd.isna(value) else "")
 
