@@ -9,7 +9,7 @@ from scipy.special import expit, logit
 from pipeline.evaluation.calibration import log_odds
 from pipeline.evaluation.metrics import has_single_class
 
-THRESHOLDS = np.arange(1, 100) / 100
+THRESHOLDS = np.arange(1, 100) / 100  # probabilities from which on images are treated
 COLUMNS = ["prevalence", "threshold", "net_benefit", "treat_all", "treat_none"]
 
 
@@ -31,13 +31,8 @@ def net_benefit(
     return np.asarray(sensitivity * prevalence - (1 - specificity) * (1 - prevalence) * weights)
 
 
-def decision_curve(
-    labels: np.ndarray,
-    probabilities: np.ndarray,
-    prevalences: Iterable[float] = (),
-    thresholds: np.ndarray = THRESHOLDS,
-) -> pd.DataFrame:
-    """Compute the net benefit of a model and of treating all or none, over threshold probabilities.
+def decision_curve(labels: np.ndarray, probabilities: np.ndarray, prevalences: Iterable[float] = ()) -> pd.DataFrame:
+    """Compute the net benefit of a model and of treating all or none, at `THRESHOLDS`.
 
     At another prevalence than that of the images, sensitivity and specificity are assumed not to depend on it, and the
     probabilities are shifted to it by Bayes' rule.
@@ -47,7 +42,6 @@ def decision_curve(
         probabilities: (N,), calibrated P(positive) at the prevalence of these images, predicted by a model that was not
             fitted on them.
         prevalences: where to compute the curve besides, in (0, 1).
-        thresholds: probabilities from which on images are treated, in [0, 1).
 
     Returns:
         `COLUMNS`, a row per threshold for the prevalence of the images, then for each of `prevalences`. Without both
@@ -62,14 +56,14 @@ def decision_curve(
         shifted = expit(log_odds(probabilities) + shift) if shift else probabilities
         # In each sorted class, the images from the threshold on are treated.
         sensitivity, false_positive_rate = (
-            1 - np.searchsorted(np.sort(shifted[labels == label]), thresholds) / (labels == label).sum()
+            1 - np.searchsorted(np.sort(shifted[labels == label]), THRESHOLDS) / (labels == label).sum()
             for label in (1, 0)
         )
         columns = {
             "prevalence": prevalence,
-            "threshold": thresholds,
-            "net_benefit": net_benefit(sensitivity, 1 - false_positive_rate, prevalence, thresholds),
-            "treat_all": net_benefit(np.ones(len(thresholds)), np.zeros(len(thresholds)), prevalence, thresholds),
+            "threshold": THRESHOLDS,
+            "net_benefit": net_benefit(sensitivity, 1 - false_positive_rate, prevalence, THRESHOLDS),
+            "treat_all": net_benefit(np.ones(len(THRESHOLDS)), np.zeros(len(THRESHOLDS)), prevalence, THRESHOLDS),
             "treat_none": 0.0,
         }
         tables.append(pd.DataFrame(columns))
