@@ -171,8 +171,7 @@ def corrected_table(
     tables = [pd.DataFrame(columns=COLUMNS)]
     for name, model in predictions.items():
         rows = []
-        at_fixed_threshold = {name: replace(model, estimate_type="fixed")}
-        apparent = interval_table(validation, at_fixed_threshold, {}).set_index("metric", drop=False)
+        apparent = interval_table(validation, {name: model}, {}).set_index("metric", drop=False)
         amount = pd.Series(bias.loc[name])
         rates = selection.correct_rates(validation.labels, model.predicted, validation.groups, amount)
         corrected = selection.corrected_metrics(validation.labels, *rates)
@@ -328,7 +327,7 @@ def cross_fit_recalibration(
         return None, None
 
     def fit_rows(rows: np.ndarray) -> calibration.Recalibrator:
-        return fit(labels[rows], probabilities[rows]) or calibration.Recalibrator(1.0)
+        return fit(labels[rows], probabilities[rows]) or calibration.Recalibrator()
 
     calibrated = cross_fit(validation.folds, fit_rows, lambda recalibrate, rows: recalibrate(probabilities[rows]))
     return calibrated, fitted

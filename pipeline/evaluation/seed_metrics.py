@@ -18,18 +18,12 @@ def write_seed_metrics(config: Config, validation: pd.DataFrame, groups: pd.Seri
         validation: `file`, `label` and P(positive), with a column per seed.
         groups: the name of each image's group, indexed by file.
     """
-    labels, models = validation["label"].to_numpy(dtype=int), validation[config.model_names]
-    names = groups.loc[validation["file"]].to_numpy()
-    predicted = {
-        model: apply_threshold(
-            scores, operating_point.choose_threshold(labels, scores.to_numpy(), names, config.active.evaluate)
-        )
-        for model, scores in models.items()
-    }
-    scores = {
-        name: score_predictions(labels, models[name].to_numpy(), predicted[name].to_numpy())
-        for name in config.model_names
-    }
+    labels, group_names = validation["label"].to_numpy(dtype=int), groups.loc[validation["file"]].to_numpy()
+    scores = {}
+    for name in config.model_names:
+        probabilities = validation[name].to_numpy()
+        threshold = operating_point.choose_threshold(labels, probabilities, group_names, config.active.evaluate)
+        scores[name] = score_predictions(labels, probabilities, apply_threshold(probabilities, threshold))
     write_json(Path("metrics/evaluate.json"), scores)
     histories = {name: pd.read_csv(Path("models", name, "history.csv")) for name in config.model_names}
     write_csv(Path("plots/learning_curves.csv"), pd.concat(histories, names=["model"]).reset_index("model"))
