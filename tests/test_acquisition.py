@@ -39,6 +39,13 @@ def test_two_scanners_are_two_clusters_with_their_label_purity(two_scanners):
     assert described["name"].str.match(r"[12] \((low|high) [a-z ]+\)").all()
 
 
+def test_clusters_that_one_feature_sets_apart_have_names_of_their_own():
+    clusters, features = np.repeat(["1", "2", "3"], 20), pd.DataFrame({"noise": np.repeat([0.0, 1, 10], 20)})
+    table = pd.DataFrame({"label": pd.array([0, 1] * 30, dtype="Int64"), "group": range(60), "subset": "train"})
+    names = describe_clusters(clusters, features, table)["name"]
+    assert list(names) == ["1 (low noise)", "2 (low noise)", "3 (high noise)"]
+
+
 def test_features_are_what_they_say(two_scanners):
     images, manifest = two_scanners
     features = compute_features(images, manifest)
