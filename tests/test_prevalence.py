@@ -117,6 +117,26 @@ def test_one_patient_has_an_estimate_without_an_interval():
     assert np.isnan([result.low, result.difference_high]).all()
 
 
+def test_copies_of_every_image_in_its_patient_add_no_information():
+    rng = np.random.default_rng(0)
+    labels, scores = draw(rng, 20, 40)
+    _, new_scores = draw(rng, 15, 15)
+    once = estimate_prevalence(labels, scores, np.arange(60), new_scores, np.arange(30), 100)
+    copied = [np.repeat(values, 5) for values in (labels, scores, np.arange(60), new_scores, np.arange(30))]
+    for arguments in ((*copied[:3], new_scores, np.arange(30)), (labels, scores, np.arange(60), *copied[3:])):
+        repeated = estimate_prevalence(*arguments, 100)
+        for name in ("prevalence", "low", "high", "difference_low", "difference_high"):
+            assert getattr(repeated, name) == pytest.approx(getattr(once, name), abs=5e-3), name
+
+
+def test_the_difference_varies_with_both_sets_and_they_are_resampled_independently():
+    labels, scores = draw(np.random.default_rng(0), 20, 40, separation=6)
+    same = estimate_prevalence(labels, scores, np.arange(60), scores, np.arange(60), 200)
+    # Of two independent sets whose classes are told apart: the square root of 2 · 1/3 · 2/3 / 60 is 0.086.
+    assert same.difference_high - same.difference_low == pytest.approx(2 * 1.96 * 0.086, rel=0.2)
+    assert same.high - same.low == pytest.approx(2 * 1.96 * 0.061, rel=0.2)
+
+
 @pytest.mark.parametrize(("patients", "reason"), [(4, "fewer than 5 patients of a class"), (5, "")])
 def test_few_patients_of_a_class_have_an_estimate_without_an_interval(patients, reason):
     labels, scores = draw(np.random.default_rng(0), 20, 40)
