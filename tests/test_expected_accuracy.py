@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.evaluation.expected_accuracy import Strata, choose_strata, foretell_accuracy
+from pipeline.evaluation.expected_accuracy import Strata, _design_effect, choose_strata, foretell_accuracy
 
 
 def make(cells):
@@ -130,6 +130,51 @@ def test_images_of_one_patient_count_as_fewer():
     assert widths[1] > 1.3 * widths[0]
 
 
+def test_patients_of_the_class_that_the_test_images_are_of_widen_the_range_most():
+    # Sensitivity and specificity are 0.8. In five of the patients of one class all images are wrong.
+    labels, hits, images = np.repeat([1, 0], 100), np.tile(np.repeat([0, 1], [20, 80]), 2), np.arange(200)
+    test_predicted = np.repeat([1, 0], [1360, 640])  # as of four in five positive images
+    widths = []
+    for clustered in (1, 0):
+        groups = np.where(labels == clustered, images // 4, 1000 + images)
+        strata = Strata(np.full(200, ""), np.full(2000, ""), "")
+        predicted = np.where(hits == 1, labels, 1 - labels)
+        foretold = foretell_accuracy(labels, predicted, groups, test_predicted, strata)
+        widths.append(foretold.high - foretold.low)
+    assert widths[0] > 1.2 * widths[1]
+
+
+def test_test_images_are_assumed_to_be_alike_within_patients_as_the_validation_images_are():
+    labels, hits = np.repeat([1, 0], 2000), np.tile(np.repeat([1, 0], [1800, 200]), 2)
+    predicted, test_predicted = np.where(hits == 1, labels, 1 - labels), np.arange(100) % 2
+    strata = Strata(np.full(4000, ""), np.full(100, ""), "")
+    for size, excluded in ((1, True), (8, False)):  # images per patient, all right or all wrong
+        groups = np.arange(4000) // size
+        foretold = foretell_accuracy(labels, predicted, groups, test_predicted, strata, 0.3)
+        assert ("is excluded by the predictions" in foretold.method) == excluded
+
+
+def test_patients_with_as_many_errors_as_their_source_has_count_as_independent_images():
+    sources, labels, hits = np.repeat(["A", "B"], 80), np.tile([1, 0], 80), np.tile([1, 1, 1, 1, 1, 1, 1, 0], 20)
+    hits[80:] = np.tile([1, 1, 0, 0], 20)
+    predicted, test_predicted = np.where(hits == 1, labels, 1 - labels), np.arange(60) % 2
+    strata = Strata(sources, np.repeat(["A", "B"], 30), "source")
+    one, other = (
+        foretell_accuracy(labels, predicted, np.arange(160) // size, test_predicted, strata) for size in (1, 8)
+    )
+    assert (one.value, one.low, one.high) == (other.value, other.low, other.high)
+
+
+def test_the_design_effect_of_equal_groups_is_the_ratio_of_the_variances_of_means():
+    rng = np.random.default_rng(0)
+    hits = rng.random((10, 1)) + rng.random((10, 4)) > 0.8
+    expected = hits.mean(axis=1).var(ddof=1) / 10 / (hits.var() / hits.size)
+    assert 1 < expected < 4
+    everything = np.ones(40, dtype=bool)
+    assert _design_effect(hits.ravel(), everything, np.arange(40) // 4, np.zeros(40)) == pytest.approx(expected)
+    assert _design_effect(everything, everything, np.arange(40) // 4, np.zeros(40)) == 4
+
+
 def metadata(sources, views):
     return pd.DataFrame({"source": sources, "view": views})
 
@@ -143,6 +188,8 @@ def test_strata_are_by_source_then_view_and_only_where_both_classes_have_patient
     assert strata.by == "source and view"
     assert list(strata.test) == ["A AP", "A PA", "B", "unknown source"]
     assert set(strata.validation) == {"A AP", "A PA", "B"}
+    for patients, by in ((4, "source"), (5, "source and view")):  # of each class, at each view
+        assert choose_strata(labels, groups // 2 % patients, validation, test).by == by
     few = choose_strata(labels, groups // 20, validation, test)
     assert (few.by, set(few.validation)) == ("source", {"A", "B"})
 
