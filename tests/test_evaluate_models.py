@@ -53,9 +53,11 @@ def test_folds_keep_groups_together_and_predict_each_image_once_with_a_fit_on_ot
     assert list(cross_fit(folds, lambda rows: None, lambda _, rows: rows)) == list(range(60))
 
 
-@pytest.mark.parametrize("labels", [[0, 1, 1], [0] * 20, [0] * 20 + [1] * 4])
-def test_no_folds_if_a_class_has_too_few_groups(labels):
-    assert grouped_folds(np.array(labels), np.arange(len(labels))) == []
+@pytest.mark.parametrize(
+    ("labels", "per_group"), [([0, 1, 1], 1), ([0] * 20, 1), ([0] * 20 + [1] * 4, 1), ([0] * 80 + [1] * 16, 4)]
+)
+def test_no_folds_if_a_class_has_too_few_groups(labels, per_group):
+    assert grouped_folds(np.array(labels), np.arange(len(labels)) // per_group) == []
     assert cross_fit([], lambda rows: rows, lambda fitted, rows: rows) is None
 
 

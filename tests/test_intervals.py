@@ -352,6 +352,26 @@ def test_perfect_predictions_have_one_sided_intervals_or_a_reason():
     assert "separate the classes" in table.loc["calibration_slope", "reason"]
 
 
+@pytest.mark.parametrize(("patients", "has_interval"), [(2, False), (3, True)])
+def test_losses_and_calibration_have_an_interval_from_three_patients_with_an_error_on(patients, has_interval):
+    labels, groups = np.repeat([1, 0], [30, 30]), np.append(np.arange(30) // 3, 10 + np.arange(30))
+    probabilities = np.where(labels == 1, 0.8, 0.2) + np.linspace(-0.1, 0.1, 60)
+    probabilities[: patients * 3] = 0.25  # three images of each patient
+    table = intervals(labels, probabilities, groups)
+    for metric in ("loss", "brier", "calibration_intercept", "calibration_slope"):
+        assert np.isfinite(table.loc[metric, "low"]) == has_interval, metric
+        assert ("fewer than 3 patients" in table.loc[metric, "reason"]) != has_interval, metric
+
+
+def test_images_are_ranked_by_the_scores_and_not_by_the_probabilities():
+    labels, scores, groups = make_predictions(200)
+    probabilities = np.random.default_rng(1).random(200)
+    by_scores = confidence_intervals(labels, labels, groups, probabilities, scores).set_index("metric")
+    for metric in ("auroc", "average_precision"):
+        assert by_scores.loc[metric].equals(intervals(labels, scores, groups).loc[metric]), metric
+    assert by_scores.loc["brier"].equals(intervals(labels, probabilities, groups).loc["brier"])
+
+
 @pytest.mark.parametrize("label", [0, 1])
 @pytest.mark.parametrize("count", [1, 3])
 def test_undefined_metrics_have_a_reason_and_no_warning(label, count):

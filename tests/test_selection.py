@@ -139,6 +139,9 @@ def test_uncorrected_rates_have_the_intervals_of_the_apparent_metrics():
     apparent = confidence_intervals(LABELS, predicted, GROUPS).set_index("metric")
     for metric in ("accuracy", "f1", "precision", "balanced_accuracy"):
         assert table.loc[metric].tolist() == pytest.approx(apparent.loc[metric, ["value", "low", "high"]].tolist())
+    only_sensitivity = correct_metrics(LABELS, predicted, GROUPS, (0.1, 0.0))
+    assert only_sensitivity.loc["specificity"].equals(table.loc["specificity"])
+    assert (only_sensitivity.loc["recall"] < table.loc["recall"]).all()
     lower = correct_metrics(LABELS, predicted, GROUPS, (0.1, 0.05))
     assert lower.loc["recall", "value"] == pytest.approx(apparent.loc["recall", "value"] - 0.1)
     sensitivity, specificity = lower.loc["recall", "value"], lower.loc["specificity", "value"]
