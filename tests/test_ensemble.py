@@ -170,9 +170,9 @@ def test_pairwise_disagreement_is_the_share_of_images_with_different_labels():
 def test_disagreements_list_the_closest_votes_first():
     rows = pd.DataFrame({"a": [0.9, 0.1, 0.9, 0.9], "b": [0.9, 0.1, 0.1, 0.1], "c": [0.9, 0.1, 0.1, 0.1]})
     rows["d"] = [0.9, 0.1, 0.1, 0.9]
-    files = pd.DataFrame({"file": ["same", "none", "one", "even"]})
+    files = pd.DataFrame({"file": ["same", "none", "a-quarter", "even"]})
     table = ensemble.images_with_disagreement(files, ensemble.combine(rows, make_config(rows)), 4)
-    assert list(table["file"]) == ["even", "one"]
+    assert list(table["file"]) == ["even", "a-quarter"]
 
 
 def test_single_member_ignores_method_and_tie():

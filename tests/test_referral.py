@@ -6,7 +6,7 @@ from scipy.special import expit
 
 from pipeline.evaluation.calibration import Recalibrator
 from pipeline.evaluation.metric_tables import Predictions, ValidationSet, unavailable_predictions
-from pipeline.evaluation.referral import referral_table, threshold_uncertainty
+from pipeline.evaluation.referral import SHARES, referral_table, threshold_uncertainty
 
 COUNT = 400
 
@@ -39,6 +39,22 @@ def test_useless_uncertainty_gains_nothing():
         table = referral_table(validation, predictions, uncertainty)
         assert table["accuracy"].to_numpy() == pytest.approx(0.9, abs=0.04)  # two standard errors of 200 images
         assert table["uncertainty"].isna().sum() == 1
+
+
+def test_ties_refer_a_random_share_whatever_the_order_of_the_images():
+    labels = np.arange(COUNT) % 2
+    validation, errors = ValidationSet(labels, np.arange(COUNT), 1), np.arange(COUNT) < 40
+    for wrong in (errors, errors[::-1]):
+        predictions = Predictions(np.where(wrong, 1 - labels, labels), None)
+        table = referral_table(validation, predictions, np.zeros(COUNT), np.array([0.25, 0.5]))
+        assert table["accuracy"].to_numpy() == pytest.approx(0.9, abs=0.04)
+
+
+def test_the_number_of_referred_images_is_exact_where_the_share_is():
+    labels = np.arange(180) % 2
+    validation, predictions = ValidationSet(labels, np.arange(180), 1), Predictions(labels, None)
+    table = referral_table(validation, predictions, labels.astype(float), SHARES[7:8])
+    assert list(table["images"]) == [180 - 63]  # in floats, 0.35 × 180 is below 63
 
 
 def test_reversed_uncertainty_loses_accuracy():
