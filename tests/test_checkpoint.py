@@ -1,7 +1,9 @@
 """A checkpoint is loaded intact, or set aside."""
 
 import logging
+import os
 import resource
+import stat
 
 import pytest
 import torch
@@ -69,6 +71,18 @@ def test_a_write_that_fails_is_an_error_of_the_disk_and_keeps_the_last_checkpoin
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert states_equal(checkpoint.load(), STATE)
     assert [path.name for path in tmp_path.iterdir()] == [f"{FINGERPRINT}.pt"]
+
+
+def test_the_content_is_on_the_disk_before_its_name_and_the_name_before_training_goes_on(tmp_path, monkeypatch):
+    checkpoint, synced, fsync = Checkpoint(tmp_path, FINGERPRINT), [], os.fsync
+
+    def record(descriptor: int) -> None:
+        synced.append((stat.S_ISDIR(os.fstat(descriptor).st_mode), checkpoint.path.exists()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    checkpoint.save(STATE)
+    assert synced == [(False, False), (True, True)]  # the file without its name, then the folder with it
 
 
 def test_a_checkpoint_that_cannot_be_read_is_kept(tmp_path):
