@@ -329,3 +329,5 @@ def test_a_model_that_was_trained_again_is_not_combined_with_the_thresholds_of_t
         assert error_message(open_model_folder(config, name).__enter__) == (
             "models/seed-0: not the model that metrics/candidates.json was fitted to; run: dvc repro"
         )
+    write_json(ensemble.CANDIDATES, {**fields, "bag": asdict(make_config(MEMBERS))})  # as an earlier release wrote it
+    assert error_message(ensemble.check_weights, ["seed-1"]).startswith("models/seed-1: not the model that")

@@ -216,6 +216,7 @@ def test_a_held_out_source_is_evaluated_with_what_was_chosen_without_it(config):
     for seed in (0, 1):
         external[f"seed-{seed}"] = expit(rng.normal(2 * labels - 1, 1))
     groups = pd.Series([f"p{index // 2}" for index in range(60)], index=external["file"])[::-1]
+    groups = pd.concat([pd.Series("trained on", [f"training-{index}.jpg" for index in range(60)]), groups])
     # The configurations are those of the bag stage; labels are by their threshold.
     fit = {"members": ["seed-0", "seed-1"], "method": "mean", "tie": "mean", "weights": [0.5, 0.5], "threshold": 0.8}
     configs = {
@@ -260,6 +261,8 @@ def test_an_external_validation_of_another_recipe_or_other_data_does_not_count(c
     assert Results(config).is_externally_validated
 
     edit_params(Path(), lambda params: params["demo"]["split"].update(held_out_source=None))
+    assert external_validation.recipe_hash(load_config()) == current
+    edit_params(Path(), lambda params: params["demo"]["train"].update(loader_threads=7))  # changes no result
     assert external_validation.recipe_hash(load_config()) == current
     edit_params(Path(), lambda params: params["demo"]["train"].update(lr=0.5))
     changed = external_validation.recipe_hash(load_config())
