@@ -541,6 +541,12 @@ def test_a_file_name_that_is_no_utf8_is_read_again(tmp_path):
 # Folders
 
 
+def test_what_is_no_file_of_the_user_is_ignored():
+    ignored = ["", "a/", ".", "a/.", "a/..", "a/.b", ".git/a", "a/.git/b", "Thumbs.db", "a/desktop.ini", "__MACOSX/a"]
+    kept = ["a", "./a", "../a", "a/./b", "a/../b", "a.b", "__MACOSX"]
+    assert [name for name in ignored + kept if layout.is_ignored(name)] == ignored
+
+
 def test_a_folder_lists_files_behind_links_once_and_nothing_hidden_nor_of_file_managers(tmp_path, caplog):
     files = {"a/1.png": b"1", "2.png": b"2", ".DS_Store": b"", "a/._1.png": b"", ".git/x/3.png": b"", "Thumbs.db": b""}
     folder = write_files(tmp_path / ".cache/input", files)  # it may be hidden itself

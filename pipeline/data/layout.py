@@ -156,7 +156,7 @@ def find_members(archive: zipfile.ZipFile, path: Path) -> dict[str, str]:
 def is_ignored(name: str) -> bool:
     """Return whether a path is of a folder, is hidden, as in .git, or is of a file that file managers write."""
     *folders, file = name.split("/")
-    is_hidden = any(part.startswith(".") and part not in (".", "..") for part in (*folders, file))
+    is_hidden = file.startswith(".") or any(part.startswith(".") for part in folders if part not in (".", ".."))
     return is_hidden or file in IGNORED_FILES or "__MACOSX" in folders
 
 

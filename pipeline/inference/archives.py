@@ -123,7 +123,7 @@ def iterate_members(path: str) -> Iterator[ImageFile]:
     try:
         with detect_damage():
             for file in _iterate_tar(path) if is_tar(path) else _iterate_zip(path):
-                if not _is_ignored(file.member):
+                if not layout.is_ignored(layout.clean_name(file.member)):
                     yield file
     except (DamagedFileError, tarfile.TarError) as error:
         yield ImageFile(path, problem=f"damaged {'tar' if is_tar(path) else 'zip'}: {first_line(error)}")
@@ -131,11 +131,6 @@ def iterate_members(path: str) -> Iterator[ImageFile]:
 
 def _name(path: str) -> str:
     return (remote.redact_url(path) if remote.is_url(path) else path).lower()  # without the query of a URL
-
-
-def _is_ignored(name: str) -> bool:
-    clean_name = layout.clean_name(name)
-    return name != "" and (layout.is_ignored(clean_name) or clean_name.rpartition("/")[2].startswith("."))
 
 
 def _iterate_zip(path: str) -> Iterator[ImageFile]:
