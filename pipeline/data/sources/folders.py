@@ -5,6 +5,7 @@ Such are the Kermany pneumonia set (`chest_xray/train/NORMAL/*.jpeg`) and the CO
 """
 
 import logging
+import math
 import posixpath
 import re
 import unicodedata
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
+import yaml
 
 from pipeline.core.config import FoldersParams
 from pipeline.core.errors import UserError
@@ -158,7 +160,7 @@ def _check_classes(rows: pd.DataFrame, params: FoldersParams, root: str) -> None
         found += f" and {len(counts) - 20} more" if len(counts) > 20 else ""
         advice = "list each in download.positive, download.negative or download.ignore"
         if not (params.positive or params.negative) and len(counts) == 2:
-            first, second = (f"[{_quote(name)}]" for name in counts.index)
+            first, second = (_format_list(name) for name in counts.index)
             advice = (
                 f"write in params.yaml, under download, positive: {first} and negative: {second}, or positive: "
                 f"{second} and negative: {first}"
@@ -202,6 +204,6 @@ def _key(name: str) -> str:
     return unicodedata.normalize("NFC", name).strip().casefold()
 
 
-def _quote(name: str) -> str:
-    """Quote a name for YAML where it needs it."""
-    return name if re.fullmatch(r"[^\W\d][\w-]*(?: [\w-]+)*", name) else f'"{name}"'
+def _format_list(name: str) -> str:
+    """Return a list of this name in YAML, with quotes where it needs them, as `yes` does."""
+    return yaml.safe_dump([name], default_flow_style=True, allow_unicode=True, width=math.inf).rstrip()
