@@ -72,21 +72,17 @@ def write_source(params: TableParams, target: Path) -> None:
 def _read_tables(folder: SourceFolder, params: TableParams, notes: list[str]) -> pd.DataFrame:
     """Return the rows of all label files, with the columns of the joined tables; the index is (file, line)."""
     specs = [spec for spec in params.columns.model_dump().values() if spec is not None]
-    wanted = list(dict.fromkeys([*_all_fields(specs), *params.keep]))
-    table = _stack(folder, params.labels, _all_fields(params.join[0].keys) if params.join else wanted)
+    wanted = list(dict.fromkeys([*_fields(specs), *params.keep]))
+    table = _stack(folder, params.labels, _fields(params.join[0].keys) if params.join else wanted)
     for join in params.join:
         table = _join(folder, table, join, wanted, notes)
     check_columns(table, wanted, _list_tables(folder, params.labels))
     return table
 
 
-def _fields(spec: str) -> list[str]:
-    """Return the columns that a value of download.columns names."""
-    return FIELD.findall(spec) or [spec]
-
-
-def _all_fields(specs: Iterable[str]) -> list[str]:
-    return [name for spec in specs for name in _fields(spec)]
+def _fields(specs: Iterable[str]) -> list[str]:
+    """Return the columns that values of download.columns name."""
+    return [name for spec in specs for name in FIELD.findall(spec) or [spec]]
 
 
 def _stack(folder: SourceFolder, files: Path | list[Path], columns: Collection[str]) -> pd.DataFrame:
@@ -104,7 +100,7 @@ def _join(
 ) -> pd.DataFrame:
     """Add the columns of a second table to the rows of the first; empty where it has no such row."""
     name, labels = _list_tables(folder, join.table), f"{folder.root}/{table.index[0][0]}"
-    fields, other_fields = _all_fields(join.keys), _all_fields(join.keys.values())
+    fields, other_fields = _fields(join.keys), _fields(join.keys.values())
     check_columns(table, fields, labels)
     other = _stack(folder, join.table, other_fields)
     both = [one for one in wanted if one in table and one in other and one not in (*fields, *other_fields)]
@@ -232,8 +228,7 @@ def _label_rows(rows: pd.DataFrame, params: TableParams, notes: list[str]) -> pd
         for key in ("positive", "ignore"):
             unused = [value for value in getattr(params, key) if value and normalize_value(value) not in known]
             _note(notes, f"values of download.{key} that no row has: {{}}", pd.Series(unused, dtype="str"))
-    ignored = rows["label"] < 0
-    ignored = ignored.fillna(False).astype(bool)
+    ignored = (rows["label"] < 0).fillna(False).astype(bool)
     if ignored.any():
         notes.append(f"ignored: {ignored.sum()} ({params.columns.label} is {_count(rows['cell'][ignored])})")
     return rows[~ignored]
@@ -311,7 +306,7 @@ def _find_images(names: pd.Series, folder: SourceFolder, params: TableParams, no
 
 
 def _names_folders(params: TableParams) -> bool:
-    return params.columns.file.endswith("/") and len(FIELD.findall(params.columns.file)) > 0
+    return params.columns.file.endswith("/") and bool(FIELD.search(params.columns.file))
 
 
 def _files_in(parent: str, folder: SourceFolder) -> list[str]:
