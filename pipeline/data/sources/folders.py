@@ -21,7 +21,7 @@ from pipeline.core.errors import UserError
 from pipeline.data.layout import METADATA
 from pipeline.data.source_folder import SourceFolder, open_source_folder
 from pipeline.data.sources import archive_writer
-from pipeline.data.sources.image_paths import extract, is_image, name_images
+from pipeline.data.sources.image_paths import extract, is_image, split_path
 
 log = logging.getLogger(__name__)
 
@@ -100,9 +100,8 @@ def _label_images(folder: SourceFolder, params: FoldersParams, notes: list[str])
             f"{len(validation)} images of the validation set count as training (the first is {validation.iloc[0]}); "
             "the stage split makes the validation set"
         )
-    return rows.assign(
-        **dict.fromkeys(METADATA, ""), file=name_images(rows["path"].str.removeprefix(f"{around}/" if around else ""))
-    )
+    inner = rows["path"].str.removeprefix(f"{around}/" if around else "")
+    return rows.assign(**dict.fromkeys(METADATA, ""), file=["_".join(split_path(path)) for path in inner])
 
 
 def _describe(parent: str, around: str, listed: dict[str, set[str]], root: str) -> _Folder:
@@ -145,10 +144,8 @@ def _guess_class_folder(parts: list[str]) -> str:
         return ""
     if inside and (later := [part for part in parts[inside[-1] + 1 :] if part in names]):
         return later[0]
-    if inside or (around and around[-1] > 0):
-        earlier = [part for part in parts[: (inside or around)[-1]] if part in names]
-        return earlier[-1] if earlier else names[0]
-    return names[0]
+    earlier = [part for part in parts[: (inside or around or [0])[-1]] if part in names]
+    return earlier[-1] if earlier else names[0]
 
 
 def _check_classes(rows: pd.DataFrame, params: FoldersParams, root: str) -> None:

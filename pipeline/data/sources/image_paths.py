@@ -1,4 +1,4 @@
-"""What the path of a file says: whether it may be an image, its name in the zip, and by a pattern its patient."""
+"""What the path of a file says: whether it may be an image, its folders and name, and by a pattern its patient."""
 
 import re
 
@@ -16,15 +16,13 @@ def is_image(path: str) -> bool:
     return not DESCRIPTION.fullmatch(path.rpartition("/")[2].lower())
 
 
-def name_images(paths: pd.Series) -> pd.Series:
-    r"""Return names without folders: `./a/1.png` becomes `a_1.png`, and so does `a\1.png`.
+def split_path(path: str) -> list[str]:
+    r"""Return the folders and the name in a path, with `/` or `\` between them.
 
-    Two paths such as `a/b_1.png` and `a_b/1.png` get the same name, which `archive_writer.write_zip_of_files` refuses.
-
-    Args:
-        paths: relative paths with `/` between folders, (N,).
+    Joined by `_`, they are the name in the zip. Two paths such as `a/b_1.png` and `a_b/1.png` get the same name, which
+    `archive_writer.write_zip_of_files` refuses.
     """
-    return paths.str.removeprefix("./").str.replace(r"[/\\]", "_", regex=True).astype("str")
+    return [part for part in path.replace("\\", "/").split("/") if part not in ("", ".")]
 
 
 def extract(values: pd.Series, pattern: str, name: str, notes: list[str]) -> pd.Series:

@@ -16,7 +16,7 @@ from pipeline.data.demographics import UNKNOWN_PATIENTS, drop_decimals, read_age
 from pipeline.data.file_names import match_files, quote_nearest
 from pipeline.data.source_folder import SourceFolder, open_source_folder
 from pipeline.data.sources import archive_writer
-from pipeline.data.sources.image_paths import extract, is_image
+from pipeline.data.sources.image_paths import extract, is_image, split_path
 
 log = logging.getLogger(__name__)
 
@@ -285,7 +285,7 @@ def _find_images(names: pd.Series, folder: SourceFolder, params: TableParams, no
     """Return the file or, if the column names folders, the folder of each row; say what matches nothing, both ways."""
     files: Collection[str] = folder.files
     if _names_folders(params):
-        files = {"/".join(parts[:depth]) for parts in map(_parts, folder.files) for depth in range(1, len(parts))}
+        files = {"/".join(parts[:depth]) for parts in map(split_path, folder.files) for depth in range(1, len(parts))}
     found = match_files(names, files)
     missing = names[(found == "") & (names != "")].drop_duplicates()
     if len(missing) and (found == "").all():
@@ -320,19 +320,15 @@ def _files_in(parent: str, folder: SourceFolder) -> list[str]:
 
 def _list_images(rows: pd.DataFrame, folder: SourceFolder, params: TableParams) -> pd.DataFrame:
     """Add path, of the image, and file, its name in the zip; a row that names a folder becomes a row per image."""
-    depth = rows["name"].map({name: len(_parts(name)) for name in rows["name"].unique()})
+    depth = rows["name"].map({name: len(split_path(name)) for name in rows["name"].unique()})
     rows = rows.assign(path=rows["found"], depth=depth)
     if _names_folders(params):
         images = {one: _files_in(one, folder) or [""] for one in rows["found"].unique()}
         rows = rows.assign(path=rows["found"].map(images)).explode("path")
         rows["depth"] += rows["path"].str.count("/") - rows["found"].str.count("/")
     triples = zip(rows["path"], rows["name"], rows["depth"], strict=True)
-    rows["file"] = ["_".join(_parts(path)[-depth:] if path else _parts(name)) for path, name, depth in triples]
+    rows["file"] = ["_".join(split_path(path)[-depth:] if path else split_path(name)) for path, name, depth in triples]
     return rows
-
-
-def _parts(path: str) -> list[str]:
-    return [part for part in path.replace("\\", "/").split("/") if part not in ("", ".")]
 
 
 def _find_test_set(rows: pd.DataFrame, folder: SourceFolder, params: TableParams, notes: list[str]) -> pd.Series:
