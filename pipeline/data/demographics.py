@@ -37,12 +37,7 @@ def read_sex(values: pd.Series, table: str) -> pd.Series:
     """
     known = {**SEXES, **dict.fromkeys(UNKNOWN, "")}
     sex = values.str.strip().str.lower().map(known)
-    if sex.isna().any():
-        row = sex.index[sex.isna()][0]
-        raise UserError(
-            f"{table} line {row + 2}: {values.name} is {values[row]!r} ({sex.isna().sum()} invalid in total); it "
-            "must be F, M or O (other), or empty if it is not known"
-        )
+    _refuse(values, sex.isna(), table, "F, M or O (other)")
     return sex.astype("str")
 
 
@@ -61,13 +56,17 @@ def read_age(values: pd.Series, table: str) -> pd.Series:
     parts = text.str.extract(f"^{AGE.pattern}$")
     age = parts[0].astype(float) / parts[1].map(UNITS_PER_YEAR).astype(float)
     invalid = ~text.isin(UNKNOWN) & ~(age <= MAX_AGE)
+    _refuse(values, invalid, table, f"years from 0 to {MAX_AGE:g}, such as 63 or 063Y")
+    return age
+
+
+def _refuse(values: pd.Series, invalid: pd.Series, table: str, allowed: str) -> None:
     if invalid.any():
         row = values.index[invalid][0]
         raise UserError(
-            f"{table} line {row + 2}: {values.name} is {values[row]!r} ({invalid.sum()} invalid in total); it must "
-            f"be years from 0 to {MAX_AGE:g}, such as 63 or 063Y, or empty if it is not known"
+            f"{table} line {row + 2}: {values.name} is {values[row]!r} ({invalid.sum()} invalid in total); it must be "
+            f"{allowed}, or empty if it is not known"
         )
-    return age
 
 
 def _least_age(group: re.Match[str]) -> str:
