@@ -111,14 +111,12 @@ def download_file(url: str, setting: str, folder: Path) -> Path:
     Raises:
         UserError: the file is missing or refused, the server does not answer, or the disk is too small.
     """
-    for attempt in range(MAX_ATTEMPTS):
+    for attempt in range(MAX_ATTEMPTS - 1):
         try:
             return _resume(url, setting, folder)
         except UnreachableError:
-            if attempt == MAX_ATTEMPTS - 1:
-                raise
             time.sleep(2**attempt)
-    raise AssertionError
+    return _resume(url, setting, folder)
 
 
 def remove_downloads(folder: Path) -> None:
