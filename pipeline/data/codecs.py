@@ -1,13 +1,11 @@
 """Decoding of the kinds of JPEG that Pillow cannot decode, as files of their own or inside of a DICOM."""
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
 from pipeline.data.image_checks import JPEG_START, SCAN_MARKER, UnusableError, check_scans, check_shape
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 JPEG_END = b"\xff\xd9"
 JPEG_LS = 0xF7
@@ -50,7 +48,7 @@ class Frame(NamedTuple):
         return self.marker in LOSSLESS | WITHOUT_DECODER or (self.marker != 0 and self.precision > 8)
 
 
-def iterate_segments(data: bytes) -> "Iterator[tuple[int, int]]":
+def iterate_segments(data: bytes) -> Iterator[tuple[int, int]]:
     """Yield marker and offset of the content, after the length, of the segments of a JPEG before its first scan.
 
     Segment by segment, because a segment of metadata may contain a thumbnail with segments of its own.

@@ -14,6 +14,7 @@ from pipeline.data.codecs import JPEG2000_START, LOSSLESS, decode_frame, read_fr
 from pipeline.data.demographics import SEXES, UNKNOWN_PATIENTS
 from pipeline.data.gray_levels import TABLE_SIZE, find_percentiles, find_range, scale_to_uint8
 from pipeline.data.image_checks import (
+    JPEG_START,
     MAX_PIXELS,
     MAX_REASON,
     MIN_CONTRAST,
@@ -288,7 +289,7 @@ def _decode_jpeg(
     data: bytes, syntax: "UID | None", rows: int, columns: int, channels: int, interpretation: str
 ) -> tuple[np.ndarray, bool]:
     """Decode a frame of any kind of JPEG, whatever the transfer syntax says; also whether color is RGB for sure."""
-    start = max(data.find(JPEG2000_START), 0) if not data.startswith(b"\xff\xd8") else 0  # after the boxes of a JP2
+    start = max(data.find(JPEG2000_START), 0) if not data.startswith(JPEG_START) else 0  # after the boxes of a JP2
     frame = read_frame(data[start:])
     if frame is None:
         if syntax is not None and "JPEG" in syntax.name and "XL" not in syntax.name:
@@ -317,9 +318,8 @@ def _name(syntax: "UID | None") -> str:
 def _is_lossy(file: "Dataset", syntax: "UID | None") -> bool:
     from pydicom.uid import HTJ2K, JPEG2000, JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLSNearLossless
 
-    return _text(file, "LossyImageCompression") == "01" or syntax in (
-        *(HTJ2K, JPEG2000, JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLSNearLossless),
-    )
+    lossy = (HTJ2K, JPEG2000, JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLSNearLossless)
+    return _text(file, "LossyImageCompression") == "01" or syntax in lossy
 
 
 def _scale(pixels: np.ndarray, file: "Dataset", *, is_lossy: bool) -> np.ndarray:

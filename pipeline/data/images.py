@@ -150,7 +150,7 @@ def _decode_image(data: bytes) -> np.ndarray:
         if gray is not None:
             return gray
         check_scans(data)
-        frame = read_frame(data) if data.startswith(JPEG_START) else None
+        frame = read_frame(data)
         if frame is not None and frame.needs_decoder:
             return _channels_to_gray(decode_frame(data, frame))
         gray = _decode_deep_tiff(data)
