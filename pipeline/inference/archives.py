@@ -13,7 +13,7 @@ from pipeline.core.errors import UserError, first_line
 from pipeline.core.files import DamagedFileError, detect_damage
 from pipeline.data import image_checks, layout, remote
 from pipeline.data.image_checks import UnusableError, check_bytes
-from pipeline.data.sources.archive import DECOMPRESSORS, ENDINGS, BoundedStream, StrictTarInfo
+from pipeline.data.sources.archive import DECOMPRESSORS, ENDINGS, BoundedStream, StrictTarInfo, check_end
 
 SETTING = "the URL"  # in errors
 MAX_HEADER = 2**20  # bytes of a tar's extended header, which is read as a whole
@@ -167,9 +167,7 @@ def _iterate_tar(path: str) -> Iterator[ImageFile]:
         mode = "r|" if is_stream else "r:"
         with tarfile.open(fileobj=stream, mode=mode, tarinfo=_BoundedTarInfo) as archive:  # type: ignore[call-overload]
             yield from _iterate_tar_members(path, archive, reads_content=is_stream)
-            while rest := archive.fileobj.read(2**20):
-                if rest.strip(b"\0"):
-                    raise DamagedFileError("it goes on after its end")
+            check_end(archive)
 
 
 def _iterate_tar_members(path: str, archive: Any, *, reads_content: bool) -> Iterator[ImageFile]:
@@ -181,10 +179,9 @@ def _iterate_tar_members(path: str, archive: Any, *, reads_content: bool) -> Ite
         archive.members.clear()  # or memory grows with their number
         if member.isdir():
             continue
-        is_link = member.islnk() or member.issym()
         problems = {
-            "is a link": is_link,
-            "is not a regular file": not (member.isreg() or is_link) or member.issparse(),
+            "is a link": member.islnk() or member.issym(),
+            "is not a regular file": not member.isreg() or member.issparse(),
             f"is too large ({member.size} bytes)": member.size > image_checks.MAX_BYTES,
         }
         problem = next((text for text, is_present in problems.items() if is_present), "")

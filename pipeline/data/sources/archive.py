@@ -202,7 +202,7 @@ def _read_members(raw: BinaryIO, path: Path) -> Iterator[tuple[str, bytes]]:
                 continue
             problems = {
                 "is a link": member.islnk() or member.issym(),
-                "is neither a file nor a folder": not (member.isreg() or member.islnk() or member.issym()),
+                "is neither a file nor a folder": not member.isreg(),
                 f"is too large ({member.size} bytes)": member.size > layout.MAX_MEMBER_SIZE,
             }
             if problem := next((text for text, is_present in problems.items() if is_present), ""):
@@ -210,9 +210,14 @@ def _read_members(raw: BinaryIO, path: Path) -> Iterator[tuple[str, bytes]]:
             content = archive.extractfile(member)
             assert content is not None  # noqa: S101  # it is a file
             yield name, content.read()
-        while rest := archive.fileobj.read(2**20):
-            if rest.strip(b"\0"):
-                raise DamagedFileError("it goes on after its end")
+        check_end(archive)
+
+
+def check_end(archive: Any) -> None:
+    """Raise `DamagedFileError` if anything but zeros follows the last member of a tar."""
+    while rest := archive.fileobj.read(2**20):
+        if rest.strip(b"\0"):
+            raise DamagedFileError("it goes on after its end")
 
 
 class BoundedStream:
