@@ -170,11 +170,9 @@ def describe_images(checked: CheckedImages, count: int) -> dict[str, str]:
         listed = [f"{number} × {reason} (first {first})" for reason, number, first in reasons.head(5).itertuples()]
         more = f"; {len(reasons) - 5} more reasons" if len(reasons) > 5 else ""
         described["unusable"] = f"{len(checked.unusable)}: {'; '.join(listed)}{more}"
-    for key in checked.dicom:
-        if checked.dicom[key].ne("").any():
-            described[f"DICOM {key}"] = (
-                f"{checked.dicom[key].replace('', pd.NA).nunique()} values"
-                if key in ("patient", "age")
-                else count_values(checked.dicom[key])
-            )
+    for key, values in checked.dicom.items():
+        if values.ne("").any():
+            is_listed = key not in ("patient", "age")
+            number = f"{values[values != ''].nunique()} values"
+            described[f"DICOM {key}"] = count_values(values) if is_listed else number
     return described

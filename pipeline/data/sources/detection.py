@@ -177,15 +177,15 @@ def _guess_columns(file: str, table: pd.DataFrame, images: list[str], parents: s
     for key, pattern in COLUMN_NAMES.items():
         for name in names:
             is_constant = key == "label" and table[name].nunique() < 2
-            if key not in columns and name != file_column and re.search(pattern, name, re.IGNORECASE):
-                columns |= {} if is_constant else {key: name}
+            if name != file_column and not is_constant and re.search(pattern, name, re.IGNORECASE):
+                columns.setdefault(key, name)
     section: Section = {"source": "table", "labels": file, "columns": columns, "positive": [], "negative": []}
     if "label" not in columns:
         return share, (section, f"which of {', '.join(names)} is columns.label?")
     values = table[columns["label"]]
-    if separator := "|" if values.str.contains("|", regex=False).any() else "":
-        section["separator"] = separator
-        values = values.str.split(separator).explode()
+    if values.str.contains("|", regex=False).any():
+        section["separator"] = "|"
+        values = values.str.split("|").explode()
     counts = values.value_counts()
     listed = ", ".join(f"{value!r} ({count})" for value, count in counts.head(MAX_VALUES).items())
     more = f" and {len(counts) - MAX_VALUES} more values" if len(counts) > MAX_VALUES else ""
