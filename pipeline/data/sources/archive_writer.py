@@ -18,7 +18,7 @@ from pipeline.core.progress import track_progress
 from pipeline.data.dicom import read_metadata
 from pipeline.data.file_names import IMAGE_ENDING, quote_nearest
 from pipeline.data.image_references import IMAGE_REFERENCES, UNKNOWN_CHECKSUM, ImageReference, format_references
-from pipeline.data.layout import METADATA, OPTIONAL_METADATA
+from pipeline.data.layout import METADATA, METADATA_TABLE, OPTIONAL_METADATA, SAMPLE_SUBMISSION, TRAIN_LABELS
 from pipeline.data.source_folder import SourceFolder
 from pipeline.data.test_labels import TEST_LABELS
 
@@ -45,9 +45,9 @@ def write_zip(
     table, labeled = rows.rename(columns={"file": "File", "label": "Label"}), rows["label"].notna()
     optional = [name for name in OPTIONAL_METADATA if name in rows and rows[name].replace("", pd.NA).notna().any()]
     tables = {
-        "train_labels.csv": table.loc[labeled, ["File", "Label"]],
-        "sample_submission.csv": table.loc[~labeled, ["File"]].assign(Label=0),
-        "metadata.csv": table[["File", *METADATA, *optional]],
+        TRAIN_LABELS: table.loc[labeled, ["File", "Label"]],
+        SAMPLE_SUBMISSION: table.loc[~labeled, ["File"]].assign(Label=0),
+        METADATA_TABLE: table[["File", *METADATA, *optional]],
     }
     if "test_label" in rows and rows["test_label"].notna().any():
         tables[TEST_LABELS] = table[["File", "test_label"]].dropna().rename(columns={"test_label": "Label"})
@@ -124,7 +124,7 @@ def write_zip_of_files(rows: pd.DataFrame, folder: SourceFolder, target: Path, *
             "%s: %s not found (%s labeled images in total); when it is added, run: dvc repro -f download",
             folder.root,
             quote_nearest(rows["file"][missing].iloc[0], folder.files),
-            sum(missing),
+            missing.sum(),
         )
     repeated = rows["file"][rows["file"].duplicated()]
     if len(repeated):

@@ -13,6 +13,7 @@ from pipeline.core.config import DownloadParams, Profile
 from pipeline.core.errors import UserError
 from pipeline.data import remote
 from pipeline.data.file_names import match_files
+from pipeline.data.layout import TRAIN_LABELS
 from pipeline.data.source_folder import SourceFolder, open_source_folder
 from pipeline.data.sources import archive, covid_chestxray
 from pipeline.data.sources.archive_writer import read_source_table
@@ -116,7 +117,7 @@ def _read_page(page: str, folder: SourceFolder, path: str) -> Section:
 
 
 def _guess_by_names(folder: SourceFolder) -> Guess | None:
-    if any(file.rpartition("/")[2].lower() == "train_labels.csv" for file in folder.files):
+    if any(file.rpartition("/")[2].lower() == TRAIN_LABELS for file in folder.files):
         return {"source": "archive"}, ""
     if all(any(re.fullmatch(rf"{subset}[^/]*\.txt", file) for file in folder.files) for subset in ("train", "test")):
         return {"source": "covidx"}, ""
