@@ -2,9 +2,10 @@
 
 Scores of both classes are normal with equal variances (binormal model), and those of a patient's images are correlated.
 Patients are simulated until each class has its number of images; these numbers are fixed, as a stratified split fixes
-them, and the truth is the metric of the population at their ratio. Probabilities are the true ones, and the threshold
-has the highest F1 in the population. The second model of the differences has an AUROC 1.3 times as far from 1, and its
-scores correlate with those of the first by 0.8.
+them, and the truth is the metric of the population at their ratio. Only for the calibration intercept, which is about
+the prevalence, the classes of the patients are drawn. Probabilities are the true ones, and the threshold has the
+highest F1 in the population. The second model of the differences has an AUROC 1.3 times as far from 1, and its scores
+correlate with those of the first by 0.8.
 
 python bench/coverage.py [REPLICATES] [PROCESSES]
 
@@ -102,6 +103,12 @@ def _draw_sizes(rng: np.random.Generator, images: int, largest: int) -> list[int
     return sizes
 
 
+def draw_positives(rng: np.random.Generator, images: int, positives: int, clusters: str) -> int:
+    """Return the number of positive images if each patient is positive with the probability `positives / images`."""
+    sizes = np.array(_draw_sizes(rng, images, CLUSTERS[clusters][0]))
+    return max(1, int(sizes[rng.random(len(sizes)) < positives / images].sum()))
+
+
 def old_intervals(
     labels: np.ndarray, predicted: np.ndarray, groups: np.ndarray, samples: pd.DataFrame
 ) -> dict[str, tuple[float, float]]:
@@ -126,7 +133,8 @@ def simulate(situation: tuple[int, int, str, float, int]) -> list[dict[str, Any]
     """Return a row per method and metric: the situation, `coverage`, `error`, `width` and `none`."""
     images, positives, clusters, auroc, replicates = situation
     # A generator per situation, so that their Monte Carlo errors are independent.
-    rng = np.random.default_rng([images, list(CLUSTERS).index(clusters), AUROCS.index(auroc)])
+    key = [images, list(CLUSTERS).index(clusters), AUROCS.index(auroc)]
+    rng, rng_of_counts = np.random.default_rng(key), np.random.default_rng([*key, 1])
     separations, thresholds, truths = [], [], []
     for value in (auroc, 1 - (1 - auroc) * SECOND_MODEL_LOSS):
         threshold, truth = population_metrics(images, positives, value)
@@ -136,16 +144,26 @@ def simulate(situation: tuple[int, int, str, float, int]) -> list[dict[str, Any]
     prefix = "difference in "
     truth = truths[0] | {prefix + metric: truths[0][metric] - truths[1][metric] for metric in truths[0]}
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for _ in range(replicates):
-        labels, groups, scores = draw_scores(rng, images, positives, clusters)
+
+    def predict(labels: np.ndarray, scores: np.ndarray) -> list[Predictions]:
         models = []
         for column, (separation, threshold) in enumerate(zip(separations, thresholds, strict=True)):
             logits = logit(positives / images) + separation * (scores[:, column] + separation * (labels - 0.5))
             probabilities = expit(logits)
             models.append(Predictions((probabilities >= threshold).astype(int), probabilities))
-        for method, metric, low, high in _intervals(labels, groups, models, prefix):
-            if metric in truth:
+        return models
+
+    for _ in range(replicates):
+        labels, groups, scores = draw_scores(rng, images, positives, clusters)
+        for method, metric, low, high in _intervals(labels, groups, predict(labels, scores), prefix):
+            if metric in truth and metric != "calibration_intercept":
                 found.setdefault((metric, method), []).append((low, high))
+        count = draw_positives(rng_of_counts, images, positives, clusters)
+        labels, groups, scores = draw_scores(rng_of_counts, images, count, clusters)
+        model = predict(labels, scores)[0]
+        table = confidence_intervals(labels, model.predicted, groups, model.probabilities).set_index("metric")
+        interval = table.loc["calibration_intercept", ["low", "high"]]
+        found.setdefault(("calibration_intercept", "new"), []).append(tuple(interval))
     rows = []
     for (metric, method), intervals in found.items():
         ends = np.array(intervals)

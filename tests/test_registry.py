@@ -202,8 +202,7 @@ def test_a_champion_of_another_training_is_evaluated_on_the_present_validation_s
     version = registry.get_version(connect(NAME), NAME, challenger)
     (rejection,) = [row for row in registry.decisions_about(version) if not row["promoted"]]
     assert (rejection["reason"], rejection["decided_by"]) == (decision["reason"], "gate")
-    assert champion_runs(promoted) == ["bag version 3"]
-    assert shown_version(promoted, version.run_id) == challenger  # whose metrics the bag's run has now
+    assert champion_runs(promoted) == ["bag 3"]
 
     edit_params(promoted, lambda params: params["demo"]["promote"].update(false_promotion_rate=1.0))
     assert "is champion: " in output_of("cxr promote")
@@ -217,6 +216,18 @@ def test_a_champion_of_another_training_is_evaluated_on_the_present_validation_s
     assert f"replaced by version {challenger}, decided by gate: apparent F1 " in state["3"]
     decisions = registry.decisions_about(registry.get_version(connect(NAME), NAME, challenger))
     assert [row["promoted"] for row in decisions[-2:]] == [False, True]
+
+
+def test_a_run_that_bags_share_names_the_one_whose_metrics_it_has(promoted):
+    if aliases(promoted)["champion"] != "3":
+        output_of("cxr promote --model 3 --reason 'the ensemble'")
+    run_id = registry.get_version(connect(NAME), NAME, "3").run_id
+    for method, shown, marked in (("mean", "4", "bag version 3"), ("vote", "3", "bag 3")):
+        edit_params(promoted, lambda params, method=method: params["demo"]["bag"].update(method=method))
+        output_of("cxr bag")
+        output_of("cxr sync")
+        assert shown_version(promoted, run_id) == shown
+        assert champion_runs(promoted) == [marked]
 
 
 def read_decision() -> dict:

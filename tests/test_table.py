@@ -555,6 +555,22 @@ def test_tables_are_joined_by_names_that_differ_in_spelling(tmp_path, caplog):
     assert "left out by download.keep: 1 (set is empty 1)" in caplog.text
 
 
+def test_rows_without_a_match_are_named_as_the_table_writes_them(tmp_path, caplog):
+    write(tmp_path, {"images.csv": "name\n1\n2\n3\n4\n007.PNG\n"})
+    fetch(
+        table(
+            tmp_path,
+            SETS + "Sub-S09.PNG,1,train\n",
+            "1.png 2.png 3.png 4.png 007.png",
+            **JOIN,
+            keep={"set": ["train", "test"]},
+        ),
+        tmp_path,
+    )
+    assert "labels.csv: 1, the first is '007.PNG'" in caplog.text
+    assert "labels.csv without one here: 1, the first is 'Sub-S09.PNG'" in caplog.text
+
+
 def test_tables_are_joined_by_texts_put_together_from_columns(tmp_path):
     write(tmp_path, {"studies.csv": "id,negative\na_study,0\nb_study,1\n"})
     images = "id,study\n1_image,a\n2_image,a\n3_image,b\n"

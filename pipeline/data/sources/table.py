@@ -4,6 +4,7 @@ import bisect
 import logging
 import re
 from collections.abc import Callable, Collection, Iterable
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -122,24 +123,31 @@ def _join(
         place = dict(zip(other_keys, range(len(other_keys)), strict=True))
         matches = dict(zip(left, match_files(left, right).map(place).fillna(-1).astype(int), strict=True))
         positions = positions.where(positions >= 0, keys.map(matches).fillna(-1).astype(int))
-    unmatched = keys[positions < 0]
-    if len(unmatched) == len(keys):
+    unmatched, unused = positions < 0, ~pd.RangeIndex(len(other)).isin(positions)
+    written_here, written_there = _as_written(table, [*join.keys]), _as_written(other, [*join.keys.values()])
+    if unmatched.all():
         raise UserError(
-            f"{name}: no row has the {','.join(join.keys)} of a row of {labels}, such as {other_keys.iloc[0]!r} here "
-            f"and {keys.iloc[0]!r} there; correct download.join.by"
+            f"{name}: no row has the {','.join(join.keys)} of a row of {labels}, such as {written_there.iloc[0]!r} "
+            f"here and {written_here.iloc[0]!r} there; correct download.join.by"
         )
-    _note(notes, f"rows without one in {name}: {{}}", unmatched)
-    _note(notes, f"rows of {name} without one here: {{}}", other_keys[~pd.RangeIndex(len(other)).isin(positions)])
+    _note(notes, f"rows without one in {name}: {{}}", written_here[unmatched])
+    _note(notes, f"rows of {name} without one here: {{}}", written_there[unused])
     values = other[added].reset_index(drop=True).reindex(positions.to_numpy()).fillna("")
     return pd.concat([table, values.set_axis(table.index)], axis="columns")
 
 
 def _key(table: pd.DataFrame, columns: list[str]) -> pd.Series:
     """Return what rows are joined by: the values of the columns, in their normal form."""
-    key = _normalize(_fill_in(table, columns[0]))
-    for column in columns[1:]:
-        key += " " + _normalize(_fill_in(table, column))
-    return key
+    return reduce(_with_blank, (_normalize(_fill_in(table, column)) for column in columns))
+
+
+def _as_written(table: pd.DataFrame, columns: list[str]) -> pd.Series:
+    """Return the values of the columns, for messages."""
+    return reduce(_with_blank, (_fill_in(table, column) for column in columns))
+
+
+def _with_blank(left: pd.Series, right: pd.Series) -> pd.Series:
+    return left + " " + right
 
 
 def _filter_rows(table: pd.DataFrame, params: TableParams, notes: list[str]) -> pd.Series:
