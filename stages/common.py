@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -165,7 +166,8 @@ def user_message(error: Exception) -> str:
         case PermissionError():
             message = f"{error.filename or error}: permission denied; change its permissions or its owner"
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
-            message = f"the disk is full ({error.filename or 'while writing'}); free some space and run again"
+            where = error.filename or f"of {Path.cwd()} or {tempfile.gettempdir()}"
+            message = f"the disk is full ({where}); free some space and run again"
         case OSError(filename=str() | Path() as path, strerror=str() as reason):
             message = f"{path}: {reason}; correct the path, or check the file or folder there"
     return message

@@ -38,10 +38,12 @@ class ValidationPredictions:
 
     def __init__(self, config: Config) -> None:
         predictions, split, params = read_csv(Path("predictions/validation.csv")), config.active.split, config.active
-        self._images = read_split(MANIFEST.parent, split.validation_folds).set_index("file")
+        images = read_split(MANIFEST.parent, split.validation_folds).set_index("file")
         self._download = params.download
-        table = self._images.loc[predictions["file"]]
+        self._labeled_checksums = self._read_checksums(images.index[images["subset"].isin(["train", "validation"])])
+        table = images.loc[predictions["file"]]
         self.files, self.labels = predictions["file"], predictions["label"].to_numpy()
+        self.checksums = self._labeled_checksums.loc[self.files].reset_index(drop=True)
         self.groups = table["group"].to_numpy()
         self.folds = table["fold"].to_numpy(int) if split.cross_validate else None
         validation = ValidationSet(self.labels, self.groups, 1)
@@ -63,7 +65,6 @@ class ValidationPredictions:
             name: score_predictions(self.labels, self.probabilities[name].to_numpy(), self.predicted[name].to_numpy())
             for name in configs
         }
-        self.checksums = self._checksums(self.files)
 
     def labeled_images(self, name: str) -> pd.DataFrame:
         """List the labeled images for later comparisons with other splits, without file names or patients.
@@ -72,9 +73,9 @@ class ValidationPredictions:
             `checksum` of each image's file, sorted, and `label`, which the candidate predicts for an image of the
             validation set and which is missing for one that it was trained on.
         """
-        files = self._images.index[self._images["subset"].isin(["train", "validation"])].to_series()
-        labels = self._registered[name].set_axis(self.files).reindex(files).astype("Int64")
-        table = pd.DataFrame({"checksum": self._checksums(files).to_numpy(), "label": labels.to_numpy()})
+        checksums = self._labeled_checksums
+        labels = self._registered[name].set_axis(self.files).reindex(checksums.index).astype("Int64")
+        table = pd.DataFrame({"checksum": checksums.to_numpy(), "label": labels.to_numpy()})
         return table.sort_values(["checksum", "label"])
 
     def predict_with(self, model: Candidate, rows: np.ndarray) -> np.ndarray:
@@ -91,8 +92,8 @@ class ValidationPredictions:
                 labels.append(model.predict(torch.from_numpy(np.stack(pixels)))["label"])
         return np.concatenate(labels)
 
-    def _checksums(self, files: pd.Series) -> pd.Series:
-        """Return the CRC-32 and the size of each image's file, which the archive's tables have."""
+    def _read_checksums(self, files: pd.Index) -> pd.Series:
+        """Return the CRC-32 and the size of each image's file, which the archive's tables have, by file."""
         members = layout.read_layout(RAW).images.set_index("file").loc[files, "member"]
         with RawImages(RAW, self._download) as raw_images:
-            return pd.Series([raw_images.checksum(member) for member in members], dtype=str)
+            return pd.Series([raw_images.checksum(member) for member in members], files, dtype=str)
