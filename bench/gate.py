@@ -4,14 +4,17 @@ python bench/gate.py [SIMULATIONS]
 
 Every model is a score with a normal distribution in each class and F1-optimal threshold: ten seeds, correlated because
 some images (and, where clustered, patients of one to four images) are hard for all, with an AUROC of 0.95. The
-eleventh candidate stands for the bag, as good as a seed. Before: the candidate with the best F1 was promoted if its F1
-was higher in at least 80 % of the bootstrap resamples of patients.
+eleventh candidate stands for the bag, as good as a seed. With another operating point, champion and candidates have the
+same true F1, but one threshold is below the optimum and the other above it, and the number of positives varies.
+Before: the candidate with the best F1 was promoted if its F1 was higher in at least 80 % of the bootstrap resamples of
+patients.
 """
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
+from itertools import product
 
 import numpy as np
 from scipy.optimize import brentq, minimize_scalar
@@ -21,6 +24,7 @@ from pipeline.evaluation.gate import comparison_level, f1_score, randomization_p
 
 SEEDS, RATE, OLD_PROBABILITY, RETRAININGS, SEPARATION = 10, 0.05, 0.8, 20, 2.33
 RESAMPLES = 500  # the smallest p-value, 0.002, is below the level of the 20th comparison
+LOWER = 0.6  # by which a threshold is below the optimal one, in standard deviations of the score in a class
 HARDNESS, SEED, EPOCH = 0.65, 0.2, 0.15  # shares of a score's variance: the image, the seed, the epoch
 
 
@@ -48,9 +52,10 @@ class ValidationSet:
         noise, by_group = self.rng.standard_normal((2, setting.images))
         self.hardness = HARDNESS**0.5 * ((by_group[self.groups] + noise) / 2**0.5 if setting.clustered else noise)
 
-    def train(self, separation: float) -> tuple[np.ndarray, np.ndarray]:
+    def train(self, separation: float, threshold: float | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Return the labels predicted by every seed after every epoch, (N, seeds, epochs), and by the bag, (N, 1)."""
-        threshold = optimal_threshold(separation, self.setting.positives / self.setting.images)
+        if threshold is None:
+            threshold = optimal_threshold(separation, self.setting.positives / self.setting.images)
         shape = (self.setting.images, SEEDS, self.setting.epochs)
         means = (self.hardness + separation * self.labels)[:, None]
         by_seed = means + SEED**0.5 * self.rng.standard_normal(shape[:2])
@@ -98,6 +103,14 @@ def true_f1(separation: float, threshold: float, prevalence: float) -> float:
 
 
 @cache
+def thresholds_of_equal_f1(prevalence: float) -> tuple[float, float]:
+    """Return a threshold below the optimal one, and the one above it with the same true F1."""
+    optimum = optimal_threshold(SEPARATION, prevalence)
+    f1 = true_f1(SEPARATION, optimum - LOWER, prevalence)
+    return optimum - LOWER, float(brentq(lambda t: true_f1(SEPARATION, t, prevalence) - f1, optimum, optimum + 4))
+
+
+@cache
 def separation_with_gain(gain: float, prevalence: float) -> float:
     """Return the separation at which the true F1 is higher by `gain`."""
 
@@ -118,6 +131,17 @@ def compare_once(setting: Setting, seed: int, gain: float, chosen_here: bool) ->
     champion = validation.select(training) if chosen_here else training[0][:, 0, 0]
     better = separation_with_gain(gain, setting.positives / setting.images)
     probability, p_value = validation.compare(validation.train(better), champion)
+    return probability >= OLD_PROBABILITY, p_value <= RATE
+
+
+def compare_operating_points(setting: Setting, seed: int, sensitive: bool) -> tuple[bool, bool]:
+    """Return whether candidates of the same F1 replace a more sensitive, or more specific, champion, before and now."""
+    prevalence = setting.positives / setting.images
+    positives = int(np.random.default_rng([seed, 1]).binomial(setting.images, prevalence))
+    validation = ValidationSet(replace(setting, positives=positives), seed)
+    low, high = thresholds_of_equal_f1(prevalence)
+    champion = validation.train(SEPARATION, low if sensitive else high)[0][:, 0, 0]
+    probability, p_value = validation.compare(validation.train(SEPARATION, high if sensitive else low), champion)
     return probability >= OLD_PROBABILITY, p_value <= RATE
 
 
@@ -153,6 +177,10 @@ def main(count: int = 400) -> None:
             replicates = count if size == small else max(1, count // 2)
             outcomes = [compare_once(setting, seed, 0, chosen_here) for seed in range(replicates)]
             print_row("equal", setting, chosen_here, outcomes)
+    for size, clustered, sensitive in product((small, large), (False, True), (True, False)):
+        setting, replicates = Setting(*size, clustered, epochs=1), count if size == small else max(1, count // 2)
+        outcomes = [compare_operating_points(setting, seed, sensitive) for seed in range(replicates)]
+        print_row(f"equal F1, more {'specific' if sensitive else 'sensitive'}", setting, False, outcomes)
     for clustered, epochs in [(False, 1), (True, 8)]:
         for chosen_here in (False, True):
             setting = Setting(*small, clustered, epochs)

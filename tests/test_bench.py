@@ -52,7 +52,7 @@ def test_a_benchmark_that_needs_a_process_of_its_own_prints_its_results(command,
         ("python bench/recipe_intervals.py", ["2", "3"], 7),
         ("python bench/shift.py", ["4"], 15),
         ("python bench/selection.py", ["2"], 108),
-        ("python bench/gate.py", ["1"], 46),
+        ("python bench/gate.py", ["1"], 54),
         ("python bench/operating_point.py", ["2"], 144),
     ],
 )
