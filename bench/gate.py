@@ -146,7 +146,7 @@ def compare_operating_points(setting: Setting, seed: int, sensitive: bool) -> tu
 
 
 def retrain(setting: Setting, seed: int, chosen_here: bool) -> tuple[bool, bool]:
-    """Return whether any of 20 retrainings of an equal model replaces the champion, before and now."""
+    """Return whether any of 20 retrainings of an interchangeable model replaces the champion, before and now."""
     validation, promoted = ValidationSet(setting, seed), [False, False]
     training = validation.train(SEPARATION)
     champion = validation.select(training) if chosen_here else training[0][:, 0, 0]

@@ -536,7 +536,7 @@ class PromoteParams(Section):
 
     margin: float = Field(0.0, ge=0, le=1, description="F1 by which a challenger must beat the champion.")
     false_promotion_rate: float = Field(
-        0.05, gt=0, le=1, description="Largest probability that an equal model is promoted."
+        0.05, gt=0, le=1, description="Largest probability that an interchangeable model is promoted."
     )
     resamples: int = Field(2000, gt=0, description="Resamples of the comparison.")
     min_sensitivity: float = Field(0.5, ge=0, le=1, description="Minimum sensitivity to pass the gate.")
