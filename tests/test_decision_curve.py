@@ -83,3 +83,8 @@ def test_without_both_classes_or_probabilities_there_are_no_rows(labels, probabi
     table = decision_curve(np.array(labels), np.array(probabilities), [0.5])
     assert table.empty
     assert list(table.columns) == COLUMNS
+
+
+def test_every_prevalence_has_one_curve():
+    table = decision_curve(LABELS, PROBABILITIES, [0.1, LABELS.mean(), 0.1])
+    assert list(table["prevalence"]) == [0.4] * len(THRESHOLDS) + [0.1] * len(THRESHOLDS)

@@ -98,3 +98,18 @@ def test_nothing_known_one_image_and_unavailable_models_have_reasons():
     assert (table["reason"] != "").all()
     table = evaluate(validation, unavailable_predictions("one member only"), make_table())
     assert set(table.query("by == 'size'")["reason"]) == {"one member only"}
+
+
+def test_the_size_of_an_image_is_that_of_its_shorter_edge():
+    sizes = [(511, 900), (512, 600), (3000, 1023), (1024, 1024), (2047, 9000), (2048, 2048), (9000, 5000), (2050, 8000)]
+    width, height = np.resize(sizes, (120, 2)).T
+    validation, predictions = make_set()
+    rows = one_row_each(evaluate(validation, predictions, make_table(width=width, height=height))).loc["size", "images"]
+    assert rows.to_dict() == {"below 512": 15, "512 to 1023": 30, "1024 to 2047": 30, "2048 and more": 45}
+
+
+def test_an_unavailable_model_has_its_own_reason_also_in_a_slice_of_few_patients():
+    validation, _ = make_set()
+    table = make_table(source=["A"] * 114 + ["B"] * 6)
+    reasons = one_row_each(evaluate(validation, unavailable_predictions("one member only"), table))["reason"]
+    assert reasons["source", "A"] == reasons["source", "B"] == "one member only"
