@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from odd_files import chest
 from PIL import Image, ImageDraw
 
-from pipeline.data.gray_levels import find_percentiles, find_range, rescale_to_uint8
+from pipeline.data.gray_levels import find_percentiles, find_range, rescale_to_uint8, scale_to_uint8
 from pipeline.data.image_checks import UnusableError
 
 RADIOGRAPH = chest(256).astype(np.uint16) * 12 + 400  # 12 bits
@@ -20,7 +20,7 @@ def difference(image: np.ndarray, unchanged: np.ndarray) -> int:
 @settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from([0, 4095, 10_000, 65_535]),
-    st.floats(0, 0.02),
+    st.floats(0, 0.029),
     st.sampled_from([np.uint16, np.int32, np.float32]),
     st.integers(0, 2**32),
 )
@@ -42,7 +42,7 @@ def test_a_marker_with_smooth_edges_changes_no_other_pixel():
 
 
 @pytest.mark.parametrize("level", [0, 4095, 65535])
-@pytest.mark.parametrize("width", [1, 20, 60])
+@pytest.mark.parametrize("width", [1, 20, 60, 95])
 def test_a_constant_border_changes_no_other_pixel(level, width):
     image = RADIOGRAPH.copy()
     inside = np.zeros(image.shape, dtype=bool)
@@ -93,3 +93,43 @@ def test_percentiles_leave_at_most_the_share_on_either_side(values, share):
     assert low <= high
     assert np.mean(np.array(values) < low) <= share + 1e-9
     assert np.mean(np.array(values) > high) <= share + 1e-9
+
+
+def test_levels_that_no_gap_divides_from_the_picture_are_kept():
+    levels, counts = np.arange(100, 201), np.full(101, 1000)
+    assert find_range(np.concatenate([[95], levels, [205]]), np.concatenate([[1], counts, [1]])) == (95, 205)
+    assert find_range(np.concatenate([[80], levels, [220]]), np.concatenate([[1], counts, [1]])) == (100, 200)
+
+
+@pytest.mark.parametrize(("in_gap", "low"), [(1, 2000), (2, 1950)])
+def test_one_pixel_of_10000_in_a_gap_does_not_close_it(in_gap, low):
+    levels = np.array([1950, *range(1951, 2000, 7), *range(2000, 2100)])
+    counts = np.array([100 - 7 * in_gap, *[in_gap] * 7, *[99] * 100])
+    assert find_range(levels, counts) == (low, 2099)
+
+
+@pytest.mark.parametrize(("share", "high"), [(0.025, 199), (0.035, 60_009)])
+def test_a_marker_of_several_levels_is_an_outlier_up_to_three_percent_of_the_pixels(share, high):
+    counts = np.repeat([1000 * (1 - share), 10_000 * share], [100, 10]).round()
+    assert find_range(np.array([*range(100, 200), *range(60_000, 60_010)]), counts) == (100, high)
+
+
+def test_borders_within_borders_change_no_other_pixel():
+    image = RADIOGRAPH.copy()
+    for width, level in ((40, 10_000), (30, 20_000), (20, 40_000), (10, 65_535)):
+        image[:width], image[-width:], image[:, :width], image[:, -width:] = [level] * 4
+    inside = np.zeros(image.shape, dtype=bool)
+    inside[40:-40, 40:-40] = True
+    expected = rescale_to_uint8(RADIOGRAPH[40:-40, 40:-40]).astype(int)
+    assert np.abs(rescale_to_uint8(image)[40:-40, 40:-40] - expected).max() <= 3
+
+
+def test_negative_levels_are_scaled_as_positive_ones_and_blank_ones_are_refused():
+    assert (rescale_to_uint8(RADIOGRAPH.astype(np.int16) - 2000) == PLAIN).all()
+    with pytest.raises(UnusableError, match="blank or nearly blank: contrast of 0 gray levels"):
+        rescale_to_uint8(np.full((64, 64), -1000, np.int16))
+
+
+def test_floats_may_be_constant_or_of_any_size_and_are_rounded():
+    assert not rescale_to_uint8(np.full((64, 64), 0.5, np.float32)).any()
+    assert list(scale_to_uint8(np.array([-9, 0, 1.4, 1.6, 255, 999, np.nan]), 0, 255)) == [0, 0, 1, 2, 255, 255, 0]
