@@ -39,6 +39,7 @@ def test_a_name_means_a_file_however_it_is_written(name):
         (["x/1.png", "y/1.png"], ["1.png"], ["", ""]),
         (["a", "a.jpg"], ["a.png"], ["a.png", ""]),
         (["a.png", "a.png ", "./a.png"], ["a.png"], ["a.png"] * 3),
+        (["a.png ", "A.png"], ["a.png"], ["a.png", ""]),
         (["", " ", "."], ["a.png"], [""] * 3),
         (["p1/1.png", "p2/2.png"], ["p2/1.png", "p2/2.png", "p3/1.png"], ["", "p2/2.png"]),
         (["a.png.png", "a.png"], ["a.png"], ["", "a.png"]),
@@ -68,6 +69,11 @@ def test_other_folders_are_overlooked_only_where_names_are_unique():
         "images/b.png",
     ]
     assert match(["p1/1.png", "p1/2.png"], ["p2/1.png", "p3/2.png", "p3/1.png"]) == ["", ""]
+    assert match(["x/a.png", "x/sub/a.png"], ["a.png", "sub/a.png"]) == ["a.png", "sub/a.png"]
+
+
+def test_spelling_decides_between_files_that_differ_in_case():
+    assert match(["images/A.png", "images/a.png"], ["A.png", "a.png"]) == ["A.png", "a.png"]
 
 
 def test_unicode_forms_are_equal_and_two_files_that_differ_in_it_are_told_apart():

@@ -219,3 +219,17 @@ def test_holding_out_a_source_without_both_classes_is_an_error():
             f"of this source have {inside}, 0 positive, and all others {outside}"
         )
         assert str(error.value).endswith("choose another of the sources: A, B")
+
+
+@pytest.mark.parametrize("cross_validate", [False, True])
+def test_more_folds_than_images_are_an_error(cross_validate):
+    quantifier = "not every" if cross_validate else "no"
+    with pytest.raises(UserError, match=f"^split.folds = 9: {quantifier} fold has both classes and leaves both for"):
+        split(table([0, 0, 1, 1]), params(9, cross_validate=cross_validate))
+
+
+def test_a_fold_without_a_class_does_not_validate():
+    rows = table([0] * 30 + [1] * 2)
+    for seed in range(10):
+        validation = split(rows, params(10, seed))["subset"] == "validation"
+        assert (validation & (rows["label"] == 1)).sum() == 1
