@@ -149,6 +149,22 @@ def test_each_image_gets_its_own_gamma_and_black_and_white_stay():
     assert 1.4 < power.max() < 1.501
 
 
+def test_rotation_and_zoom_together_keep_the_aspect_ratio():
+    affine = draw_augmentation(200, params(rotation=90.0, zoom=0.5), make_generator(1))["affine"]
+    zoom = affine[:, 0, :2].norm(dim=1)
+    assert 1.4 < zoom.max() < 1.501
+    torch.testing.assert_close(affine[:, :, :2] @ affine[:, :, :2].mT, zoom.view(-1, 1, 1) ** 2 * torch.eye(2))
+
+
+def test_exchanged_amplitudes_leave_no_gray_level_outside_of_0_to_255():
+    dark, bright, others = make_radiographs(4, 40) // 40, 255 - make_radiographs(4, 40) // 40, make_radiographs(4, 40)
+    for partners, end in ((dark, 0), (bright, 255)):
+        changed = exchange_low_frequencies(torch.cat([others, partners]), torch.arange(8).roll(4))[:4]
+        assert (changed == end).any()
+        assert changed.min() >= 0
+        assert changed.max() <= 255
+
+
 def test_rotation_keeps_the_aspect_ratio():
     row, column = torch.meshgrid(torch.arange(64.0) - 31.5, torch.arange(64.0) - 31.5, indexing="ij")
     disc = ((row**2 + column**2) < 400).float().expand(8, 1, 64, 64)
