@@ -386,6 +386,9 @@ def test_what_is_fitted_on_the_validation_set_has_no_interval_on_the_held_out_so
     assert set(of_bag.index[withheld]) == fitted
     assert of_bag.loc[withheld, ["low", "high"]].isna().all(axis=None)
     assert of_bag.loc[~withheld, "low"].notna().all()
+    of_seeds = metrics[(metrics["images"] == "external") & (metrics["model"] == SEED_MEAN)]
+    withheld = of_seeds["reason"].str.startswith("none: it also varies with the validation set")
+    assert set(of_seeds["metric"][withheld]) == ({"recalibrated_loss"} if "bag" in sections else fitted)
     assert not metrics.loc[metrics["images"] == "validation", "reason"].str.startswith("none: it also varies").any()
 
 
@@ -431,6 +434,19 @@ def test_without_a_seed_of_a_bag_only_the_seeds_are_compared():
     comparison = comparing.compare_recipes(recipe("A", table), other)
     assert comparison.left_out == {"a": [], "b": ["seed-2"]}
     assert set(comparison.metrics["model"]) == {SEED_MEAN}
+    assert set(comparing.compare_recipes(other, recipe("A", table)).metrics["model"]) == {SEED_MEAN}
+
+
+def test_each_recipe_that_chose_its_epochs_on_the_validation_images_has_a_caveat():
+    table = random_predictions()
+    sides = recipe("A", table, train={"keep": "best_f1"}), recipe("B", table, train={"keep": "best_loss"})
+    starts = [text.partition(" (train.keep: ") for text in comparing.compare_recipes(*sides).caveats]
+    assert [(before, after.partition(")")[0]) for before, _, after in starts] == [
+        ("A chose its epochs on the validation images", "best_f1"),
+        ("B chose its epochs on the validation images", "best_loss"),
+    ]
+    last = (recipe(name, table, train={"keep": "last"}) for name in "AB")
+    assert comparing.compare_recipes(*last).caveats == []
 
 
 def test_recipes_without_a_common_seed_are_refused():
@@ -449,6 +465,9 @@ def test_parameters_are_compared_with_their_defaults():
     assert "train.lr" not in differing.index  # as by default
     assert differing.loc["split.folds"].tolist() == [5, 7]
     assert differing.loc["download.strength"].tolist() == [None, 2.0]
+    assert comparing.differing_parameters(b, a).set_index("parameter").loc["download.strength"].tolist() == [2.0, None]
+    seeds = comparing.differing_parameters(a, recipe("B", table, seeds=[0], train={"lr": 1e-3})).set_index("parameter")
+    assert seeds.loc["seeds"].tolist() == [[0, 1], [0]]
 
 
 def differences_with(means: np.ndarray, covariance: np.ndarray) -> np.ndarray:
@@ -501,6 +520,12 @@ def test_with_one_seed_the_interval_is_that_of_the_bootstrap_over_patients():
 )
 def test_there_is_no_interval_without_variation(differences):
     assert np.isnan(comparing.seed_mean_interval(differences)).all()
+
+
+def test_resamples_on_which_a_metric_is_undefined_are_left_out():
+    differences = np.random.default_rng(0).normal(0.2, 0.1, (50, 3))
+    undefined = np.vstack([differences, [[np.nan, 0.1, 0.2], [np.nan] * 3]])
+    assert comparing.seed_mean_interval(undefined) == comparing.seed_mean_interval(differences)
 
 
 def test_an_interval_covers_the_true_difference_between_recipes_for_new_seeds_and_patients():

@@ -24,6 +24,7 @@ from conftest import (
     use_project,
 )
 from optuna.trial import TrialState
+from scipy import stats
 
 from pipeline.core.config import load_config
 from pipeline.evaluation.metric_tables import Predictions, ValidationSet
@@ -62,6 +63,18 @@ def test_a_worse_recipe_is_pruned_after_one_seed_and_an_equal_one_almost_never()
             assert not is_worse(first_seed, best, two, 1)  # one seed of one other trial never decides
     assert pruned["equal"] <= 2
     assert pruned["worse"] >= 36
+
+
+def test_a_trial_is_worse_from_the_end_of_its_interval_on():
+    # The resamples do not differ, so that all variance is that of one seed of each of the two trials.
+    seed_metrics = pd.DataFrame(np.random.default_rng(0).normal(size=(6, 3)))
+    variance, degrees = residual_variance(seed_metrics.to_numpy())
+    best = pd.DataFrame({"seed-0": np.zeros(50), "seed-1": np.ones(50)})
+    for comparisons in (1, 5):
+        limit = stats.t.ppf(0.025 / comparisons, degrees) * np.sqrt(2 * variance)
+        for factor, worse in ((1.01, True), (0.99, False), (-2, False)):
+            trial = pd.DataFrame({"seed-0": np.full(50, factor * limit), "seed-2": np.zeros(50)})
+            assert is_worse(trial, best, seed_metrics, comparisons) == worse
 
 
 def test_the_variance_between_seeds_is_the_residual_of_a_two_way_analysis_without_repetitions():
