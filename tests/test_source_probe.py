@@ -77,10 +77,29 @@ def test_sources_that_are_told_without_error_have_an_interval_below_one(few_resa
 
 
 def test_the_auroc_of_several_sources_is_the_mean_over_their_pairs(few_resamples):
-    images = make_images({(1, "A"): 10, (1, "B"): 10, (1, "C"): 10, (1, "D"): MIN_PATIENTS - 1})
+    images = make_images({(1, "A"): 10, (1, "B"): 10, (1, "C"): 10, (1, "D"): MIN_PATIENTS - 1}, per_patient=2)
     row = probe(images, (images[["source"]] == "C").to_numpy(float)).loc[NETWORK]
     assert row["value"] == pytest.approx((0.5 + 1 + 1) / 3)
-    assert row[["sources", "images"]].tolist() == [3, 30]  # D has too few patients
+    assert row[["sources", "images"]].tolist() == [3, 60]  # D has too few patients
+
+
+def test_pairs_of_sources_are_weighted_by_their_patients(few_resamples):
+    images = make_images({(1, "A"): 10, (1, "B"): 10, (1, "C"): MIN_PATIENTS})
+    row = probe(images, (images[["source"]] == "C").to_numpy(float)).loc[NETWORK]
+    same, other = 10 * 10 / 20, 10 * MIN_PATIENTS / (10 + MIN_PATIENTS)
+    assert row["value"] == pytest.approx((0.5 * same + 2 * other) / (same + 2 * other))
+
+
+def test_features_that_tell_only_the_patient_tell_nothing_of_the_source(few_resamples):
+    images = make_images({(1, "A"): 10, (1, "B"): 10}, per_patient=3)
+    row = probe(images, pd.get_dummies(images["group"]).to_numpy(float)).loc[NETWORK]
+    assert row["value"] == pytest.approx(0.5)
+
+
+def test_known_sources_are_probed_and_images_of_unknown_ones_left_out(few_resamples):
+    images = make_images({(1, "A"): 10, (1, "B"): 10, (1, ""): 10}).assign(acquisition=["1", "2", "3"] * 10)
+    row = probe(images, (images[["source"]] == "B").to_numpy(float)).loc[NETWORK]
+    assert row[["by", "sources", "images", "value"]].tolist() == ["source", 2, 20, 1]
 
 
 def test_the_difference_from_a_thumbnail_is_of_the_same_patients(few_resamples):

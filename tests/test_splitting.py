@@ -210,6 +210,8 @@ def test_an_external_image_of_a_training_patient_is_an_error():
 def test_holding_out_a_source_without_both_classes_is_an_error():
     rows = table([0, 0, 0, 1, 1, 0])
     rows["source"] = ["A", "A", "", "", "B", "B", "A", ""]
+    with pytest.raises(UserError, match=r"this source have 1 negative, 1 positive, and all others 2 negative, 0 posit"):
+        split(table([0, 0, 0, 1]).assign(source=["A", "A", "B", "B", "", ""]), params(source="B"))
     for source in ("A", "C"):
         with pytest.raises(UserError) as error:
             split(rows, params(source=source))
