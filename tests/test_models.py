@@ -67,6 +67,13 @@ def test_fixed_pooling_and_its_gradients_equal_adaptive_pooling(shape, bins):
     torch.testing.assert_close(results[1][1], results[0][1], rtol=1e-6, atol=1e-6)
 
 
+def test_fixed_pooling_follows_the_size_of_the_images():
+    pool, reference = FixedAveragePool2d((2, 3)), nn.AdaptiveAvgPool2d((2, 3))
+    for height, width in ((8, 8), (8, 11), (9, 11), (8, 8)):
+        images = torch.rand(2, 1, height, width, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(pool(images), reference(images))
+
+
 @pytest.mark.parametrize("size", [6, (6, 6), (1, 2), (2, 3)])
 def test_adaptive_pooling_is_replaced_at_every_depth(size):
     network = nn.Sequential(nn.Sequential(nn.Sequential(nn.AdaptiveAvgPool2d(size))), nn.AdaptiveAvgPool2d(size))

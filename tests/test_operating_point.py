@@ -315,6 +315,16 @@ def test_recalibration_that_cannot_be_fitted_changes_nothing_and_says_why(labels
     assert list(recalibrator(np.array([0.0, 0.3, 1.0]))) == [0.0, 0.3, 1.0]
 
 
+def test_a_bias_alone_shifts_the_log_odds_also_of_tiny_probabilities():
+    probabilities = np.array([1e-6, 0.2, 1 - 1e-6])
+    assert logit(calibration.Recalibrator(bias=0.5)(probabilities)) == pytest.approx(logit(probabilities) + 0.5)
+
+
+def test_scores_that_hardly_tell_the_classes_apart_are_not_recalibrated():
+    labels, scores = np.repeat([1, 0, 1, 0], [51, 49, 49, 51]), np.repeat([0.999, 0.001], 100)
+    assert calibration.fit_recalibrator(labels, scores, "platt").reason == "higher scores do not mean more positives"
+
+
 def test_reliability_curve_has_counts_and_intervals_over_groups():
     labels, probabilities = np.repeat([0, 1, 0], [10, 10, 5]), np.repeat([0.55, 0.05], [20, 5])
     table = calibration.reliability_curve(labels, probabilities).set_index("bin")
@@ -325,3 +335,6 @@ def test_reliability_curve_has_counts_and_intervals_over_groups():
     paired = calibration.reliability_curve(labels, probabilities, np.arange(25) // 2).set_index("bin")
     assert paired.loc[5, "groups"] == 10
     assert paired.loc[5, ["low", "high"]].tolist() == pytest.approx([0.2235, 0.7765], abs=1e-4)  # Jeffreys, 5 of 10
+    mixed = calibration.reliability_curve(labels, probabilities, np.arange(25) % 10).set_index("bin")
+    assert mixed.loc[5, ["groups", "positive_groups", "negative_groups"]].tolist() == [10, 10, 10]
+    assert mixed.loc[5, ["low", "high"]].tolist() == paired.loc[5, ["low", "high"]].tolist()
