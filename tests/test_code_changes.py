@@ -21,7 +21,8 @@ from conftest import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.tracking.fingerprint import code_hash
+from pipeline.core.config import load_config
+from pipeline.tracking.fingerprint import code_hash, training_fingerprint
 
 MODULES = sorted(path for folder in ("pipeline", "stages") for path in (ROOT / folder).rglob("*.py"))
 CODE = '''
@@ -100,6 +101,17 @@ def test_no_comment_changes_the_hash_of_any_module(tmp_path_factory, module, tex
     changed = tmp_path_factory.mktemp("module") / "module.py"
     changed.write_text(f"# {text}\n{module.read_text()}\n# {text}\n")
     assert code_hash(changed) == code_hash(module)
+
+
+def test_the_number_of_loader_threads_changes_no_fingerprint():
+    config = load_config(ROOT / "params.yaml")
+
+    def fingerprint(**changes) -> str:
+        section = config.active.model_copy(update={"train": config.active.train.model_copy(update=changes)})
+        profiles = config.profiles | {config.profile: section}
+        return training_fingerprint(config.model_copy(update={"profiles": profiles}), ROOT)
+
+    assert fingerprint(loader_threads=7) == fingerprint(loader_threads=2) != fingerprint(lr=0.5)
 
 
 def test_a_reformatted_module_keeps_its_hash(tmp_path):
