@@ -12,7 +12,7 @@ from stages.common import check_git, list_experiments, stage
 @click.option("--prune", is_flag=True, help="Also delete the runs of DVC experiments that were removed.")
 @click.option("--yes", is_flag=True, help="Do not ask before deleting.")
 def sync(prune: bool, yes: bool) -> None:
-    """Create the runs, versions and aliases that MLflow lacks from DVC's files, then apply the promotion gate.
+    """From DVC's files, create the runs, versions and aliases that MLflow lacks, then apply the promotion gate.
 
     The gate is that of `cxr promote`. A repeated call changes nothing.
     """

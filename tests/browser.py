@@ -89,7 +89,7 @@ def capture_report(report: Path, folder: Path, chromium: str = "/usr/bin/chromiu
 
 
 def capture_serving(url: str, radiographs: Path, folder: Path, chromium: str = "/usr/bin/chromium") -> None:
-    """Save screenshots of the page of `cxr serve`: of results, on a phone too, and of a heat map in dark colors."""
+    """Save screenshots of the page of `cxr serve`: of results, on a phone too, and of a heatmap in dark colors."""
     views = [("serve", 1300, 1250, "light"), ("serve-phone", 390, 844, "light"), ("serve-dark", 1300, 960, "dark")]
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=OPTIONS)

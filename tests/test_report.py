@@ -213,7 +213,7 @@ def test_a_version_says_of_each_metric_what_kind_of_estimate_it_is(demo_project)
             [0, 1, 0, 1, 0, 0, 1, 1],
             {"seeds": 1},
             [
-                "Unavailable: no two sources, or clusters of acquisition, have 5 patients each of one class.",
+                "Unavailable: no two sources, or acquisition clusters, have 5 patients each of one class.",
                 "<h1>Bag of 1 seed: F1", "– (one member only)", "one seed only",
                 "Only 4 positive validation images (4 patients)",
                 "more positive patients for the sensitivity", "A half-width of 0.05 would take about",

@@ -244,7 +244,7 @@ def test_the_heat_map_of_a_result_has_an_opacity_and_is_reached_by_keyboard_alon
     assert image.evaluate(size) == heatmap.evaluate(size) == [70, 70]
     assert image.bounding_box() == heatmap.bounding_box()
     with_heatmap = tab.locator("#image").screenshot()
-    slider = tab.get_by_role("slider", name="Opacity of the heat map")
+    slider = tab.get_by_role("slider", name="Opacity of the heatmap")
     while not slider.evaluate("element => element === document.activeElement"):
         tab.keyboard.press("Tab")
     tab.keyboard.press("Home")

@@ -10,7 +10,7 @@ from pipeline.core.files import read_json
 from pipeline.evaluation import shortcuts, source_probe
 from pipeline.evaluation.source_probe import DIFFERENCE, MIN_PATIENTS, NETWORK, THUMBNAIL, probe_dataset, probe_sources
 
-UNAVAILABLE = "no two sources, or clusters of acquisition, have 5 patients each of one class"
+UNAVAILABLE = "no two sources, or acquisition clusters, have 5 patients each of one class"
 
 
 def make_images(patients: dict[tuple[int, str], int], per_patient: int = 1) -> pd.DataFrame:

@@ -46,8 +46,8 @@ RENAMED = {
     "cohen": "covid_chestxray",
 }
 REMOVED = {
-    "promote.min_probability": "removed; false_promotion_rate, the probability that an equal model is promoted, "
-    "decides instead; write false_promotion_rate: 0.05",
+    "promote.min_probability": "removed; false_promotion_rate, the probability that an interchangeable model is "
+    "promoted, decides instead; write false_promotion_rate: 0.05",
     "evaluate.batch_size": "removed; probabilities are computed in batches of a fixed size; delete it",
     "evaluate.cpu_threads": "removed; no probability depends on the number of threads; delete it",
 }

@@ -71,7 +71,7 @@ def probe_sources(images: pd.DataFrame, features: np.ndarray, thumbnails: np.nda
     """
     possible = [(by, strata) for by in ("source", "acquisition") if (strata := _strata(images, by))]
     if not possible:
-        reason = f"no two sources, or clusters of acquisition, have {MIN_PATIENTS} patients each of one class"
+        reason = f"no two sources, or acquisition clusters, have {MIN_PATIENTS} patients each of one class"
         names = [NETWORK, THUMBNAIL, DIFFERENCE]
         return pd.DataFrame({"features": names, "reason": reason}).reindex(columns=COLUMNS)
     by, strata = possible[0]

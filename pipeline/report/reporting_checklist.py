@@ -72,7 +72,7 @@ def fill_checklist(results: Results, border: Estimate) -> list[Item]:
         ),
         Item("11", "", "de-identification", NOT_IN_DATA),
         Item("12", "11", "missing data", "a missing patient, source, view, sex or age is counted as not known"),
-        Item("13", "", "acquisition of the images", f"{NOT_IN_DATA}; clusters of acquisition are in {PAGE}"),
+        Item("13", "", "acquisition of the images", f"{NOT_IN_DATA}; acquisition clusters are in {PAGE}"),
         Item("14", "8a", "reference standard", f"the label of the archive, {negative} or {positive}"),
         Item("15", "8a", "why this reference standard", NOT_IN_DATA),
         Item("16", "8b", "who labeled, with which qualification", NOT_IN_DATA),

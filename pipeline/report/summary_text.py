@@ -224,11 +224,11 @@ def describe_clusters(results: Results) -> str:
     """Say whether the label depends on how an image was acquired and stored."""
     clusters = results.clusters
     if clusters.empty:
-        return "No clusters of acquisition were found."
+        return "No acquisition clusters were found."
     p = cluster_p(clusters)
     auroc = format_number(float(clusters["auroc"].iloc[0]))
     if np.isnan(p):
-        return f"{len(clusters)} clusters of acquisition; whether the label depends on them cannot be tested."
+        return f"{len(clusters)} acquisition clusters; whether the label depends on them cannot be tested."
     verdict = "depends" if p < dataset_shift.SIGNIFICANCE_LEVEL else "does not clearly depend"
     return (
         f"The label {verdict} on the cluster of an image (χ² test in which a patient counts once per cluster, "

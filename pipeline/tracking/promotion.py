@@ -305,13 +305,13 @@ def compare_with_champion(
 
 def format_comparison(params: PromoteParams, decision: Decision) -> str:
     """Format the comparison with the champion in words."""
-    margin = f" by more than {params.margin}" if params.margin else ""
+    margin = f" beyond the margin of {params.margin}" if params.margin else ""
     interval = ""
     if decision["low"] is not None:
         interval = f" (apparent 95% CI {decision['low']:+.4f} to {decision['high']:+.4f})"
     return (
-        f"difference {decision['difference']:+.4f}{interval}; probability that one that is not better{margin} looks as "
-        f"good: p = {decision['p_value']:.4f} (required: {decision['level']:.4f}, comparison "
+        f"difference {decision['difference']:+.4f}{interval}; probability that an interchangeable one looks as good"
+        f"{margin}: p = {decision['p_value']:.4f} (required: {decision['level']:.4f}, comparison "
         f"{decision['comparison']} on this validation set)"
     )
 

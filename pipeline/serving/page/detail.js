@@ -1,4 +1,4 @@
-// The dialog with one radiograph: its heat map, and what each member says.
+// The dialog with one radiograph: its heatmap, and what each member says.
 
 import { Busy, predict } from "./api.js";
 import { describeError, formatBytes } from "./files.js";
@@ -107,14 +107,14 @@ export class Detail {
     ];
   }
 
-  /** Fetch the heat map: the file is sent again, because the server keeps none. */
+  /** Fetch the heatmap: the file is sent again, because the server keeps none. */
   async #load() {
     this.#loading.abort();
     this.#loading = new AbortController();
     const [row, signal] = [this.#row, this.#loading.signal];
     byId("image").replaceChildren();
     byId("image-retry").hidden = byId("opacity-field").hidden = true;
-    byId("image-status").textContent = "Computing the heat map …";
+    byId("image-status").textContent = "Computing the heatmap …";
     try {
       const answer = await predict(await row.open(), signal, true);
       if (signal.aborted) return;
@@ -128,12 +128,12 @@ export class Detail {
       byId("image-status").textContent =
         answer.version === row.prediction.version
           ? ""
-          : `The heat map is of version ${answer.version}; the prediction is of version ${row.prediction.version}.`;
+          : `The heatmap is of version ${answer.version}; the prediction is of version ${row.prediction.version}.`;
       this.onAnswer(answer);
     } catch (error) {
       if (signal.aborted) return;
       const reason = error instanceof Busy ? `${error.message}; try again later` : describeError(error);
-      byId("image-status").textContent = `No heat map: ${reason}`;
+      byId("image-status").textContent = `No heatmap: ${reason}`;
       byId("image-retry").hidden = false;
     }
   }
