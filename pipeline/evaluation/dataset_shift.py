@@ -27,8 +27,8 @@ class MixtureFit:
     """How well new images fit the best mixture of the two classes.
 
     Attributes:
-        prevalence: the share of positives of the best-fitting mixture.
-        distance: energy distance between the new images and that mixture.
+        prevalence: the share of positives that makes new images and mixture most alike, see `_unbiased_share`.
+        distance: the smallest energy distance between the new images and a mixture.
         p: probability of a distance at least as large if the new images were such a mixture.
         reason: why there is no test, else empty.
     """
@@ -51,10 +51,10 @@ def fit_mixture(
 
     The statistic is the energy distance (Székely and Rizzo 2013) between the new images and the mixture, at the
     proportion that minimizes it (Kawakubo, du Plessis and Sugiyama 2016). Its distribution under the null hypothesis is
-    a bootstrap: labeled images are resampled by group, new images are drawn from the fitted mixture of them, also by
-    group, and the proportion is fitted again. With one feature, the score, it is the goodness of fit of the label-shift
-    mixture (compare Lipton, Wang and Smola 2018; Rabanser, Günnemann and Lipton 2019); with many it asks what
-    adversarial validation asks, and label shift alone does not make it fail.
+    a bootstrap: labeled images are resampled by group, new images are drawn from the mixture of them at the proportion
+    of `_unbiased_share`, also by group, and the proportion is fitted again. With one feature, the score, it is the
+    goodness of fit of the label-shift mixture (compare Lipton, Wang and Smola 2018; Rabanser, Günnemann and Lipton
+    2019); with many it asks what adversarial validation asks, and label shift alone does not make it fail.
 
     Args:
         features: (N, D), of the labeled images.
@@ -80,7 +80,8 @@ def fit_mixture(
     for label in (0, 1):
         observed[label, 0, : len(labels)] = (labels == label) / (labels == label).sum()
     observed[2, 0, len(labels) :] = 1 / len(new_features)
-    prevalence, distance = (float(values[0]) for values in _minimize_distance(observed, similarity))
+    distance = float(_minimize_distance(observed, similarity)[1][0])
+    prevalence = _unbiased_share(observed[:, 0], similarity, units)
 
     mean_size = {label: units[label].sum() / len(units[label]) for label in (0, 1)}
     unit_count = len(np.unique(new_groups)) if new_groups is not None else len(new_features) / mean_size[0]
@@ -234,6 +235,33 @@ def _minimize_distance(weights: np.ndarray, similarity: np.ndarray) -> tuple[np.
     share = np.clip(np.divide(cross, size, out=np.zeros_like(cross), where=size > 0), 0, 1)
     total = ((toward_new @ similarity) * toward_new).sum(axis=1)
     return share, total - 2 * share * cross + share**2 * size
+
+
+def _unbiased_share(weights: np.ndarray, similarity: np.ndarray, units: Mapping[int, np.ndarray]) -> float:
+    """Fit the proportion of a mixture by similarities of images of different groups only, as in a U-statistic.
+
+    In `_minimize_distance` each group is similar to itself, so that a class of few groups seems narrow, the more so the
+    more features there are, and its proportion is fitted too small.
+
+    Args:
+        weights: (3, P), as there.
+        similarity: (P, P), as there.
+        units: from `_unit_matrix`, by label.
+
+    Returns:
+        The proportion of positives in [0, 1]; 0 if the classes do not differ.
+    """
+    negatives, positives, new = weights
+    within = {}
+    for label, unit in units.items():
+        shares, inner = unit / unit.sum(), similarity[: unit.shape[1], : unit.shape[1]]
+        total = shares.sum(axis=0)
+        own = ((shares @ inner) * shares).sum()
+        within[label] = (total @ inner @ total - own) / (1 - (shares.sum(axis=1) ** 2).sum())
+    between = positives @ similarity @ negatives
+    cross = (positives - negatives) @ similarity @ new - between + within[0]
+    size = within[0] - 2 * between + within[1]
+    return float(np.clip(cross / size, 0, 1)) if size > 0 else 0.0
 
 
 def _unit_matrix(groups: np.ndarray, selected: np.ndarray) -> np.ndarray:
