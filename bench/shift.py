@@ -127,6 +127,24 @@ def evaluate_tests(count: int, prevalence: float, **shift: float) -> dict[str, o
     return {"score": score, "features": features, "either": share(either)}
 
 
+def evaluate_few_positives(count: int, positives: int) -> dict[str, object]:
+    """How often the test of features rejects label shift to 0.5, where every patient has one image.
+
+    One of 32 features tells the classes apart.
+    """
+    rng = np.random.default_rng(0)
+    labels, new_labels = (np.repeat([1, 0], numbers) for numbers in ((positives, 175 - positives), (100, 100)))
+    rejected, shares = [], []
+    for _ in range(count):
+        features, new = (rng.normal(size=(len(one), 32)) for one in (labels, new_labels))
+        features[:, 0] += 2.3 * labels
+        new[:, 0] += 2.3 * new_labels
+        fit = fit_mixture(features, labels, np.arange(175), new, np.arange(200), RESAMPLES)
+        rejected.append(fit.p <= SIGNIFICANCE_LEVEL)
+        shares.append(fit.prevalence)
+    return {"features": share(rejected), "prevalence": round(float(np.mean(shares)), 3)}
+
+
 def evaluate_accuracy(
     count: int, validation_a: dict[int, float], test_a: dict[int, float], expected: float | None = 0.5
 ) -> dict[str, object]:
@@ -167,6 +185,12 @@ def main(count: int = 400) -> None:
             for prevalence in (POSITIVES / (POSITIVES + NEGATIVES), 0.5)
         },
         "tests, label shift to 0.5": partial(evaluate_tests, prevalence=0.5),
+        **{
+            f"tests, label shift to 0.5, {positives} positive patients": partial(
+                evaluate_few_positives, positives=positives
+            )
+            for positives in (6, 10, 20)
+        },
         "tests, no shift": partial(evaluate_tests, prevalence=0.11),
         "tests, half of the negatives new": partial(evaluate_tests, prevalence=0.3, new_negatives=0.5),
         "tests, features 0.5 SD": partial(evaluate_tests, prevalence=0.5, features_shift=0.7),
