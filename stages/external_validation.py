@@ -139,8 +139,8 @@ def _finish_parent_run(config: "Config", source: str, folder: Path) -> None:
     from pipeline.tracking.store import connect
 
     try:
-        store = connect(config.model_name)
-        finish_parent_of_copy(store, config, lambda path: (folder / path).read_text(encoding="utf-8"), {})
+        store, seed, method = connect(config.model_name), config.model_names[0], config.active.bag.method
+        finish_parent_of_copy(store, seed, method, lambda path: (folder / path).read_text(encoding="utf-8"), {})
     except (UserError, MlflowException) as error:
         click.echo(f"{source}: its run is not complete in MLflow: {first_line(error)}")
 

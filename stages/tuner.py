@@ -195,8 +195,8 @@ class Tuner:
         config, tags = self.recipes[name].config, {"study": self.name, "trial": name, "trial_state": state}
         with self.lock:
             try:
-                store = connect(config.model_name)
-                finish_parent_of_copy(store, config, lambda path: str(dvc.api.read(path, rev=name)), tags)
+                store, seed, method = connect(config.model_name), config.model_names[0], config.active.bag.method
+                finish_parent_of_copy(store, seed, method, lambda path: str(dvc.api.read(path, rev=name)), tags)
             except (UserError, MlflowException) as error:  # `cxr sync` logs the experiment once it is applied
                 click.echo(f"{name} is not complete in MLflow: {first_line(error)}")
 

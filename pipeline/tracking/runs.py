@@ -237,7 +237,7 @@ def finish_parent(store: Store, run: Run, report: Path, bag: Mapping[str, Any], 
 
 
 def finish_parent_of_copy(
-    store: Store, config: Config, read_out: Callable[[str], str], tags: Mapping[str, str]
+    store: Store, seed: str, method: str, read_out: Callable[[str], str], tags: Mapping[str, str]
 ) -> None:
     """Tag the parent run of a training in a copy of the workspace; log its metrics and close it, unless it is complete.
 
@@ -245,18 +245,19 @@ def finish_parent_of_copy(
 
     Args:
         store: the store of the run.
-        config: that of the copy; the held-out source does not count.
+        seed: the name of one of its seeds.
+        method: of its bag.
         read_out: returns the text of an out of the copy by its path.
         tags: of the run.
     """
-    model = json.loads(read_out(f"models/{config.model_names[0]}/model.json"))
+    model = json.loads(read_out(f"models/{seed}/model.json"))
     run = find_run(store, model["parent_fingerprint"])
     if run is None:
         return
     for key, value in tags.items():
         store.client.set_tag(run.info.run_id, key, value)
     if REPORT_HASH not in run.data.tags:
-        bag = json.loads(read_out("metrics/bag.json"))[config.active.bag.method]
+        bag = json.loads(read_out("metrics/bag.json"))[method]
         seeds = pd.read_csv(StringIO(read_out("metrics/seeds.csv"))).set_index("metric")
         log_summary(store.client, run.info.run_id, {**bag, **seed_statistics(seeds)})
         store.client.set_terminated(run.info.run_id, "FINISHED")
