@@ -4,7 +4,7 @@ import { readEntries, readEntry } from "./zip.js";
 
 // Names of texts and tables, and of images, as in image_paths.py and file_names.py of pipeline/data.
 export const DESCRIPTION =
-  /^(?:.*\.(?:csv|tsv|txt|md|rst|json|xml|ya?ml|xlsx?|docx?|pdf|html?|ini|log|py|ipynb|npy|npz|zip|gz|tar|md5|exe|dll|inf)|readme|licen[cs]e|dicomdir|\..*)$/;
+  /^(?:.*\.(?:csv|tsv|txt|md|rst|json|xml|ya?ml|xlsx?|docx?|pdf|html?|ini|log|py|ipynb|npy|npz|zip|gz|tar|tgz|bz2|xz|7z|rar|md5|exe|dll|inf)|readme|licen[cs]e|dicomdir|\..*)$/;
 export const IMAGE_ENDING =
   /(?<=.)\.(?:jpe?g|jpe|jfif|png|dcm|dicom|ima|tiff?|bmp|gif|webp|jp2|j2k|jpx|jls|hei[cf]|avif|p[gnp]m)$/;
 const IMAGE_STARTS = [
