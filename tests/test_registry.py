@@ -44,7 +44,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.files import sha256_of_file, write_json
 from pipeline.evaluation import ensemble, gate
 from pipeline.evaluation.metrics import Scores
-from pipeline.tracking import promotion, prune, registry, runs, version_card
+from pipeline.tracking import backfill, promotion, prune, registry, runs, version_card
 from pipeline.tracking.fingerprint import training_fingerprint
 from pipeline.tracking.store import Store, connect
 from stages.common import list_experiments
@@ -614,6 +614,30 @@ def test_simultaneous_promotions_from_many_machines_end_in_a_consistent_state(pr
     description = client.get_registered_model(NAME).description
     assert description.endswith(client.get_model_version(NAME, last).description)
     assert f"**Version {last} ({records[-1].candidate}): champion since " in description
+
+
+@pytest.mark.parametrize(("function", "calls"), [(backfill.backfill, 1), (registry.mark_champion, 2)])
+def test_a_version_that_another_machine_deletes_while_it_is_read_is_left_out(promoted, monkeypatch, function, calls):
+    """As a machine does that has registered what another one registered just before."""
+    opened, list_versions = connect(NAME), registry.list_versions
+    model_id = opened.client.create_logged_model(opened.experiment_id, "seed-0").model_id
+    run_id = registry.get_version(opened, NAME, "1").run_id
+    twin = opened.client.create_model_version(NAME, f"models:/{model_id}", run_id, {"candidate": "seed-0"})
+
+    def list_and_delete(*arguments: str) -> list[ModelVersion]:
+        found = list_versions(*arguments)
+        lists.append(found)
+        if len(lists) == calls:
+            opened.client.delete_model_version(NAME, str(twin.version))
+            opened.client.delete_logged_model(model_id)
+        return found
+
+    lists: list[list[ModelVersion]] = []
+    monkeypatch.setattr(registry, "list_versions", list_and_delete)
+    function(opened, config.load_config() if function == backfill.backfill else NAME)
+    assert str(twin.version) in [str(version.version) for version in lists[calls - 1]]
+    assert str(twin.version) not in [str(version.version) for version in lists[-1]]
+    assert "is champion" in output_of("cxr sync")
 
 
 def test_a_version_with_changed_files_fails_verification_and_is_not_promoted(promoted):

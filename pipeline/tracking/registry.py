@@ -45,7 +45,14 @@ from pipeline.core.memory import is_out_of_memory
 from pipeline.inference import candidate
 from pipeline.tracking import version_card
 from pipeline.tracking.runs import next_timestamp
-from pipeline.tracking.store import CONFLICT_DELAYS, Store, ignore_existing, retry_conflicts, software_version_tag
+from pipeline.tracking.store import (
+    CONFLICT_DELAYS,
+    NOT_FOUND,
+    Store,
+    ignore_existing,
+    retry_conflicts,
+    software_version_tag,
+)
 from pipeline.tracking.version_card import RULE
 
 log = logging.getLogger(__name__)
@@ -560,7 +567,7 @@ def _is_missing(error: Exception) -> bool:
 
 def _raise_unless_not_found(error: MlflowException) -> None:
     """Raise any error but "not found": a failing server must not look like an empty one."""
-    if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+    if error.error_code not in NOT_FOUND:
         raise error
 
 

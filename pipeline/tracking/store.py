@@ -39,6 +39,7 @@ from pipeline.tracking.tracking_uri import (
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 
 CONFLICT_DELAYS = (0.1, 0.2, 0.4, 0.8)  # seconds
+NOT_FOUND = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # MLflow's error codes for what is not there
 ADVISORY_LOCK = 5_208_346  # any number that other programs do not use for a lock in the same database
 
 P = ParamSpec("P")
@@ -123,10 +124,11 @@ def login() -> tuple[str | None, str | None]:
 
 
 def retry_conflicts(function: Callable[P, T]) -> Callable[P, T]:
-    """Make a function call itself again, as often as CONFLICT_DELAYS says, when another machine writes the same.
+    """Make a function call itself again, as often as CONFLICT_DELAYS says, when another machine writes meanwhile.
 
     MLflow looks up whether a parameter or tag exists and then inserts it, so that a database refuses one of two inserts
-    at the same time. The function must change nothing when it is repeated.
+    at the same time; and what the function has read may be deleted, such as a version that two machines registered. The
+    function must change nothing when it is repeated.
     """
 
     @functools.wraps(function)
@@ -135,7 +137,7 @@ def retry_conflicts(function: Callable[P, T]) -> Callable[P, T]:
             try:
                 return function(*args, **kwargs)
             except MlflowException as error:
-                if error.error_code != "BAD_REQUEST":  # what the database refuses
+                if error.error_code not in ("BAD_REQUEST", *NOT_FOUND):
                     raise
             time.sleep(delay)
         return function(*args, **kwargs)
