@@ -3,8 +3,8 @@
 python bench/shift.py [REPLICATES]
 
 175 validation images, 20 of them positive, and 100 test images; a patient has one to four images with correlated
-scores. Rates are followed by their Monte Carlo standard error. `before` is the rule without the method: a fixed
-difference of 0.1 for the prevalence, and Bayes' rule with a percentile bootstrap for the accuracy.
+scores, where nothing else is said. Rates are followed by their Monte Carlo standard error. `before` is the rule without
+the method: a fixed difference of 0.1 for the prevalence, and Bayes' rule with a percentile bootstrap for the accuracy.
 """
 
 import json
@@ -24,7 +24,8 @@ from pipeline.evaluation.metrics import compute_metrics
 from pipeline.evaluation.prevalence import estimate_prevalence
 
 POSITIVES, NEGATIVES, TEST_IMAGES, FEATURES = 20, 155, 100, 64
-MAX_PATIENT_IMAGES, CORRELATION = 4, 0.5  # of the scores of one patient
+PATIENT_IMAGES = (1, 2, 3, 4)  # as many patients of each
+CORRELATION = 0.5  # of the scores of one patient
 SHORTCUT = 1.5  # by how much source A raises the log odds, in standard deviations
 OLD_DIFFERENCE = 0.1
 RESAMPLES = 199
@@ -50,6 +51,7 @@ def draw(
     auroc: float = 0.95,
     features_shift: float = 0.0,
     new_negatives: float = 0.0,
+    patient_images: tuple[int, ...] = PATIENT_IMAGES,
 ) -> Images:
     """Draw images with `counts` of each label, and P(source A) by label.
 
@@ -58,7 +60,7 @@ def draw(
     """
     parts, patients = [], 0
     for label, count in counts.items():
-        sizes = rng.integers(1, MAX_PATIENT_IMAGES + 1, count)
+        sizes = rng.choice(patient_images, count)
         patient = np.repeat(np.arange(len(sizes)), sizes)[:count]
         size = patient.max(initial=-1) + 1
         is_a = (rng.random(size) < source_a[label])[patient]
@@ -146,20 +148,27 @@ def evaluate_few_positives(count: int, positives: int) -> dict[str, object]:
 
 
 def evaluate_accuracy(
-    count: int, validation_a: dict[int, float], test_a: dict[int, float], expected: float | None = 0.5
+    count: int,
+    validation_a: dict[int, float],
+    test_a: dict[int, float],
+    expected: float | None = 0.5,
+    patient_images: tuple[int, ...] = PATIENT_IMAGES,
+    test_patient_images: tuple[int, ...] = PATIENT_IMAGES,
 ) -> dict[str, object]:
     """How often the accuracy on the test images lies in the range, and how often a value is foretold."""
     rng = np.random.default_rng(0)
     covered, covered_before, widths, values, errors = [], [], [], [], []
     for _ in range(count):
-        validation = draw(rng, {1: POSITIVES, 0: NEGATIVES}, validation_a)
+        validation = draw(rng, {1: POSITIVES, 0: NEGATIVES}, validation_a, patient_images=patient_images)
         positives = int(rng.binomial(TEST_IMAGES, 0.5))
-        test = draw(rng, {1: positives, 0: TEST_IMAGES - positives}, test_a)
+        counts = {1: positives, 0: TEST_IMAGES - positives}
+        test = draw(rng, counts, test_a, patient_images=test_patient_images)
         truth = float(((test.logits >= 0) == test.labels).mean())
         strata = choose_strata(validation.labels, validation.groups, validation.metadata, test.metadata)
         foretold = foretell_accuracy(
-            validation.labels, validation.logits >= 0, validation.groups, test.logits >= 0, strata, expected
-        )
+            validation.labels, validation.logits >= 0, validation.groups, test.logits >= 0, strata, expected,
+            test_groups=test.groups,
+        )  # fmt: skip
         covered.append(foretold.low <= truth <= foretold.high)
         widths.append(foretold.high - foretold.low)
         values.append(not np.isnan(foretold.value))
@@ -176,6 +185,7 @@ def evaluate_accuracy(
 
 
 def main(count: int = 400) -> None:
+    no_source = {0: 0.0, 1: 0.0}
     cases = {
         **{
             f"prevalence {prevalence:.2f}, AUROC {auroc}": partial(
@@ -195,8 +205,20 @@ def main(count: int = 400) -> None:
         "tests, half of the negatives new": partial(evaluate_tests, prevalence=0.3, new_negatives=0.5),
         "tests, features 0.5 SD": partial(evaluate_tests, prevalence=0.5, features_shift=0.7),
         "tests, features 1 SD": partial(evaluate_tests, prevalence=0.5, features_shift=1.4),
-        "accuracy (i) label shift only": partial(
-            evaluate_accuracy, validation_a={1: 0.0, 0: 0.0}, test_a={1: 0.0, 0: 0.0}
+        "accuracy (i) label shift only": partial(evaluate_accuracy, validation_a=no_source, test_a=no_source),
+        "accuracy (i) the same, single validation images, many of some test patients": partial(
+            evaluate_accuracy,
+            validation_a=no_source,
+            test_a=no_source,
+            patient_images=(1,),
+            test_patient_images=(1, 1, 1, 20),
+        ),
+        "accuracy (i) the same, single test images, many of some validation patients": partial(
+            evaluate_accuracy,
+            validation_a=no_source,
+            test_a=no_source,
+            patient_images=(1, 1, 1, 20),
+            test_patient_images=(1,),
         ),
         "accuracy (ii) other mix of sources": partial(
             evaluate_accuracy, validation_a={1: 0.8, 0: 0.2}, test_a={1: 0.5, 0: 0.5}

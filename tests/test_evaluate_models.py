@@ -225,7 +225,13 @@ def test_thumbnail_pixels_are_means_over_a_grid(size):
 
 
 def evaluate(
-    folder: Path, labels: list[int], settings: Config, *, sources: tuple[str, ...] = ("a", "b"), per_group: int = 2
+    folder: Path,
+    labels: list[int],
+    settings: Config,
+    *,
+    sources: tuple[str, ...] = ("a", "b"),
+    per_group: int = 2,
+    test_patients: str = "pairs",
 ) -> Evaluation:
     """Evaluate models whose predictions are mostly correct on these labels, and write the files; warnings fail."""
     rng = np.random.default_rng(0)
@@ -241,6 +247,9 @@ def evaluate(
     test = predict(np.arange(12) % 2).assign(file=[f"t{index}.jpg" for index in range(12)])
     all_files, groups = [*files, *test["file"]], [f"g{index // per_group}" for index in range(count + 12)]
     metadata = pd.DataFrame({"file": all_files, "group": groups, "patient": groups, "label": [*labels, *[pd.NA] * 12]})
+    if test_patients != "pairs":
+        metadata.loc[count:, "group"] = test["file"].to_list()
+        metadata.loc[count:, "patient"] = test["file"].to_list() if test_patients == "single" else ""
     metadata = metadata.assign(
         subset=["validation"] * count + ["test"] * 12,
         fold=pd.array([0] * count + [None] * 12, dtype="Int64"),
@@ -382,6 +391,18 @@ def test_summary_has_the_expected_accuracy_of_the_bag_and_the_source_probe_of_it
     assert estimate == probe.loc["network", ["value", "low", "high"]].tolist()
     assert bag["thumbnail_source_probe_auroc"] == probe.loc["thumbnail", "value"]
     assert 0 < estimate[1] < estimate[0] < estimate[2] < 1
+
+
+def test_test_images_without_patients_are_taken_to_be_grouped_like_the_labeled_ones(tmp_path):
+    unknown, known = (
+        evaluate(tmp_path, LABELS, make_config(), test_patients=patients) for patients in ("unknown", "single")
+    )
+    assert unknown.summary["bag"]["expected_accuracy_low"] < known.summary["bag"]["expected_accuracy_low"]
+    highest = "estimated_test_prevalence_high"
+    assert unknown.summary["bag"][highest] > known.summary["bag"][highest]
+    p, known_p = (evaluation.tables["metrics/shift.csv"]["p"] for evaluation in (unknown, known))
+    assert (p >= known_p).all()
+    assert (p > known_p).any()
 
 
 def test_metrics_at_the_expected_prevalence_are_those_of_the_rates_in_the_summary(tmp_path):

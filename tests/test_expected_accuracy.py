@@ -165,6 +165,30 @@ def test_patients_with_as_many_errors_as_their_source_has_count_as_independent_i
     assert (one.value, one.low, one.high) == (other.value, other.low, other.high)
 
 
+@pytest.mark.parametrize("size", [1, 4])
+def test_known_patients_of_the_test_images_count_and_not_those_of_the_validation_images(size):
+    # Rates are known from many images. Where a validation patient has four, half of their variance is in common.
+    rng = np.random.default_rng(0)
+    patients = np.arange(8000) // size
+    noise = rng.normal(size=8000) + (rng.normal(size=8000)[patients] if size > 1 else 0)
+    labels = patients % 2
+    predicted = np.where(noise < np.quantile(noise, 0.8), labels, 1 - labels)
+    strata, test_predicted = Strata(np.full(8000, ""), np.full(400, ""), ""), np.arange(400) // 40 % 2
+    groups = {"unknown": None, "single": np.arange(400), "pairs": np.arange(400) // 2, "tens": np.arange(400) // 10}
+    widths = {}
+    for name, test_groups in groups.items():
+        foretold = foretell_accuracy(labels, predicted, patients, test_predicted, strata, 0.5, test_groups=test_groups)
+        widths[name] = (foretold.high - foretold.low) ** 2
+    if size == 1:  # nothing is known of their correlation, so that it may be 1
+        assert widths["unknown"] == widths["single"]
+        correlation = 1.0
+    else:
+        correlation = (widths["unknown"] / widths["single"] - 1) / 3
+        assert 0.2 < correlation < 0.5
+    assert widths["pairs"] / widths["single"] == pytest.approx(1 + correlation, rel=0.15)
+    assert widths["tens"] / widths["single"] == pytest.approx(1 + 9 * correlation, rel=0.25)
+
+
 def test_the_design_effect_of_equal_groups_is_the_ratio_of_the_variances_of_means():
     rng = np.random.default_rng(0)
     hits = rng.random((10, 1)) + rng.random((10, 4)) > 0.8

@@ -129,6 +129,19 @@ def test_copies_of_every_image_in_its_patient_add_no_information():
             assert getattr(repeated, name) == pytest.approx(getattr(once, name), abs=5e-3), name
 
 
+def test_new_images_of_unknown_patients_are_taken_to_have_as_many_images_each_as_the_labeled_ones():
+    rng = np.random.default_rng(0)
+    (labels, scores), (_, new_scores) = draw(rng, 20, 40), draw(rng, 15, 45)
+    for size, groups in ((1, np.arange(60)), (3, np.repeat(np.arange(20), 3))):
+        unknown = estimate_prevalence(labels, scores, groups, new_scores, resamples=100)
+        ranks = np.argsort(np.argsort(new_scores))
+        known = estimate_prevalence(labels, scores, groups, new_scores, ranks // size, 100)
+        assert (unknown.low, unknown.high) == (known.low, known.high)
+        single = estimate_prevalence(labels, scores, groups, new_scores, np.arange(60), 100)
+        widths = [result.high - result.low for result in (unknown, single)]
+        assert widths[0] > (1.2 if size == 3 else 0.8) * widths[1]
+
+
 def test_the_difference_varies_with_both_sets_and_they_are_resampled_independently():
     labels, scores = draw(np.random.default_rng(0), 20, 40, separation=6)
     same = estimate_prevalence(labels, scores, np.arange(60), scores, np.arange(60), 200)

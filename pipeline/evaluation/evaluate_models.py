@@ -187,7 +187,8 @@ def evaluate_models(
 
     tables = build_tables(config, validation, on_validation, predictors, models, roles, bias, baseline_samples)
     tables |= build_bag_tables(config, predictions, predictors[bag].ensemble_config)
-    test_groups, summary = metadata.loc[test["file"], "group"].to_numpy(), dict[str, Any]()
+    on_test, summary = metadata.loc[test["file"]], dict[str, Any]()
+    test_groups = on_test["group"].to_numpy() if on_test["patient"].ne("").any() else None
     adapted = pd.DataFrame({"file": test["file"]})
     combined = {
         name: {
@@ -197,13 +198,13 @@ def evaluate_models(
         for name in roles.values()
     }
     for role, name in roles.items():
-        scores, on_test = (combined[name][subset]["score"].to_numpy() for subset in ("validation", "test"))
-        prevalence = estimate_prevalence(labels, scores, validation.groups, on_test, test_groups)
+        scores, test_scores = (combined[name][subset]["score"].to_numpy() for subset in ("validation", "test"))
+        prevalence = estimate_prevalence(labels, scores, validation.groups, test_scores, test_groups)
         adapted[role] = prevalence.probabilities
         summary[role] = summarize(name, predictors[name].ensemble_config, tables) | _summarize_prevalence(prevalence)
     tables["predictions/adapted.csv"] = adapted
     shift, accuracy = forecast.forecast_test_set(
-        config, predictions, combined[bag], models[bag].predicted, metadata, predictions_folder
+        config, predictions, combined[bag], models[bag].predicted, metadata, test_groups, predictions_folder
     )
     tables |= {"metrics/shift.csv": shift, "metrics/strata.csv": accuracy.strata}
     summary["bag"] |= _summarize_accuracy(accuracy)

@@ -1,11 +1,13 @@
 """The accuracy to expect on the test images, without their labels, and whether it can be foretold at all."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 
 from pipeline.evaluation.intervals import percentile_ends
+from pipeline.evaluation.metrics import mean_group_size
 
 DRAWS = 4000
 PRIOR = 0.5  # Jeffreys' prior of a proportion (Brown, Cai and DasGupta 2001): half a success and half a failure
@@ -99,6 +101,7 @@ def foretell_accuracy(
     strata: Strata,
     expected_prevalence: float | None = None,
     shift: str = "",
+    test_groups: np.ndarray | None = None,
 ) -> ExpectedAccuracy:
     """Foretell the accuracy on the test images by post-stratification.
 
@@ -120,6 +123,7 @@ def foretell_accuracy(
         expected_prevalence: of the test set; None if unknown. It is not used where the predictions exclude it.
         shift: how the test images differ, from `dataset_shift.describe_shift`. If they do and no source is known, no
             accuracy is foretold.
+        test_groups: (M,); None if unknown: then the test images are assumed to be grouped like the validation images.
 
     Returns:
         With `strata`: `stratum`, the numbers of test `images` and of `predicted_positive_images`, their estimated
@@ -136,7 +140,7 @@ def foretell_accuracy(
     table = _tabulate_strata(labels, predicted, groups, test_predicted, strata)
     correct, rng = labels == predicted, np.random.default_rng(0)
     effects = {label: _design_effect(correct, labels == label, groups, strata.validation) for label in (0, 1)}
-    effect = max(effects.values())
+    effect = _test_design_effect(effects, labels, groups, test_groups)
     # What a stratum lacks in the validation set, it lacks or has in the test set.
     if_absent, if_present = _Draws(), _Draws()
     prevalences = []
@@ -269,15 +273,29 @@ def _design_effect(correct: np.ndarray, selected: np.ndarray, groups: np.ndarray
     if not selected.any():
         return 1.0
     _, index = np.unique(groups[selected], return_inverse=True)
-    sizes = np.bincount(index)
-    largest = float((sizes**2).sum() / sizes.sum())
+    largest, count = mean_group_size(index), index.max() + 1
     values = pd.Series(correct[selected].astype(float))
     residuals = (values - values.groupby(strata[selected]).transform("mean")).to_numpy()
-    if len(sizes) < 2 or not residuals.any():
+    if count < 2 or not residuals.any():
         return largest
     by_group = np.bincount(index, residuals)
-    ratio = (by_group**2).sum() / (residuals**2).sum() * len(sizes) / (len(sizes) - 1)
+    ratio = (by_group**2).sum() / (residuals**2).sum() * count / (count - 1)
     return float(np.clip(ratio, 1, largest))
+
+
+def _test_design_effect(
+    effects: Mapping[int, float], labels: np.ndarray, groups: np.ndarray, test_groups: np.ndarray | None
+) -> float:
+    """Return the design effect of the test images: that of the class whose errors have more in common.
+
+    Of known groups, it follows from the intraclass correlation (Kish 1965) of the validation images, or from 1, the
+    largest that there can be, where no group has two of a class.
+    """
+    if test_groups is None:
+        return max(effects.values())
+    sizes = {label: mean_group_size(groups[labels == label]) for label in np.unique(labels)}
+    correlations = ((effects[label] - 1) / (size - 1) for label, size in sizes.items() if size > 1)
+    return 1 + max(correlations, default=1.0) * (mean_group_size(test_groups) - 1)
 
 
 def _unknown_reason(table: pd.DataFrame, total: int) -> str:

@@ -18,6 +18,7 @@ def forecast_test_set(
     combined: Mapping[str, pd.DataFrame],
     predicted: np.ndarray,
     metadata: pd.DataFrame,
+    test_groups: np.ndarray | None,
     folder: Path,
 ) -> tuple[pd.DataFrame, ExpectedAccuracy]:
     """Test whether the test images are distributed like the labeled ones, and foretell the accuracy of the bag on them.
@@ -28,6 +29,7 @@ def forecast_test_set(
         combined: the same images, with the score and label that the bag gives them, from `ensemble.predict`.
         predicted: (N,), labels of the bag for the validation images, not fitted on the same images.
         metadata: a row per image of the pack, from `manifest.read_split`, indexed by file.
+        test_groups: (M,), the name of each test image's group; None if unknown.
         folder: with `acquisition.csv`, `thumbnails.npy` and `embeddings.npy`, from the evaluate stage.
 
     Returns:
@@ -35,8 +37,7 @@ def forecast_test_set(
     """
     validation, test = predictions["validation"], predictions["test"]
     labels = validation["label"].to_numpy(int)
-    groups, test_groups = (metadata.loc[table["file"], "group"].to_numpy() for table in (validation, test))
-    patients_known = bool(metadata["patient"].ne("").any())
+    groups = metadata.loc[validation["file"], "group"].to_numpy()
     logits = (log_odds(combined[subset]["score"].to_numpy())[:, None] for subset in ("validation", "test"))
     is_labeled, is_test = (metadata["subset"].isin(names).to_numpy() for names in (["train", "validation"], ["test"]))
     is_embedded = metadata["fold"].eq(0).to_numpy(bool, na_value=False)
@@ -52,11 +53,11 @@ def forecast_test_set(
         feature_sets,
         {"score": labels} | {name: metadata.loc[mask, "label"].to_numpy(int) for name, mask in rows.items()},
         {"score": groups} | {name: metadata.loc[mask, "group"].to_numpy() for name, mask in rows.items()},
-        test_groups if patients_known else None,
+        test_groups,
     )
     strata = choose_strata(labels, groups, metadata.loc[validation["file"]], metadata.loc[test["file"]])
     accuracy = foretell_accuracy(
         labels, predicted, groups, combined["test"]["label"].to_numpy(), strata,
-        config.active.evaluate.expected_prevalence, dataset_shift.describe_shift(shift),
+        config.active.evaluate.expected_prevalence, dataset_shift.describe_shift(shift), test_groups,
     )  # fmt: skip
     return shift, accuracy

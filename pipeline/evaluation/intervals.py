@@ -24,6 +24,7 @@ from pipeline.evaluation.metrics import (
     UNDEFINED_REASONS,
     compute_metrics,
     has_single_class,
+    mean_group_size,
     metrics_of_counts,
 )
 
@@ -55,7 +56,7 @@ def design_effect(values: np.ndarray, groups: np.ndarray) -> float:
     values = np.asarray(values, dtype=float)
     _, index, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     count, group_count = len(values), len(sizes)
-    highest = float((sizes**2).sum() / count)
+    highest = mean_group_size(groups)
     deviations = values - values.mean()
     if np.ptp(values) < EPS:
         return highest
@@ -463,9 +464,9 @@ def _disagreement_variances(
     tp, fp, fn, tn = (our_gradient + their_gradient) / 2
     variances = np.zeros(len(THRESHOLD_METRICS))
     for label, change in ((1, tp - fn), (0, tn - fp)):
-        _, sizes = np.unique(groups[labels == label], return_counts=True)
-        if len(sizes):
-            variances += (change * (sizes**2).sum() / sizes.sum()) ** 2
+        selected = labels == label
+        if selected.any():
+            variances += (change * mean_group_size(groups[selected])) ** 2
     return variances
 
 

@@ -131,6 +131,12 @@ def count_groups(labels: np.ndarray, groups: np.ndarray) -> tuple[int, int]:
     return positive, negative
 
 
+def mean_group_size(groups: np.ndarray) -> float:
+    """Return the number of images in the group of an image, on average over the images."""
+    _, sizes = np.unique(groups, return_counts=True)
+    return float((sizes**2).sum() / sizes.sum())
+
+
 def bin_indices(probabilities: np.ndarray) -> np.ndarray:
     """Return the calibration bin, 0 to `BIN_COUNT` − 1, of each probability."""
     index: np.ndarray = np.minimum((np.asarray(probabilities) * BIN_COUNT).astype(int), BIN_COUNT - 1)

@@ -300,16 +300,12 @@ def _test_category(reference: pd.DataFrame, new: pd.DataFrame, field: str) -> pd
 
 
 def _estimate_prevalence(validation: pd.DataFrame, new: pd.DataFrame) -> PrevalenceEstimate:
-    """Estimate the prevalence; the interval assumes that new images are grouped like the others, by like scores."""
     scores = new["score"].to_numpy()
     if len(scores) > MAX_IMAGES:
         scores = np.random.default_rng(0).choice(scores, MAX_IMAGES, replace=False)
-    sizes = validation["group"].value_counts().to_numpy()
-    new_groups = np.argsort(np.argsort(scores)) // ((sizes**2).sum() / sizes.sum())
     return estimate_prevalence(
-        validation["label"].to_numpy(int), validation["score"].to_numpy(), validation["group"].to_numpy(),
-        scores, new_groups,
-    )  # fmt: skip
+        validation["label"].to_numpy(int), validation["score"].to_numpy(), validation["group"].to_numpy(), scores
+    )
 
 
 def prevalence_p(

@@ -8,7 +8,7 @@ from scipy.special import expit, logit
 
 from pipeline.evaluation.calibration import log_odds
 from pipeline.evaluation.intervals import bootstrap_weights, percentile_ends, smaller_group_count
-from pipeline.evaluation.metrics import CONFIDENCE_LEVEL, has_single_class
+from pipeline.evaluation.metrics import CONFIDENCE_LEVEL, has_single_class, mean_group_size
 
 PREVALENCES = [0.01, 0.02, 0.05, *(tenth / 10 for tenth in range(1, 10))]
 MAX_ITERATIONS, TOLERANCE = 1000, 1e-9
@@ -114,7 +114,7 @@ def estimate_prevalence(
     scores: np.ndarray,
     groups: np.ndarray,
     new_scores: np.ndarray,
-    new_groups: np.ndarray,
+    new_groups: np.ndarray | None = None,
     resamples: int = RESAMPLES,
 ) -> PrevalenceEstimate:
     """Estimate the prevalence of unlabeled images under label shift, with a 95 % confidence interval.
@@ -130,7 +130,8 @@ def estimate_prevalence(
         scores: (N,), P(positive), not necessarily calibrated.
         groups: (N,), the name of each image's group.
         new_scores: (M,), of the unlabeled images.
-        new_groups: (M,).
+        new_groups: (M,); None if unknown: then the new images are assumed to be grouped like the labeled ones, images
+            of like scores together.
         resamples: number of bootstrap resamples.
 
     Returns:
@@ -143,6 +144,8 @@ def estimate_prevalence(
         return replace(unavailable, reason="no test images")
     if has_single_class(labels):
         return replace(unavailable, reason="labeled images of one class only")
+    if new_groups is None:
+        new_groups = np.argsort(np.argsort(new_scores)) // mean_group_size(groups)
     logits, new_logits = log_odds(scores), log_odds(new_scores)
     weights, new_weights = bootstrap_weights(groups, resamples), bootstrap_weights(new_groups, resamples)
     # In reverse order, so that the resamples of the two sets do not come from the same random numbers.
