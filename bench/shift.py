@@ -1,4 +1,4 @@
-"""What is foretold of a test set without its labels, against the truth, by simulation.
+"""What is estimated for a test set without its labels, against the truth, by simulation.
 
 python bench/shift.py [REPLICATES]
 
@@ -18,7 +18,7 @@ from scipy.special import expit
 from scipy.stats import norm
 
 from pipeline.evaluation.dataset_shift import SIGNIFICANCE_LEVEL, fit_mixture
-from pipeline.evaluation.expected_accuracy import choose_strata, foretell_accuracy
+from pipeline.evaluation.expected_accuracy import choose_strata, estimate_accuracy
 from pipeline.evaluation.intervals import bootstrap_weights, percentile_ends
 from pipeline.evaluation.metrics import compute_metrics
 from pipeline.evaluation.prevalence import estimate_prevalence
@@ -155,7 +155,7 @@ def evaluate_accuracy(
     patient_images: tuple[int, ...] = PATIENT_IMAGES,
     test_patient_images: tuple[int, ...] = PATIENT_IMAGES,
 ) -> dict[str, object]:
-    """How often the accuracy on the test images lies in the range, and how often a value is foretold."""
+    """How often the accuracy on the test images lies in the range, and how often there is a value."""
     rng = np.random.default_rng(0)
     covered, covered_before, widths, values, errors = [], [], [], [], []
     for _ in range(count):
@@ -165,14 +165,14 @@ def evaluate_accuracy(
         test = draw(rng, counts, test_a, patient_images=test_patient_images)
         truth = float(((test.logits >= 0) == test.labels).mean())
         strata = choose_strata(validation.labels, validation.groups, validation.metadata, test.metadata)
-        foretold = foretell_accuracy(
+        estimated = estimate_accuracy(
             validation.labels, validation.logits >= 0, validation.groups, test.logits >= 0, strata, expected,
             test_groups=test.groups,
         )  # fmt: skip
-        covered.append(foretold.low <= truth <= foretold.high)
-        widths.append(foretold.high - foretold.low)
-        values.append(not np.isnan(foretold.value))
-        errors.append(foretold.value - truth)
+        covered.append(estimated.low <= truth <= estimated.high)
+        widths.append(estimated.high - estimated.low)
+        values.append(not np.isnan(estimated.value))
+        errors.append(estimated.value - truth)
         weights = bootstrap_weights(validation.groups, RESAMPLES)
         metrics = compute_metrics(validation.labels, validation.logits >= 0, None, weights)
         low, high = percentile_ends(metrics[["recall", "specificity"]].mean(axis="columns").dropna().to_numpy()[1:])
@@ -180,7 +180,7 @@ def evaluate_accuracy(
     bias = round(float(np.nanmean(errors)), 3) if any(values) else None
     return {
         "coverage": share(covered), "coverage_before": share(covered_before),
-        "width": round(float(np.median(widths)), 2), "value_foretold": share(values), "bias": bias,
+        "width": round(float(np.median(widths)), 2), "value_estimated": share(values), "bias": bias,
     }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @stage
 @click.argument("file", required=False, type=click.Path(path_type=Path, dir_okay=False))
 def score(file: Path | None) -> None:
-    """Score every candidate on the test images, beside the accuracy that was foretold, and log it to MLflow.
+    """Score every candidate on the test images, beside the accuracy that was expected, and log it to MLflow.
 
     The labels are the columns File and Label of FILE, by default of test_labels.csv in data/raw.zip. Only this command
     reads them. It writes scores/test.csv, which the report shows from then on.
@@ -77,14 +77,14 @@ def _print_scores(scores: "pd.DataFrame") -> None:
     from rich.table import Column, Table
 
     from pipeline.evaluation.metrics import METRIC_LABELS
-    from pipeline.evaluation.test_scores import FORETOLD, METRICS
+    from pipeline.evaluation.test_scores import EXPECTED_COLUMNS, METRICS
 
-    headers = ["candidate", *(METRIC_LABELS[metric] for metric in METRICS), "accuracy foretold"]
+    headers = ["candidate", *(METRIC_LABELS[metric] for metric in METRICS), "expected accuracy"]
     table = Table(*(Column(header, overflow="fold") for header in headers))
     for name, rows in scores.groupby("model", sort=False):
         by_metric = rows.set_index("metric")
         cells = [_format_interval(*by_metric.loc[metric, ["value", "low", "high"]]) for metric in METRICS]
-        table.add_row(str(name), *cells, _format_interval(*by_metric.loc["accuracy", FORETOLD[:3]]))
+        table.add_row(str(name), *cells, _format_interval(*by_metric.loc["accuracy", EXPECTED_COLUMNS[:3]]))
     print_table(table)
     for row in scores[scores["expected_accuracy_reason"].fillna("") != ""].to_dict("records"):
         click.echo(f"accuracy of {row['model']}: {row['expected_accuracy_reason']}")

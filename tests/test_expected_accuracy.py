@@ -1,4 +1,4 @@
-"""The accuracy foretold for a test set without labels."""
+"""The expected accuracy for a test set without labels."""
 
 import numpy as np
 import pandas as pd
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.evaluation.expected_accuracy import Strata, _design_effect, choose_strata, foretell_accuracy
+from pipeline.evaluation.expected_accuracy import Strata, _design_effect, choose_strata, estimate_accuracy
 
 
 def make(cells):
@@ -22,15 +22,15 @@ VALIDATION = {
 }  # fmt: skip
 
 
-def foretell(validation, test, by="source", **arguments):
+def estimate(validation, test, by="source", **arguments):
     sources, labels, predicted = make(validation)
     test_sources, test_labels, test_predicted = make(test)
     strata = Strata(sources, test_sources, by)
     if not by:
         strata = Strata(np.full(len(sources), ""), np.full(len(test_sources), ""), "")
     groups = np.arange(len(labels))
-    foretold = foretell_accuracy(labels, predicted, groups, test_predicted, strata, **arguments)
-    return foretold, float((test_labels == test_predicted).mean())
+    estimated = estimate_accuracy(labels, predicted, groups, test_predicted, strata, **arguments)
+    return estimated, float((test_labels == test_predicted).mean())
 
 
 def test_the_mix_of_the_test_set_counts_not_that_of_the_validation_set():
@@ -39,13 +39,13 @@ def test_the_mix_of_the_test_set_counts_not_that_of_the_validation_set():
         ("A", 1, 1): 45, ("A", 1, 0): 5, ("A", 0, 0): 35, ("A", 0, 1): 15,
         ("B", 1, 1): 25, ("B", 1, 0): 25, ("B", 0, 0): 49, ("B", 0, 1): 1,
     }  # fmt: skip
-    foretold, truth = foretell(VALIDATION, test, expected_prevalence=0.5)
+    estimated, truth = estimate(VALIDATION, test, expected_prevalence=0.5)
     assert truth == pytest.approx((0.8 + 0.74) / 2)
-    assert foretold.value == pytest.approx(truth, abs=0.03)
-    assert foretold.low < truth < foretold.high
-    assert foretold.method == "post-stratification by source, at the expected prevalence 0.5"
-    assert not foretold.reason
-    a, b = (row._asdict() for row in foretold.strata.itertuples(index=False))
+    assert estimated.value == pytest.approx(truth, abs=0.03)
+    assert estimated.low < truth < estimated.high
+    assert estimated.method == "post-stratification by source, at the expected prevalence 0.5"
+    assert not estimated.reason
+    a, b = (row._asdict() for row in estimated.strata.itertuples(index=False))
     assert (a["sensitivity"], a["specificity"], b["sensitivity"], b["specificity"]) == (0.9, 0.7, 0.5, 0.98)
     assert a["prevalence"] == pytest.approx(0.5, abs=0.1)
     assert a["positive_patients"] == 40
@@ -54,64 +54,64 @@ def test_the_mix_of_the_test_set_counts_not_that_of_the_validation_set():
 def test_without_strata_it_is_bayes_rule_at_the_expected_prevalence():
     test = {("", 1, 1): 32, ("", 1, 0): 8, ("", 0, 0): 55, ("", 0, 1): 5}
     validation = {("", 1, 1): 16, ("", 1, 0): 4, ("", 0, 0): 135, ("", 0, 1): 15}
-    foretold, truth = foretell(validation, test, by="", expected_prevalence=0.4)
-    assert foretold.value == pytest.approx(0.4 * 0.8 + 0.6 * 0.9)
-    assert foretold.low < truth < foretold.high
-    assert foretold.method == "Bayes' rule, at the expected prevalence 0.4"
-    differing, _ = foretell(validation, test, by="", expected_prevalence=0.4, shift="the test images differ")
-    assert differing.reason == "cannot be foretold: the test images differ"
+    estimated, truth = estimate(validation, test, by="", expected_prevalence=0.4)
+    assert estimated.value == pytest.approx(0.4 * 0.8 + 0.6 * 0.9)
+    assert estimated.low < truth < estimated.high
+    assert estimated.method == "Bayes' rule, at the expected prevalence 0.4"
+    differing, _ = estimate(validation, test, by="", expected_prevalence=0.4, shift="the test images differ")
+    assert differing.reason == "cannot be estimated: the test images differ"
     assert np.isnan([differing.value, differing.low, differing.high]).all()
 
 
 def test_an_expected_prevalence_that_the_predictions_exclude_is_not_used():
     test = {("", 1, 1): 45, ("", 1, 0): 5, ("", 0, 0): 50}
     validation = {("", 1, 1): 90, ("", 1, 0): 10, ("", 0, 0): 900}
-    foretold, _ = foretell(validation, test, by="", expected_prevalence=0.02)
-    unused, _ = foretell(validation, test, by="")
-    assert (foretold.value, foretold.low, foretold.high) == (unused.value, unused.low, unused.high)
-    assert foretold.method == "Bayes' rule (the expected prevalence 0.02 is excluded by the predictions)"
+    estimated, _ = estimate(validation, test, by="", expected_prevalence=0.02)
+    unused, _ = estimate(validation, test, by="")
+    assert (estimated.value, estimated.low, estimated.high) == (unused.value, unused.low, unused.high)
+    assert estimated.method == "Bayes' rule (the expected prevalence 0.02 is excluded by the predictions)"
     assert unused.method == "Bayes' rule"
-    assert foretold.strata["prevalence"][0] == pytest.approx(0.5, abs=0.02)
+    assert estimated.strata["prevalence"][0] == pytest.approx(0.5, abs=0.02)
 
 
-def test_where_source_and_label_coincide_it_cannot_be_foretold():
+def test_where_source_and_label_coincide_it_cannot_be_estimated():
     validation = {("A", 1, 1): 19, ("A", 1, 0): 1, ("B", 0, 0): 150, ("B", 0, 1): 5}
     # All of A is predicted positive and all of B negative, as by a model that knows only the source.
     test = {("A", 1, 1): 25, ("A", 0, 1): 25, ("B", 1, 0): 25, ("B", 0, 0): 25}
     for expected in (0.5, None):
-        foretold, truth = foretell(validation, test, expected_prevalence=expected)
-        assert np.isnan(foretold.value)
-        assert foretold.reason.startswith("cannot be foretold: no negative validation image is of A")
-        assert "no positive validation image is of B" in foretold.reason
-        assert foretold.low < truth < foretold.high
+        estimated, truth = estimate(validation, test, expected_prevalence=expected)
+        assert np.isnan(estimated.value)
+        assert estimated.reason.startswith("cannot be estimated: no negative validation image is of A")
+        assert "no positive validation image is of B" in estimated.reason
+        assert estimated.low < truth < estimated.high
 
 
 def test_a_source_without_positives_gives_a_range_from_none_to_many():
     validation = VALIDATION | {("C", 0, 0): 95, ("C", 0, 1): 5}
     known = {("A", 1, 1): 27, ("A", 1, 0): 3, ("A", 0, 0): 21, ("A", 0, 1): 9}
     for unknown in ({("C", 0, 0): 38, ("C", 0, 1): 2}, {("C", 0, 0): 28, ("C", 1, 0): 8, ("C", 1, 1): 4}):
-        foretold, truth = foretell(validation, known | unknown)
-        assert np.isnan(foretold.value)
-        assert "no positive validation image is of C, as 40 % of the test images are" in foretold.reason
-        assert "if the test set has none either" in foretold.reason
-        assert foretold.low < truth < foretold.high
-    assert np.isnan(foretold.strata.set_index("stratum").loc["C", "sensitivity"])
+        estimated, truth = estimate(validation, known | unknown)
+        assert np.isnan(estimated.value)
+        assert "no positive validation image is of C, as 40 % of the test images are" in estimated.reason
+        assert "if the test set has none either" in estimated.reason
+        assert estimated.low < truth < estimated.high
+    assert np.isnan(estimated.strata.set_index("stratum").loc["C", "sensitivity"])
 
 
 def test_a_source_that_the_validation_set_lacks_may_be_all_right_or_all_wrong():
     test = {("A", 1, 1): 45, ("A", 1, 0): 5, ("new", 0, 0): 50}
-    foretold, _ = foretell(VALIDATION, test)
-    assert "no validation image is of new, as 50 % of the test images are" in foretold.reason
-    assert "if the test set" not in foretold.reason
-    assert foretold.high - foretold.low > 0.5
+    estimated, _ = estimate(VALIDATION, test)
+    assert "no validation image is of new, as 50 % of the test images are" in estimated.reason
+    assert "if the test set" not in estimated.reason
+    assert estimated.high - estimated.low > 0.5
 
 
 def test_no_test_images_and_no_errors():
     sources, labels, predicted = make(VALIDATION)
     nothing = np.array([], dtype=int)
-    foretold = foretell_accuracy(labels, predicted, sources, nothing, Strata(sources, nothing, "source"))
-    assert foretold.reason == "cannot be foretold: no test images"
-    perfect, _ = foretell(
+    estimated = estimate_accuracy(labels, predicted, sources, nothing, Strata(sources, nothing, "source"))
+    assert estimated.reason == "cannot be estimated: no test images"
+    perfect, _ = estimate(
         {("A", 1, 1): 20, ("A", 0, 0): 150}, {("A", 1, 1): 20, ("A", 0, 0): 20}, expected_prevalence=0.5
     )
     assert perfect.value == perfect.high == 1
@@ -123,8 +123,8 @@ def test_images_of_one_patient_count_as_fewer():
     test_predicted = np.repeat([1, 0], [50, 50])
     strata = Strata(np.full(240, ""), np.full(100, ""), "")
     widths = [
-        (foretold := foretell_accuracy(labels, predicted, np.arange(240) // size, test_predicted, strata, 0.5)).high
-        - foretold.low
+        (estimated := estimate_accuracy(labels, predicted, np.arange(240) // size, test_predicted, strata, 0.5)).high
+        - estimated.low
         for size in (1, 5)
     ]
     assert widths[1] > 1.3 * widths[0]
@@ -139,8 +139,8 @@ def test_patients_of_the_class_that_the_test_images_are_of_widen_the_range_most(
         groups = np.where(labels == clustered, images // 4, 1000 + images)
         strata = Strata(np.full(200, ""), np.full(2000, ""), "")
         predicted = np.where(hits == 1, labels, 1 - labels)
-        foretold = foretell_accuracy(labels, predicted, groups, test_predicted, strata)
-        widths.append(foretold.high - foretold.low)
+        estimated = estimate_accuracy(labels, predicted, groups, test_predicted, strata)
+        widths.append(estimated.high - estimated.low)
     assert widths[0] > 1.2 * widths[1]
 
 
@@ -150,8 +150,8 @@ def test_test_images_are_assumed_to_be_alike_within_patients_as_the_validation_i
     strata = Strata(np.full(4000, ""), np.full(100, ""), "")
     for size, excluded in ((1, True), (8, False)):  # images per patient, all right or all wrong
         groups = np.arange(4000) // size
-        foretold = foretell_accuracy(labels, predicted, groups, test_predicted, strata, 0.3)
-        assert ("is excluded by the predictions" in foretold.method) == excluded
+        estimated = estimate_accuracy(labels, predicted, groups, test_predicted, strata, 0.3)
+        assert ("is excluded by the predictions" in estimated.method) == excluded
 
 
 def test_patients_with_as_many_errors_as_their_source_has_count_as_independent_images():
@@ -160,7 +160,7 @@ def test_patients_with_as_many_errors_as_their_source_has_count_as_independent_i
     predicted, test_predicted = np.where(hits == 1, labels, 1 - labels), np.arange(60) % 2
     strata = Strata(sources, np.repeat(["A", "B"], 30), "source")
     one, other = (
-        foretell_accuracy(labels, predicted, np.arange(160) // size, test_predicted, strata) for size in (1, 8)
+        estimate_accuracy(labels, predicted, np.arange(160) // size, test_predicted, strata) for size in (1, 8)
     )
     assert (one.value, one.low, one.high) == (other.value, other.low, other.high)
 
@@ -177,8 +177,8 @@ def test_known_patients_of_the_test_images_count_and_not_those_of_the_validation
     groups = {"unknown": None, "single": np.arange(400), "pairs": np.arange(400) // 2, "tens": np.arange(400) // 10}
     widths = {}
     for name, test_groups in groups.items():
-        foretold = foretell_accuracy(labels, predicted, patients, test_predicted, strata, 0.5, test_groups=test_groups)
-        widths[name] = (foretold.high - foretold.low) ** 2
+        estimated = estimate_accuracy(labels, predicted, patients, test_predicted, strata, 0.5, test_groups=test_groups)
+        widths[name] = (estimated.high - estimated.low) ** 2
     if size == 1:  # nothing is known of their correlation, so that it may be 1
         assert widths["unknown"] == widths["single"]
         correlation = 1.0
@@ -235,8 +235,8 @@ def test_a_range_is_always_within_0_and_1_and_around_the_value(validation, test,
     def count(rows):
         return {row: rows.count(row) for row in rows}
 
-    foretold, _ = foretell(count(validation), count(test), expected_prevalence=expected)
-    assert 0 <= foretold.low <= foretold.high <= 1
-    assert np.isnan(foretold.value) == bool(foretold.reason)
-    if not foretold.reason:
-        assert foretold.low <= foretold.value <= foretold.high
+    estimated, _ = estimate(count(validation), count(test), expected_prevalence=expected)
+    assert 0 <= estimated.low <= estimated.high <= 1
+    assert np.isnan(estimated.value) == bool(estimated.reason)
+    if not estimated.reason:
+        assert estimated.low <= estimated.value <= estimated.high

@@ -20,7 +20,7 @@ from pipeline.core.files import write_csv, write_json
 from pipeline.data.outliers import write_contact_sheet
 from pipeline.evaluation.external_validation import recipe_hash
 from pipeline.evaluation.metrics import METRIC_LABELS
-from pipeline.evaluation.test_scores import FORETOLD, METRICS
+from pipeline.evaluation.test_scores import EXPECTED_COLUMNS, METRICS
 from pipeline.models import classifier, heatmaps
 from pipeline.models.classifier import Architecture, Classifier
 from pipeline.report import data_card, gradcam, page, reporting_checklist, summary_text, tables
@@ -232,7 +232,7 @@ def test_a_version_says_of_each_metric_what_kind_of_estimate_it_is(demo_project)
             {"with_metadata": False, "test_count": 0},
             [
                 "Patient identifiers are missing", "no source is known", "Only 2 positive validation images<",
-                "Confounding by source cannot be assessed", "cannot be foretold: no test images", "Not tested.",
+                "Confounding by source cannot be assessed", "cannot be estimated: no test images", "Not tested.",
             ],
         ),
     ],
@@ -370,18 +370,18 @@ def test_another_prevalence_and_distribution_shift_are_caveats_only_if_a_test_sa
     assert ("No test finds a difference" in summary_text.describe_shift(results)) != differs
 
 
-def test_an_accuracy_that_cannot_be_foretold_is_a_reason_on_the_first_screen(demo_project, html, monkeypatch):
+def test_an_accuracy_that_cannot_be_estimated_is_a_reason_on_the_first_screen(demo_project, html, monkeypatch):
     monkeypatch.chdir(demo_project)
     results = Results(config.load_config())
     reason = results.summary["bag"]["expected_accuracy_reason"]  # there is one positive patient
-    assert reason.startswith("cannot be foretold: no positive validation image is of ")
+    assert reason.startswith("cannot be estimated: no positive validation image is of ")
     assert escape(reason) in html[: html.index("<nav")]
     results.summary["bag"] |= {
         "expected_accuracy": None, "expected_accuracy_low": 0.6, "expected_accuracy_high": 0.9,
-        "expected_accuracy_reason": "cannot be foretold: no negative validation image is of B",
+        "expected_accuracy_reason": "cannot be estimated: no negative validation image is of B",
     }  # fmt: skip
     assert summary_text.describe_expected_accuracy(results) == (
-        "cannot be foretold: no negative validation image is of B; the range that this leaves is 0.600 to 0.900"
+        "cannot be estimated: no negative validation image is of B; the range that this leaves is 0.600 to 0.900"
     )
 
 
@@ -458,9 +458,9 @@ def test_tables_of_commands_typed_by_hand_are_sections_of_the_report(demo_projec
     rows = [{**row, "metric": metric, **intervals} for metric in ("auroc", "recall", "specificity", "f1")]
     table = pd.DataFrame([*rows, refused, summary, new]).assign(recipe=recipe_hash(results.config))
     write_csv(Path("scores/external_validation.csv"), table)
-    foretold = {key: results.summary["bag"][key] for key in FORETOLD}
+    estimated = {key: results.summary["bag"][key] for key in EXPECTED_COLUMNS}
     scores = [
-        {"model": model, "metric": metric, **intervals, "method": "Wilson", "reason": "", **counts, **foretold}
+        {"model": model, "metric": metric, **intervals, "method": "Wilson", "reason": "", **counts, **estimated}
         for model in ("bag", results.best, "other")
         for metric in METRICS
     ]
@@ -474,7 +474,7 @@ def test_tables_of_commands_typed_by_hand_are_sections_of_the_report(demo_projec
     assert "The recipe or the data have changed" not in external
     test_set = html[html.index('<section id="test">') : html.index('<section id="bag">')]
     assert "30 test images of 25 patients" in test_set
-    assert escape(foretold["expected_accuracy_reason"]) in test_set
+    assert escape(estimated["expected_accuracy_reason"]) in test_set
     assert ">other<" not in test_set
     assert "run <code>cxr score</code> again" not in test_set
     stale = [score | {"expected_accuracy": 0.123} for score in scores]

@@ -26,7 +26,7 @@ from conftest import (
 from pipeline.core.files import read_csv, write_csv, write_json
 from pipeline.data.test_labels import TEST_LABELS, read_archived_labels, read_test_labels
 from pipeline.evaluation.ensemble import EnsembleConfig
-from pipeline.evaluation.test_scores import FORETOLD, METRICS, score_candidates
+from pipeline.evaluation.test_scores import EXPECTED_COLUMNS, METRICS, score_candidates
 
 COUNT = 60
 FILES = [f"{index:03}.jpg" for index in range(COUNT)]  # of 30 patients
@@ -39,7 +39,7 @@ SUMMARY = {
         "expected_accuracy": None,
         "expected_accuracy_low": 0.7,
         "expected_accuracy_high": 0.8,
-        "expected_accuracy_reason": "cannot be foretold: no source",
+        "expected_accuracy_reason": "cannot be estimated: no source",
     },
     "validation": {"images": 200},
 }
@@ -86,10 +86,15 @@ def test_scores_are_those_of_scikit_learn_on_the_images_with_a_label():
         assert (rows["value"] < rows["high"]).all()
 
 
-def test_what_was_foretold_stands_beside_the_accuracy():
+def test_the_expected_accuracy_stands_beside_the_accuracy():
     table = score().set_index(["model", "metric"])
-    assert table.loc[("seed-1", "accuracy"), FORETOLD[:3]].tolist() == [0.9, 0.8, 0.95]
-    assert table.loc[("bag", "accuracy"), FORETOLD[:4]].tolist() == [None, 0.7, 0.8, "cannot be foretold: no source"]
+    assert table.loc[("seed-1", "accuracy"), EXPECTED_COLUMNS[:3]].tolist() == [0.9, 0.8, 0.95]
+    assert table.loc[("bag", "accuracy"), EXPECTED_COLUMNS[:4]].tolist() == [
+        None,
+        0.7,
+        0.8,
+        "cannot be estimated: no source",
+    ]
     assert table["expected_accuracy_low"].notna().sum() == 2
 
 
@@ -154,7 +159,7 @@ def test_the_command_prints_the_scores_and_writes_them_without_mlflow(scored_pro
     accuracy = table.set_index(["model", "metric"]).loc[("seed-1", "accuracy"), "value"]
     assert f"{accuracy:.3f} (" in output
     assert "0.900 (0.800 to 0.950)" in output
-    assert "accuracy of bag: cannot be foretold: no source" in output
+    assert "accuracy of bag: cannot be estimated: no source" in output
     assert "60 of 60 test images have a label: 30 positive, of 15 of 30 patients" in output
     assert "scores/test.csv written; not logged to MLflow: dvc.yaml not found" in output
     (scored_project / "mine.csv").write_text("File,Label\n003.jpg,1\n000.jpg,0\n001.jpg,\n")

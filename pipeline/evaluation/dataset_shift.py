@@ -1,4 +1,4 @@
-"""Tests, without labels of the new images, of what a figure foretold for them rests on: label shift and nothing else.
+"""Tests, without labels of the new images, of what an estimate for them rests on: label shift and nothing else.
 
 Under label shift the images of each class are distributed as among the labeled ones, and only the class proportions
 differ. Then scores and features of the new images are a mixture of those of the two classes, with some proportion.

@@ -212,7 +212,7 @@ def evaluate_models(
     tables["metrics/source_probe.csv"] = probe
     summary["bag"] |= _summarize_probe(probe)
     summary["best"] |= _summarize_accuracy(
-        ExpectedAccuracy(reason="foretold for the bag only: the best seed was selected on the validation images")
+        ExpectedAccuracy(reason="estimated for the bag only: the best seed was selected on the validation images")
     )
     summary["validation"] = slices.count_patients(validation)
     return Evaluation(tables, summary)

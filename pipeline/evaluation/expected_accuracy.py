@@ -1,4 +1,4 @@
-"""The accuracy to expect on the test images, without their labels, and whether it can be foretold at all."""
+"""The accuracy to expect on the test images, without their labels, and whether it can be estimated at all."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,17 +22,17 @@ WITHOUT_STRATA = ""  # the name of the only stratum, where nothing is known by w
 
 @dataclass(frozen=True)
 class ExpectedAccuracy:
-    """The accuracy foretold for the test images.
+    """The accuracy to expect on the test images.
 
     Attributes:
-        value: the median, or by Bayes' rule at the expected prevalence; NaN where it cannot be foretold.
+        value: the median, or by Bayes' rule at the expected prevalence; NaN where it cannot be estimated.
         low: lower end of the range in which the accuracy on these images lies with 95 % probability; where a part is
             unknown, that part may be anything that the predictions allow. NaN without a range.
         high: its upper end.
         method: `post-stratification by …` or `Bayes' rule`, and what the expected prevalence has to do with it; empty
             without a range.
-        reason: why there is no value or no range, `cannot be foretold: …`, else empty.
-        strata: a row per stratum of the test images; see `foretell_accuracy`.
+        reason: why there is no value or no range, `cannot be estimated: …`, else empty.
+        strata: a row per stratum of the test images; see `estimate_accuracy`.
     """
 
     value: float = np.nan
@@ -93,7 +93,7 @@ def choose_strata(
     return Strata(strata, test_strata, by)
 
 
-def foretell_accuracy(
+def estimate_accuracy(
     labels: np.ndarray,
     predicted: np.ndarray,
     groups: np.ndarray,
@@ -103,7 +103,7 @@ def foretell_accuracy(
     shift: str = "",
     test_groups: np.ndarray | None = None,
 ) -> ExpectedAccuracy:
-    """Foretell the accuracy on the test images by post-stratification.
+    """Estimate the accuracy on the test images by post-stratification.
 
     Within a stratum, sensitivity and specificity are those of the validation images, and the prevalence is what makes
     the share of predicted positives (Rogan and Gladen 1978). All three are drawn from their posterior distribution
@@ -122,7 +122,7 @@ def foretell_accuracy(
         strata: from `choose_strata`.
         expected_prevalence: of the test set; None if unknown. It is not used where the predictions exclude it.
         shift: how the test images differ, from `dataset_shift.describe_shift`. If they do and no source is known, no
-            accuracy is foretold.
+            accuracy is estimated.
         test_groups: (M,); None if unknown: then the test images are assumed to be grouped like the validation images.
 
     Returns:
@@ -134,9 +134,9 @@ def foretell_accuracy(
     test_predicted = np.asarray(test_predicted, int)
     total = len(test_predicted)
     if not total:
-        return ExpectedAccuracy(reason="cannot be foretold: no test images")
+        return ExpectedAccuracy(reason="cannot be estimated: no test images")
     if "source" not in strata.by and shift:
-        return ExpectedAccuracy(reason=f"cannot be foretold: {shift}")
+        return ExpectedAccuracy(reason=f"cannot be estimated: {shift}")
     table = _tabulate_strata(labels, predicted, groups, test_predicted, strata)
     correct, rng = labels == predicted, np.random.default_rng(0)
     effects = {label: _design_effect(correct, labels == label, groups, strata.validation) for label in (0, 1)}
@@ -311,4 +311,4 @@ def _unknown_reason(table: pd.DataFrame, total: int) -> str:
         )
         if missing:
             parts.append(f"no {kind}validation image {of}")
-    return f"cannot be foretold: {'; '.join(parts)}" if parts else ""
+    return f"cannot be estimated: {'; '.join(parts)}" if parts else ""

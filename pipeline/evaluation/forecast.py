@@ -9,7 +9,7 @@ import pandas as pd
 from pipeline.core.config import Config
 from pipeline.evaluation import dataset_shift
 from pipeline.evaluation.calibration import log_odds
-from pipeline.evaluation.expected_accuracy import ExpectedAccuracy, choose_strata, foretell_accuracy
+from pipeline.evaluation.expected_accuracy import ExpectedAccuracy, choose_strata, estimate_accuracy
 
 
 def forecast_test_set(
@@ -21,7 +21,7 @@ def forecast_test_set(
     test_groups: np.ndarray | None,
     folder: Path,
 ) -> tuple[pd.DataFrame, ExpectedAccuracy]:
-    """Test whether the test images are distributed like the labeled ones, and foretell the accuracy of the bag on them.
+    """Test whether the test images are distributed like the labeled ones, and estimate the accuracy of the bag on them.
 
     Args:
         config: names the expected prevalence.
@@ -56,7 +56,7 @@ def forecast_test_set(
         test_groups,
     )
     strata = choose_strata(labels, groups, metadata.loc[validation["file"]], metadata.loc[test["file"]])
-    accuracy = foretell_accuracy(
+    accuracy = estimate_accuracy(
         labels, predicted, groups, combined["test"]["label"].to_numpy(), strata,
         config.active.evaluate.expected_prevalence, dataset_shift.describe_shift(shift), test_groups,
     )  # fmt: skip

@@ -13,7 +13,7 @@ from pipeline.evaluation.metric_tables import ValidationSet
 from pipeline.evaluation.slices import COUNTS
 
 METRICS = ["accuracy", "f1", "recall", "specificity", "auroc"]
-FORETOLD = [
+EXPECTED_COLUMNS = [
     "expected_accuracy", "expected_accuracy_low", "expected_accuracy_high", "expected_accuracy_reason",
     "estimated_test_prevalence",
 ]  # fmt: skip
@@ -33,13 +33,13 @@ def score_candidates(
         labels: 0 or 1, indexed by file, of some of these images.
         groups: the group of each test image, indexed by file.
         candidates: by name.
-        summary: of the evaluation, with the accuracy that was foretold.
+        summary: of the evaluation, with the expected accuracy.
 
     Returns:
         A row per candidate and metric of `METRICS`: `model`, `metric`, `value`, `low`, `high`, `method`, `reason`, the
-        counts, and, for the accuracy of the best seed and the bag, what `summary` says by the keys
-        `FORETOLD`: the expected accuracy, its interval or range, the reason where it is missing, and the estimated
-        share of positives.
+        counts, and, for the accuracy of the best seed and the bag, what `summary` says by the keys `EXPECTED_COLUMNS`:
+        the expected accuracy, its interval or range, the reason where it is missing, and the estimated share of
+        positives.
 
     Raises:
         UserError: a label is of no test image, there are none, or the images have no group.
@@ -57,11 +57,11 @@ def score_candidates(
         raise UserError("predictions/test.csv: not of the images in data/manifest.csv; run: dvc repro")
     test = ValidationSet(labels.loc[files].to_numpy(), groups.loc[files].to_numpy(), resamples=0)
     table = evaluate_fixed(test, predictions, candidates).query("metric in @METRICS")
-    table = table.assign(**dict.fromkeys(FORETOLD))
+    table = table.assign(**dict.fromkeys(EXPECTED_COLUMNS))
     for role in ("best", BAG):
         model = BAG if role == BAG else summary[role]["model"]
-        is_foretold = (table["model"] == model) & (table["metric"] == "accuracy")
-        for key in FORETOLD:
-            table.loc[is_foretold, key] = summary[role].get(key)
-    columns = ["model", "metric", "value", "low", "high", "method", "reason", *COUNTS, *FORETOLD]
+        is_estimated = (table["model"] == model) & (table["metric"] == "accuracy")
+        for key in EXPECTED_COLUMNS:
+            table.loc[is_estimated, key] = summary[role].get(key)
+    columns = ["model", "metric", "value", "low", "high", "method", "reason", *COUNTS, *EXPECTED_COLUMNS]
     return table[columns].reset_index(drop=True)

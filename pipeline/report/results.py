@@ -200,7 +200,7 @@ class Results:
 
     @property
     def test_scores_are_current(self) -> bool:
-        """Whether what was foretold when the test set was scored is what is foretold now."""
+        """Whether what was expected when the test set was scored is what is expected now."""
         of_bag = self.test_scores.query("model == @BAG and metric == 'accuracy'").iloc[0]
         rows, keys = (of_bag, self.summary["bag"]), ("expected_accuracy", "estimated_test_prevalence")
         then, now = ([as_estimate(row, key) for key in keys] for row in rows)

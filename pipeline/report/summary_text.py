@@ -174,16 +174,16 @@ def describe_source_probe(results: Results) -> str:
 
 
 def describe_expected_accuracy(results: Results) -> str:
-    """Give the accuracy that is foretold for the test set, or why it is not."""
+    """Give the expected accuracy on the test set, or why there is none."""
     accuracy = as_estimate(results.summary["bag"], "expected_accuracy")
     if accuracy.missing:
         limits = f"; the range that this leaves is {format_interval(accuracy)}" if accuracy.has_interval else ""
         return f"{accuracy.reason}{limits}"
-    return f"{format_estimate(accuracy)}, {describe_foretelling(results)}"
+    return f"{format_estimate(accuracy)}, {describe_estimation(results)}"
 
 
-def describe_foretelling(results: Results) -> str:
-    """Say how the accuracy was foretold, and whether from apparent predictions."""
+def describe_estimation(results: Results) -> str:
+    """Say how the accuracy was estimated, and whether from apparent predictions."""
     method = str(results.summary["bag"]["expected_accuracy_method"])
     is_apparent = results.apparent(results.bag, "f1").estimate_type == "apparent"
     return f"{method}, from apparent predictions, so optimistic" if is_apparent else method

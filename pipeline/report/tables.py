@@ -351,7 +351,7 @@ def external_table(rows: pd.DataFrame) -> ReportTable:
 
 def test_table(scores: pd.DataFrame) -> ReportTable:
     """Tabulate the scores of the bag and the best seed on the test set, from `test_scores.score_candidates`."""
-    table = ReportTable(["model", *(METRIC_LABELS[metric] for metric in TEST_METRICS), "accuracy foretold"])
+    table = ReportTable(["model", *(METRIC_LABELS[metric] for metric in TEST_METRICS), "expected accuracy"])
     for model, rows in scores.groupby("model", sort=False) if len(scores) else []:
         by_metric = {row["metric"]: row for _, row in rows.iterrows()}
         estimates = [as_estimate(by_metric[metric]) for metric in TEST_METRICS]
