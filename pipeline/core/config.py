@@ -157,7 +157,7 @@ class PhantomParams(Section):
     """Synthetic radiographs, drawn by the pipeline itself."""
 
     source: Literal["phantom"] = Field("phantom", description="Data source: synthetic images.")
-    version: Literal[1, 2] = Field(1, description="Version of the archive; a new one is written anew.")
+    version: Literal[1, 2] = Field(1, description="Version of the drawings; a change makes DVC draw them anew.")
     train: int = Field(832, gt=0, description="Number of labeled images.")
     test: int = Field(100, gt=0, description="Number of test images.")
     prevalence: float = Field(0.125, ge=0, le=1, description="Share of positives among the labeled images.")
@@ -218,7 +218,7 @@ class ColumnsParams(Section):
     patient: str | None = Field(None, description="Identifier of the patient.")
     source: str | None = Field(None, description="Where the image comes from.")
     view: str | None = Field(None, description="View, such as PA or AP.")
-    sex: str | None = Field(None, description="Sex of the patient: F, M, female, male.")
+    sex: str | None = Field(None, description="Sex of the patient: F, M, O, female, male, other.")
     age: str | None = Field(None, description="Age of the patient, years.")
     license: str | None = Field(None, description="License of the image.")
     manufacturer: str | None = Field(None, description="Manufacturer of the scanner.")
@@ -436,7 +436,7 @@ class TrainParams(Section):
     fused: bool = Field(False, description="Fused kernel for the optimizer's step; on CUDA always.")
     compile: bool = Field(False, description="Use torch.compile.")
     loader_threads: int = Field(1, gt=0, description="Threads that read the next batches; no result depends on them.")
-    cpu_threads: int = Field(2, gt=0, description="CPU threads: the order of float sums, and so the result.")
+    cpu_threads: int = Field(2, gt=0, description="CPU threads; they set the order of float sums, and so the result.")
 
     @field_validator("normalization")
     @classmethod
