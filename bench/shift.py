@@ -9,6 +9,7 @@ the method: a fixed difference of 0.1 for the prevalence, and Bayes' rule with a
 
 import json
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,7 +25,9 @@ from pipeline.evaluation.metrics import compute_metrics
 from pipeline.evaluation.prevalence import estimate_prevalence
 
 POSITIVES, NEGATIVES, TEST_IMAGES, FEATURES = 20, 155, 100, 64
-PATIENT_IMAGES = (1, 2, 3, 4)  # as many patients of each
+# As many patients have each number of images, by label.
+PATIENT_IMAGES = {0: (1, 2, 3, 4), 1: (1, 2, 3, 4)}
+SINGLE, MANY, SERIES = {0: (1,), 1: (1,)}, {0: (1, 1, 1, 20), 1: (1, 1, 1, 20)}, {0: (1,), 1: (4,)}
 CORRELATION = 0.5  # of the scores of one patient
 SHORTCUT = 1.5  # by how much source A raises the log odds, in standard deviations
 OLD_DIFFERENCE = 0.1
@@ -51,7 +54,7 @@ def draw(
     auroc: float = 0.95,
     features_shift: float = 0.0,
     new_negatives: float = 0.0,
-    patient_images: tuple[int, ...] = PATIENT_IMAGES,
+    patient_images: Mapping[int, tuple[int, ...]] = PATIENT_IMAGES,
 ) -> Images:
     """Draw images with `counts` of each label, and P(source A) by label.
 
@@ -60,7 +63,7 @@ def draw(
     """
     parts, patients = [], 0
     for label, count in counts.items():
-        sizes = rng.choice(patient_images, count)
+        sizes = rng.choice(patient_images[label], count)
         patient = np.repeat(np.arange(len(sizes)), sizes)[:count]
         size = patient.max(initial=-1) + 1
         is_a = (rng.random(size) < source_a[label])[patient]
@@ -86,24 +89,39 @@ def share(values: list[bool]) -> list[float]:
     return [round(rate, 3), round(float(np.sqrt(rate * (1 - rate) / len(values))), 3)]
 
 
-def draw_pair(rng: np.random.Generator, prevalence: float, **shift: float) -> tuple[Images, Images]:
+# What is known of the patients of the test images.
+TEST_GROUPS: dict[str, Callable[[Images], np.ndarray | None]] = {
+    "": lambda images: images.groups,
+    ", test patients unknown": lambda _: None,
+    ", each test image taken for a patient": lambda images: np.arange(len(images.labels)),
+}
+
+
+def draw_pair(
+    rng: np.random.Generator,
+    prevalence: float,
+    patient_images: Mapping[int, tuple[int, ...]] = PATIENT_IMAGES,
+    **shift: float,
+) -> tuple[Images, Images]:
     """Draw a validation and a test set of one population, except for the prevalence and `shift`."""
     no_source = {0: 0.0, 1: 0.0}
     positives = int(rng.binomial(TEST_IMAGES, prevalence))
     auroc = {"auroc": shift.pop("auroc", 0.95)}
-    validation = draw(rng, {1: POSITIVES, 0: NEGATIVES}, no_source, **auroc)
-    return validation, draw(rng, {1: positives, 0: TEST_IMAGES - positives}, no_source, **auroc, **shift)
+    validation = draw(rng, {1: POSITIVES, 0: NEGATIVES}, no_source, **auroc, patient_images=patient_images)
+    counts = {1: positives, 0: TEST_IMAGES - positives}
+    return validation, draw(rng, counts, no_source, **auroc, **shift, patient_images=patient_images)
 
 
-def evaluate_prevalence(count: int, auroc: float, prevalence: float) -> dict[str, object]:
+def evaluate_prevalence(count: int, auroc: float, prevalence: float, known: str) -> dict[str, object]:
     """Coverage and width of the interval of the prevalence, and how often it is said to differ."""
     rng = np.random.default_rng(0)
     covered, widths, differs, differed_before = [], [], [], []
     for _ in range(count):
         validation, test = draw_pair(rng, prevalence, auroc=auroc)
         estimate = estimate_prevalence(
-            validation.labels, expit(validation.logits), validation.groups, expit(test.logits), test.groups, RESAMPLES
-        )
+            validation.labels, expit(validation.logits), validation.groups, expit(test.logits),
+            TEST_GROUPS[known](test), RESAMPLES,
+        )  # fmt: skip
         covered.append(estimate.low <= prevalence <= estimate.high)
         widths.append(estimate.high - estimate.low)
         differs.append(estimate.differs)
@@ -114,15 +132,22 @@ def evaluate_prevalence(count: int, auroc: float, prevalence: float) -> dict[str
     }  # fmt: skip
 
 
-def evaluate_tests(count: int, prevalence: float, **shift: float) -> dict[str, object]:
+def evaluate_tests(
+    count: int,
+    prevalence: float,
+    known: str = "",
+    patient_images: Mapping[int, tuple[int, ...]] = PATIENT_IMAGES,
+    **shift: float,
+) -> dict[str, object]:
     """How often the two tests reject, and at least one of them after adjustment."""
     rng = np.random.default_rng(0)
     p = np.zeros((count, 2))
     for index in range(count):
-        validation, test = draw_pair(rng, prevalence, **shift)
+        validation, test = draw_pair(rng, prevalence, patient_images, **shift)
+        groups = TEST_GROUPS[known](test)
         for column, name in enumerate(("logits", "features")):
             sets = [getattr(images, name).reshape(len(images.labels), -1) for images in (validation, test)]
-            fit = fit_mixture(sets[0], validation.labels, validation.groups, sets[1], test.groups, RESAMPLES)
+            fit = fit_mixture(sets[0], validation.labels, validation.groups, sets[1], groups, RESAMPLES)
             p[index, column] = fit.p
     either = list(2 * p.min(axis=1) <= SIGNIFICANCE_LEVEL)
     score, features = (share(list(column <= SIGNIFICANCE_LEVEL)) for column in p.T)
@@ -152,8 +177,8 @@ def evaluate_accuracy(
     validation_a: dict[int, float],
     test_a: dict[int, float],
     expected: float | None = 0.5,
-    patient_images: tuple[int, ...] = PATIENT_IMAGES,
-    test_patient_images: tuple[int, ...] = PATIENT_IMAGES,
+    patient_images: Mapping[int, tuple[int, ...]] = PATIENT_IMAGES,
+    test_patient_images: Mapping[int, tuple[int, ...]] = PATIENT_IMAGES,
 ) -> dict[str, object]:
     """How often the accuracy on the test images lies in the range, and how often there is a value."""
     rng = np.random.default_rng(0)
@@ -188,13 +213,23 @@ def main(count: int = 400) -> None:
     no_source = {0: 0.0, 1: 0.0}
     cases = {
         **{
-            f"prevalence {prevalence:.2f}, AUROC {auroc}": partial(
-                evaluate_prevalence, auroc=auroc, prevalence=prevalence
+            f"prevalence {prevalence:.2f}, AUROC {auroc}{known}": partial(
+                evaluate_prevalence, auroc=auroc, prevalence=prevalence, known=known
             )
+            for known in TEST_GROUPS
             for auroc in (0.85, 0.95)
             for prevalence in (POSITIVES / (POSITIVES + NEGATIVES), 0.5)
         },
-        "tests, label shift to 0.5": partial(evaluate_tests, prevalence=0.5),
+        **{
+            f"tests, label shift to 0.5{images}{known}": partial(
+                evaluate_tests, prevalence=0.5, known=known, patient_images=patient_images
+            )
+            for images, patient_images in {"": PATIENT_IMAGES, ", four images per positive patient": SERIES}.items()
+            for known in TEST_GROUPS
+        },
+        "tests, label shift to 0.9, four images per positive patient, test patients unknown": partial(
+            evaluate_tests, prevalence=0.9, known=", test patients unknown", patient_images=SERIES
+        ),
         **{
             f"tests, label shift to 0.5, {positives} positive patients": partial(
                 evaluate_few_positives, positives=positives
@@ -210,15 +245,15 @@ def main(count: int = 400) -> None:
             evaluate_accuracy,
             validation_a=no_source,
             test_a=no_source,
-            patient_images=(1,),
-            test_patient_images=(1, 1, 1, 20),
+            patient_images=SINGLE,
+            test_patient_images=MANY,
         ),
         "accuracy (i) the same, single test images, many of some validation patients": partial(
             evaluate_accuracy,
             validation_a=no_source,
             test_a=no_source,
-            patient_images=(1, 1, 1, 20),
-            test_patient_images=(1,),
+            patient_images=MANY,
+            test_patient_images=SINGLE,
         ),
         "accuracy (ii) other mix of sources": partial(
             evaluate_accuracy, validation_a={1: 0.8, 0: 0.2}, test_a={1: 0.5, 0: 0.5}

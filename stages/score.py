@@ -29,6 +29,7 @@ def score(file: Path | None) -> None:
     from pipeline.data.manifest import read_split
     from pipeline.data.test_labels import match_labels, read_archived_labels, read_test_labels
     from pipeline.evaluation import ensemble, test_scores
+    from pipeline.evaluation.slices import all_patients_known
 
     config = load_config()
     labels = read_test_labels(file) if file else read_archived_labels(Path("data/raw.zip"))
@@ -40,10 +41,11 @@ def score(file: Path | None) -> None:
             f"{is_excluded.sum()} labels are of test images that prepare leaves out; they are not scored", err=True
         )
     labels = labels[~is_excluded]
+    images = read_split(Path("data")).set_index("file")
     scores = test_scores.score_candidates(
         predictions,
         labels,
-        read_split(Path("data")).set_index("file")["group"],
+        images["group"],
         ensemble.load_candidate_configs(config),
         read_json(Path("metrics/summary.json")),
     )
@@ -54,6 +56,8 @@ def score(file: Path | None) -> None:
         f"{counts['images']} of {len(predictions)} test images have a label: {counts['positives']} positive, of "
         f"{counts['positive_patients']} of {counts['patients']} patients"
     )
+    if not all_patients_known(images[images["subset"] == "test"]):
+        click.echo("an image without a known patient counts as a patient: intervals may be too narrow", err=True)
     click.echo(f"scores/test.csv written; {_log(config, scores)}")
 
 

@@ -56,6 +56,24 @@ def test_few_patients_of_a_class_do_not_make_its_share_small_or_label_shift_a_sh
     assert sum(fit.p <= 0.05 for fit in fits) <= most
 
 
+def test_new_images_of_unknown_patients_are_grouped_like_those_of_their_class():
+    """Positive patients have a series of six images, negative ones have one; nothing but the prevalence differs."""
+
+    def draw_series(rng, patients, negatives):
+        labels, groups = np.repeat([1, 0], [6 * patients, negatives]), np.repeat(np.arange(patients), 6)
+        groups = np.concatenate([groups, patients + np.arange(negatives)])
+        values = rng.normal(size=(patients + negatives, 20))[groups] + 0.5 * rng.normal(size=(len(labels), 20))
+        values[:, 0] += 2 * labels
+        return values, labels, groups
+
+    rejected = 0
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        new, _, _ = draw_series(np.random.default_rng(1000 + seed), 10, 40)
+        rejected += fit_mixture(*draw_series(rng, 20, 150), new, None, 99).p <= 0.05
+    assert rejected <= 6  # 18 if all were grouped like the negatives
+
+
 def test_a_shift_that_is_no_mixture_is_rejected():
     np.testing.assert_allclose(p_values(10, shift=-2.5), 0.01)  # the smallest of 99 resamples, which is not 0
     assert (p_values(10, features=20, shift=1.0) <= 0.05).all()

@@ -474,6 +474,7 @@ def test_tables_of_commands_typed_by_hand_are_sections_of_the_report(demo_projec
     assert "The recipe or the data have changed" not in external
     test_set = html[html.index('<section id="test">') : html.index('<section id="bag">')]
     assert "30 test images of 25 patients" in test_set
+    assert "a known patient" not in html
     assert escape(estimated["expected_accuracy_reason"]) in test_set
     assert ">other<" not in test_set
     assert "run <code>cxr score</code> again" not in test_set
@@ -484,6 +485,16 @@ def test_tables_of_commands_typed_by_hand_are_sections_of_the_report(demo_projec
     assert not Results(config.load_config()).test_scores_are_current
     write_csv(Path("scores/external_validation.csv"), pd.DataFrame([refused]))
     assert not Results(config.load_config()).is_externally_validated
+    write_csv(Path("scores/external_validation.csv"), table)
+    Path("data").unlink()
+    shutil.copytree(demo_project / "data", "data")
+    manifest = pd.read_csv("data/manifest.csv", dtype=str, keep_default_na=False)
+    manifest.loc[manifest.index[manifest["set"] == "test"][0], "patient"] = ""
+    write_csv(Path("data/manifest.csv"), manifest)
+    report.callback(debug=True)
+    html = Path("report/index.html").read_text()
+    assert "Not every test image has a known patient" in html[html.index('<section id="shift">') :]
+    assert "An image without a known patient counts as a patient" in html[html.index('<section id="test">') :]
 
 
 def test_the_checklist_has_every_item_of_both_standards_once(demo_project, monkeypatch):

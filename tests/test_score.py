@@ -162,6 +162,11 @@ def test_the_command_prints_the_scores_and_writes_them_without_mlflow(scored_pro
     assert "accuracy of bag: cannot be estimated: no source" in output
     assert "60 of 60 test images have a label: 30 positive, of 15 of 30 patients" in output
     assert "scores/test.csv written; not logged to MLflow: dvc.yaml not found" in output
+    unknown = "an image without a known patient counts as a patient: intervals may be too narrow"
+    assert unknown in output
+    manifest = pd.read_csv("data/manifest.csv").assign(patient=list(GROUPS))
+    write_csv(Path("data/manifest.csv"), manifest)
+    assert unknown not in output_of("cxr score")
     (scored_project / "mine.csv").write_text("File,Label\n003.jpg,1\n000.jpg,0\n001.jpg,\n")
     assert "2 of 60 test images have a label: 1 positive, of 1 of 2 patients" in output_of("cxr score mine.csv")
     (scored_project / "mine.csv").write_text("File,Label\n999.jpg,1\n")

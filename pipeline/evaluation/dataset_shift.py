@@ -84,9 +84,13 @@ def fit_mixture(
     prevalence = _unbiased_share(observed[:, 0], similarity, units)
 
     mean_size = {label: units[label].sum() / len(units[label]) for label in (0, 1)}
-    unit_count = len(np.unique(new_groups)) if new_groups is not None else len(new_features) / mean_size[0]
-    positives = rng.binomial(max(round(unit_count), 1), _share_of_units(prevalence, mean_size), resamples)
-    counts = {1: positives, 0: max(round(unit_count), 1) - positives}
+    unit_count = (
+        _assumed_unit_count(len(new_features), prevalence, mean_size)
+        if new_groups is None
+        else len(np.unique(new_groups))
+    )
+    positives = rng.binomial(unit_count, _share_of_units(prevalence, mean_size), resamples)
+    counts = {1: positives, 0: unit_count - positives}
     resampled, drawn = np.zeros((3, resamples, len(labels))), np.zeros((resamples, len(labels)))
     for label, unit in units.items():
         shares, sizes = np.full(len(unit), 1 / len(unit)), unit.sum(axis=1)
@@ -268,6 +272,17 @@ def _unit_matrix(groups: np.ndarray, selected: np.ndarray) -> np.ndarray:
     """Return which group each selected image belongs to: 0 or 1, (groups with a selected image, N)."""
     names = np.unique(groups[selected])
     return np.asarray((names[:, None] == groups[None]) & selected)
+
+
+def _assumed_unit_count(image_count: int, prevalence: float, mean_size: Mapping[int, float]) -> int:
+    """Return the number of groups of images that are grouped like the labeled ones of their class.
+
+    The fitted prevalence is uncertain with few labeled groups, and too many groups vary too little: at least half of
+    the images are taken to be of the class with the larger groups.
+    """
+    larger = int(mean_size[1] > mean_size[0])
+    share = max(prevalence if larger else 1 - prevalence, 0.5)
+    return max(round(image_count * (share / mean_size[larger] + (1 - share) / mean_size[1 - larger])), 1)
 
 
 def _share_of_units(prevalence: float, mean_size: Mapping[int, float]) -> float:

@@ -188,7 +188,7 @@ def evaluate_models(
     tables = build_tables(config, validation, on_validation, predictors, models, roles, bias, baseline_samples)
     tables |= build_bag_tables(config, predictions, predictors[bag].ensemble_config)
     on_test, summary = metadata.loc[test["file"]], dict[str, Any]()
-    test_groups = on_test["group"].to_numpy() if on_test["patient"].ne("").any() else None
+    test_groups = on_test["group"].to_numpy() if slices.all_patients_known(on_test) else None
     adapted = pd.DataFrame({"file": test["file"]})
     combined = {
         name: {
@@ -198,8 +198,8 @@ def evaluate_models(
         for name in roles.values()
     }
     for role, name in roles.items():
-        scores, test_scores = (combined[name][subset]["score"].to_numpy() for subset in ("validation", "test"))
-        prevalence = estimate_prevalence(labels, scores, validation.groups, test_scores, test_groups)
+        scores, new_scores = (combined[name][subset]["score"].to_numpy() for subset in ("validation", "test"))
+        prevalence = estimate_prevalence(labels, scores, validation.groups, new_scores, test_groups)
         adapted[role] = prevalence.probabilities
         summary[role] = summarize(name, predictors[name].ensemble_config, tables) | _summarize_prevalence(prevalence)
     tables["predictions/adapted.csv"] = adapted

@@ -71,6 +71,11 @@ def count_patients(validation: ValidationSet, rows: np.ndarray | None = None) ->
     return dict(zip(COUNTS, counts, strict=True))
 
 
+def all_patients_known(images: pd.DataFrame) -> bool:
+    """Tell whether the patient of every image is known; else the groups of these rows of the split are too small."""
+    return bool(images["patient"].ne("").all())
+
+
 def too_few_patients(counts: Mapping[str, int]) -> str:
     """Return why metrics of so few patients would not support a finding, or an empty text."""
     for kind in ("positive", "negative"):

@@ -14,6 +14,7 @@ from pipeline.core.files import read_csv, read_json
 from pipeline.data.manifest import read_split
 from pipeline.evaluation.external_validation import recipe_hash
 from pipeline.evaluation.sample_size import sample_size_table
+from pipeline.evaluation.slices import all_patients_known
 
 RECALIBRATIONS = {"none": "none", "temperature": "temperature", "platt": "temperature and bias"}
 
@@ -70,6 +71,11 @@ class Results:
     def patients_known(self) -> bool:
         """Whether the patient of any image is known; else every image, with its duplicates, counts as one."""
         return bool(self.table["patient"].any())
+
+    @property
+    def test_patients_known(self) -> bool:
+        """Whether the patient of every test image is known."""
+        return all_patients_known(self.table[self.table["subset"] == "test"])
 
     @property
     def counts(self) -> dict[str, int]:
