@@ -90,7 +90,8 @@ def share(values: list[bool]) -> list[float]:
 
 
 # What is known of the patients of the test images.
-TEST_GROUPS: dict[str, Callable[[Images], np.ndarray | None]] = {
+TestGroups = Callable[[Images], np.ndarray | None]
+TEST_GROUPS: dict[str, TestGroups] = {
     "": lambda images: images.groups,
     ", test patients unknown": lambda _: None,
     ", each test image taken for a patient": lambda images: np.arange(len(images.labels)),
@@ -112,7 +113,7 @@ def draw_pair(
     return validation, draw(rng, counts, no_source, **auroc, **shift, patient_images=patient_images)
 
 
-def evaluate_prevalence(count: int, auroc: float, prevalence: float, known: str) -> dict[str, object]:
+def evaluate_prevalence(count: int, auroc: float, prevalence: float, test_groups: TestGroups) -> dict[str, object]:
     """Coverage and width of the interval of the prevalence, and how often it is said to differ."""
     rng = np.random.default_rng(0)
     covered, widths, differs, differed_before = [], [], [], []
@@ -120,7 +121,7 @@ def evaluate_prevalence(count: int, auroc: float, prevalence: float, known: str)
         validation, test = draw_pair(rng, prevalence, auroc=auroc)
         estimate = estimate_prevalence(
             validation.labels, expit(validation.logits), validation.groups, expit(test.logits),
-            TEST_GROUPS[known](test), RESAMPLES,
+            test_groups(test), RESAMPLES,
         )  # fmt: skip
         covered.append(estimate.low <= prevalence <= estimate.high)
         widths.append(estimate.high - estimate.low)
@@ -135,7 +136,7 @@ def evaluate_prevalence(count: int, auroc: float, prevalence: float, known: str)
 def evaluate_tests(
     count: int,
     prevalence: float,
-    known: str = "",
+    test_groups: TestGroups = TEST_GROUPS[""],
     patient_images: Mapping[int, tuple[int, ...]] = PATIENT_IMAGES,
     **shift: float,
 ) -> dict[str, object]:
@@ -144,7 +145,7 @@ def evaluate_tests(
     p = np.zeros((count, 2))
     for index in range(count):
         validation, test = draw_pair(rng, prevalence, patient_images, **shift)
-        groups = TEST_GROUPS[known](test)
+        groups = test_groups(test)
         for column, name in enumerate(("logits", "features")):
             sets = [getattr(images, name).reshape(len(images.labels), -1) for images in (validation, test)]
             fit = fit_mixture(sets[0], validation.labels, validation.groups, sets[1], groups, RESAMPLES)
@@ -214,21 +215,24 @@ def main(count: int = 400) -> None:
     cases = {
         **{
             f"prevalence {prevalence:.2f}, AUROC {auroc}{known}": partial(
-                evaluate_prevalence, auroc=auroc, prevalence=prevalence, known=known
+                evaluate_prevalence, auroc=auroc, prevalence=prevalence, test_groups=test_groups
             )
-            for known in TEST_GROUPS
+            for known, test_groups in TEST_GROUPS.items()
             for auroc in (0.85, 0.95)
             for prevalence in (POSITIVES / (POSITIVES + NEGATIVES), 0.5)
         },
         **{
             f"tests, label shift to 0.5{images}{known}": partial(
-                evaluate_tests, prevalence=0.5, known=known, patient_images=patient_images
+                evaluate_tests, prevalence=0.5, test_groups=test_groups, patient_images=patient_images
             )
             for images, patient_images in {"": PATIENT_IMAGES, ", four images per positive patient": SERIES}.items()
-            for known in TEST_GROUPS
+            for known, test_groups in TEST_GROUPS.items()
         },
         "tests, label shift to 0.9, four images per positive patient, test patients unknown": partial(
-            evaluate_tests, prevalence=0.9, known=", test patients unknown", patient_images=SERIES
+            evaluate_tests,
+            prevalence=0.9,
+            test_groups=TEST_GROUPS[", test patients unknown"],
+            patient_images=SERIES,
         ),
         **{
             f"tests, label shift to 0.5, {positives} positive patients": partial(

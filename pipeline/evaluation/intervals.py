@@ -56,7 +56,7 @@ def design_effect(values: np.ndarray, groups: np.ndarray) -> float:
     values = np.asarray(values, dtype=float)
     _, index, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     count, group_count = len(values), len(sizes)
-    highest = mean_group_size(groups)
+    highest = mean_group_size(index)
     deviations = values - values.mean()
     if np.ptp(values) < EPS:
         return highest
